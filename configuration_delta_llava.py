@@ -1,0 +1,218 @@
+"""Configuration of Delta-LLaVA: which tower layers are read, how many visual tokens they become, and by which projector."""
+
+from copy import deepcopy
+from math import isqrt
+from typing import TYPE_CHECKING, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+if TYPE_CHECKING:
+    # Whoever loads or saves one of the three files follows these lines, so that a Hub repository always holds all three.
+    from .modeling_delta_llava import DeltaLlavaForConditionalGeneration  # noqa: F401
+    from .processing_delta_llava import DeltaLlavaProcessor  # noqa: F401
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
+    "AutoModel": "modeling_delta_llava.DeltaLlavaModel",
+    "AutoModelForImageTextToText": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_delta_llava.DeltaLlavaForConditionalGeneration",
+    "AutoProcessor": "processing_delta_llava.DeltaLlavaProcessor",
+}
+
+
+def valid_visual_token_counts(patch_grid_size: int) -> list[int]:
+    """The budgets that a grid of `patch_grid_size`² patches allows: g² for every g that divides it, ascending."""
+    return [side**2 for side in range(1, patch_grid_size + 1) if patch_grid_size % side == 0]
+
+
+def query_grid_size(num_visual_tokens: int, patch_grid_size: int) -> int:
+    """
+    Side g of the query grid that a budget stands for.
+
+    Args:
+        num_visual_tokens (`int`): Budget V = g² of one image.
+        patch_grid_size (`int`): Side G of the vision tower's patch grid.
+
+    Returns:
+        `int`: g, a divisor of G.
+
+    Raises:
+        ValueError: If V is not the square of a divisor of G; the message lists the budgets that are.
+    """
+    valid = valid_visual_token_counts(patch_grid_size)
+    if num_visual_tokens not in valid:
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens} does not fit a grid of {patch_grid_size}x{patch_grid_size} patches:"
+            f" it must be one of {valid}."
+        )
+    return isqrt(num_visual_tokens)
+
+
+@strict
+class DeltaLlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`DeltaLlavaForConditionalGeneration`].
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP-ViT-L/14 at 336 pixels):
+            The vision tower. Its layers behind the deepest one that is read are cut off here, because nothing reads them.
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
+            The causal language model.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Id of the placeholder token, which stands once for every visual token.
+        num_visual_tokens (`int`, *optional*):
+            Budget of an image when a call names none. By default 144, or the largest valid budget below it.
+        visual_token_budgets (`list[int]`, *optional*, defaults to `[num_visual_tokens]`):
+            Budgets that the checkpoint was trained for. Another valid budget works and warns once.
+        query_feature_layer (`int`, *optional*, defaults to -2):
+            Tower layer that queries are made from, as an index into `hidden_states` (0 is the embedding, so that 1 to n
+            are the outputs of the n layers). Negative indices are resolved here and stored positive.
+        memory_feature_layers (`list[int]`, *optional*):
+            Tower layers that keys and values are made from, indexed alike. By default n/2, 2n/3, n-2 and n-1 (rounded,
+            without repeats) for a tower of n layers: `[12, 16, 22, 23]` for CLIP-L.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the tower's first token (CLS), `"full"` is for towers without one (SigLIP).
+        projector_variant (`str`, *optional*, defaults to `"released"`):
+            `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11.
+        projector_rank (`int`, *optional*, defaults to 16):
+            Rank r of every low-rank update (equation 4).
+        projector_num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of the attention between a query and its cell (equation 9).
+        projector_intermediate_size (`int`, *optional*, defaults to 4096):
+            Width h of the feed-forward refinement (equation 11); only the `"paper"` variant has one.
+        query_pooling (`str`, *optional*, defaults to `"bilinear"`):
+            How query features shrink to the query grid: `"bilinear"` as released, or `"area"`, by which every patch
+            counts at large scales too.
+        use_delta_projection, use_self_attention, use_refinement_block (`bool`, *optional*, defaults to `True`):
+            The ablation's switches (table 3: No DeltaProj, No EMHSA, No TB).
+        refinement_mlp_ratio (`int`, *optional*, defaults to 2):
+            Width of the refinement block's MLP in multiples of the vision width.
+        attention_drop_path, convolution_drop_path, mlp_drop_path (`float`, *optional*, defaults to 0.075, 0.025, 0.1):
+            Probability, in training, that a sample skips that residual branch of the refinement block.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that the projector's linear layers start from.
+        tie_word_embeddings (`bool`, *optional*, defaults to that of `text_config`):
+            Whether the output head is the language model's token embedding.
+
+    Raises:
+        ValueError: For a budget that the grid does not allow, a layer that the tower does not have, a grid that is not
+            square, or a vision width that is not a multiple of 8; the message names the value and those allowed.
+
+    Example:
+
+    ```python
+    >>> from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+
+    >>> config = DeltaLlavaConfig(num_visual_tokens=36)  # CLIP-L/336 and a 7B Llama
+    >>> config.valid_visual_token_counts
+    [1, 4, 9, 16, 36, 64, 144, 576]
+    ```"""
+
+    model_type = "delta_llava"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    num_visual_tokens: int | None = None
+    visual_token_budgets: list[int] | None = None
+    query_feature_layer: int = -2
+    memory_feature_layers: list[int] | None = None
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    projector_variant: Literal["released", "paper"] = "released"
+    projector_rank: int = 16
+    projector_num_attention_heads: int = 8
+    projector_intermediate_size: int = 4096
+    query_pooling: Literal["bilinear", "area"] = "bilinear"
+    use_delta_projection: bool = True
+    use_self_attention: bool = True
+    use_refinement_block: bool = True
+    refinement_mlp_ratio: int = 2
+    attention_drop_path: float = 0.075
+    convolution_drop_path: float = 0.025
+    mlp_drop_path: float = 0.1
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(
+            self.vision_config,
+            "clip_vision_model",
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        )
+        self.text_config = _sub_config(self.text_config, "llama")
+        # Language models differ in where they keep this flag, and the head is ours.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+
+        if self.vision_config.hidden_size % 8:
+            raise ValueError(f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8.")
+        self._resolve_layers()
+        if self.num_visual_tokens is None:
+            self.num_visual_tokens = max(count for count in self.valid_visual_token_counts if count <= 144)
+        if self.visual_token_budgets is None:
+            self.visual_token_budgets = [self.num_visual_tokens]
+        for num_visual_tokens in (self.num_visual_tokens, *self.visual_token_budgets):
+            query_grid_size(num_visual_tokens, self.patch_grid_size)
+
+    def _resolve_layers(self):
+        num_layers = self.vision_config.num_hidden_layers
+
+        def resolve(name: str, layer: int) -> int:
+            resolved = layer + num_layers + 1 if layer < 0 else layer
+            if not 1 <= resolved <= num_layers:
+                raise ValueError(
+                    f"{name} names layer {layer}, but the vision tower has {num_layers} layers: it must be in"
+                    f" 1..{num_layers} or -{num_layers}..-1."
+                )
+            return resolved
+
+        if self.memory_feature_layers is None:
+            fractions = (num_layers / 2, 2 * num_layers / 3, num_layers - 2, num_layers - 1)
+            self.memory_feature_layers = sorted({max(round(layer), 1) for layer in fractions})
+        self.query_feature_layer = resolve("query_feature_layer", self.query_feature_layer)
+        self.memory_feature_layers = [resolve("memory_feature_layers", layer) for layer in self.memory_feature_layers]
+        self.vision_config.num_hidden_layers = max(self.query_feature_layer, *self.memory_feature_layers)
+
+    @property
+    def patch_grid_size(self) -> int:
+        """Side G of the vision tower's patch grid, in patches."""
+        height, width = _as_pair(self.vision_config.image_size)
+        patch_height, patch_width = _as_pair(self.vision_config.patch_size)
+        if height // patch_height != width // patch_width:
+            raise ValueError(
+                f"The vision tower's patch grid must be square, but image_size={self.vision_config.image_size} and"
+                f" patch_size={self.vision_config.patch_size} make {height // patch_height}x{width // patch_width} patches."
+            )
+        return height // patch_height
+
+    @property
+    def valid_visual_token_counts(self) -> list[int]:
+        """The budgets that the patch grid allows, ascending: `[1, 4, 9, 16, 36, 64, 144, 576]` for 24x24 patches."""
+        return valid_visual_token_counts(self.patch_grid_size)
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, **defaults) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return deepcopy(config)  # ours is trimmed, the caller's is not
+    if config is None:
+        return CONFIG_MAPPING[model_type](**defaults)
+    return CONFIG_MAPPING[config.get("model_type", model_type)](**config)
+
+
+def _as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+DeltaLlavaConfig.register_for_auto_class()
+
+__all__ = ["AUTO_MAP", "DeltaLlavaConfig", "query_grid_size", "valid_visual_token_counts"]

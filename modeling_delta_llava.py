@@ -1,0 +1,682 @@
+"""Delta-LLaVA from pixels to logits: vision tower, the projector that forms few visual tokens, language model."""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+
+from .configuration_delta_llava import DeltaLlavaConfig, query_grid_size
+
+
+logger = logging.get_logger(__name__)
+
+# What quantization backends call the list of modules that they leave alone (bitsandbytes, torchao and most others, HQQ).
+_QUANTIZATION_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+
+
+@dataclass
+class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Output of [`DeltaLlavaModel`]: that of the language model, and
+
+    image_hidden_states (`torch.Tensor` of shape `(total_visual_tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, in order, as they entered the language model.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
+    """
+    Output of [`DeltaLlavaForConditionalGeneration`].
+
+    loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
+        Next-token cross-entropy.
+    logits (`torch.Tensor` of shape `(batch_size, logits_to_keep or sequence_length, vocab_size)`):
+        Scores before the softmax.
+    past_key_values (`Cache`, *optional*), hidden_states, attentions (tuples of `torch.Tensor`, *optional*):
+        Those of the language model.
+    image_hidden_states (`torch.Tensor` of shape `(total_visual_tokens, hidden_size)`, *optional*):
+        The visual tokens of all images, in order, as they entered the language model.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class DeltaProjection(nn.Module):
+    """
+    A linear map with a low-rank update, then GELU and LayerNorm: `LN(GELU(x·(W + (U·V)ᵀ)ᵀ))` (equation 4).
+
+    Args:
+        in_features (`int`), out_features (`int`): Sizes of the last dimension.
+        rank (`int`): Rank r of the update; 0 leaves it out (the ablation "No DeltaProj").
+        num_levels (`int`, *optional*): Number of feature levels that share W and LN and have an update each
+            (equation 8). The input then is `(..., num_levels, num_tokens, in_features)`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, num_levels: int | None = None):
+        super().__init__()
+        levels = () if num_levels is None else (num_levels,)
+        self.rank = rank
+        self.shared_weight = nn.Linear(in_features, out_features, bias=False)
+        if rank:
+            self.U = nn.Parameter(torch.empty(*levels, in_features, rank))
+            self.V = nn.Parameter(torch.empty(*levels, rank, out_features))
+            self.reset_parameters()
+        self.norm = nn.LayerNorm(out_features, eps=1e-6)
+
+    def reset_parameters(self):
+        for factor in (self.U, self.V):
+            bound = (6.0 / sum(factor.shape[-2:])) ** 0.5  # Xavier-uniform, for each level by itself
+            nn.init.uniform_(factor, -bound, bound)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., num_tokens, in_features)` to `(..., num_tokens, out_features)`."""
+        projected = self.shared_weight(features)
+        if self.rank:
+            # Not folded into W: in bfloat16 a small update would be rounded away there.
+            projected = projected + features @ self.U @ self.V
+        return self.norm(F.gelu(projected))
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for a random part of the samples, in training only (stochastic depth)."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.probability == 0.0:
+            return branch
+        keep = 1.0 - self.probability
+        mask = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * mask / keep
+
+
+class RefinementAttention(nn.Module):
+    """Pre-normalized multi-head self-attention over all tokens of the query grid (EMHSA, equation 2)."""
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.input_norm = nn.LayerNorm(hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_visual_tokens, hidden_size)` to the same."""
+        tokens = self.norm(self.input_norm(tokens))
+        query, key, value = (
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class RefinementConvolution(nn.Module):
+    """A grouped 3x3 convolution, each group a "head" that looks at its own neighbourhood (MHCA)."""
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.grouped = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size // head_dim, bias=False)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.pointwise = nn.Conv2d(hidden_size, hidden_size, 1, bias=False)
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, hidden_size, g, g)` to the same."""
+        grid = self.norm(self.grouped(grid).movedim(1, -1)).movedim(-1, 1)
+        return self.pointwise(F.relu(grid))
+
+
+class RefinementBlock(nn.Module):
+    """
+    Specializes the queries on their grid: self-attention on ¾ of the channels, convolution on ¼, then an MLP on both
+    (EMHSA, MHCA and MLP of equation 6; together the ablation's "TB").
+    """
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__()
+        hidden_size = config.vision_config.hidden_size
+        convolution_size = hidden_size // 4
+        attention_size = hidden_size - convolution_size
+        head_dim = max(size for size in range(1, 33) if convolution_size % size == 0)
+        self.attention_input = nn.Conv2d(hidden_size, attention_size, 1, bias=False)
+        self.attention = RefinementAttention(attention_size, head_dim) if config.use_self_attention else None
+        self.attention_drop_path = DropPath(config.attention_drop_path)
+        self.convolution_input = nn.Conv2d(attention_size, convolution_size, 1, bias=False)
+        self.convolution = RefinementConvolution(convolution_size, head_dim)
+        self.convolution_drop_path = DropPath(config.convolution_drop_path)
+        self.mlp = nn.Sequential(
+            nn.Conv2d(hidden_size, config.refinement_mlp_ratio * hidden_size, 1),
+            nn.ReLU(),
+            nn.Conv2d(config.refinement_mlp_ratio * hidden_size, hidden_size, 1),
+        )
+        self.mlp_drop_path = DropPath(config.mlp_drop_path)
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, vision_hidden_size, g, g)` to the same."""
+        attended = self.attention_input(grid)
+        if self.attention is not None:
+            branch = self.attention(attended.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(attended)
+            attended = attended + self.attention_drop_path(branch)
+        convolved = self.convolution_input(attended)
+        convolved = convolved + self.convolution_drop_path(self.convolution(convolved))
+        refined = torch.cat([attended, convolved], dim=1)
+        return refined + self.mlp_drop_path(self.mlp(refined))
+
+
+class DeltaProjector(nn.Module):
+    """
+    Forms g² visual tokens from a grid of G² patches: queries are the image's features at g x g, refined among
+    themselves; each attends to the multi-level features of the (G/g)² patches of its own cell (section 4).
+
+    The budget is an argument of the call, and no weight depends on it.
+
+    Args:
+        config (`DeltaLlavaConfig`): `projector_variant` chooses between the published code and the paper's equations.
+    """
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__()
+        self.variant = config.projector_variant
+        self.query_pooling = config.query_pooling
+        self.patch_grid_size = config.patch_grid_size
+        vision_size = config.vision_config.hidden_size
+        text_size = config.text_config.hidden_size
+        rank = config.projector_rank if config.use_delta_projection else 0
+        self.num_levels = len(config.memory_feature_layers)
+
+        self.query_projection = DeltaProjection(vision_size, vision_size, rank)
+        if self.variant == "released":
+            memory_projection = (self.num_levels * vision_size, vision_size, rank)
+        else:
+            memory_projection = (vision_size, vision_size, rank, self.num_levels)
+        self.key_projection = DeltaProjection(*memory_projection)
+        self.value_projection = DeltaProjection(*memory_projection)
+        self.refinement_block = RefinementBlock(config) if config.use_refinement_block else None
+        self.attention = nn.MultiheadAttention(vision_size, config.projector_num_attention_heads, batch_first=True)
+        if self.variant == "released":
+            self.mlp = nn.Sequential(
+                nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
+            )
+        else:
+            self.text_projection = nn.Linear(vision_size, text_size)
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(text_size, eps=1e-6),
+                nn.Linear(text_size, config.projector_intermediate_size),
+                nn.GELU(),
+                nn.Linear(config.projector_intermediate_size, text_size),
+            )
+        # A function of the shape, so no checkpoint holds it; `_init_weights` fills it again after `from_pretrained`.
+        positions = position_table(vision_size, self.patch_grid_size)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(
+        self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
+    ) -> torch.Tensor:
+        """
+        Args:
+            query_features (`torch.Tensor` of shape `(batch_size, G², vision_hidden_size)`):
+                Patch features, row by row, of the layer that queries are made from.
+            memory_features (`torch.Tensor` of shape `(batch_size, G², num_levels * vision_hidden_size)`):
+                Patch features of the layers that keys and values are made from, concatenated.
+            num_visual_tokens (`int`): The budget V = g², g a divisor of G.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, V, text_hidden_size)`, row by row of the query grid.
+
+        Raises:
+            ValueError: If the grid does not allow the budget, or there are not G² patches.
+        """
+        side = query_grid_size(num_visual_tokens, self.patch_grid_size)
+        if query_features.shape[1] != self.patch_grid_size**2:
+            raise ValueError(
+                f"Got {query_features.shape[1]} patches, but the projector expects {self.patch_grid_size}x"
+                f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
+                ' vision_feature_select_strategy="default", one without it "full".'
+            )
+        queries = self._queries(query_features, side)
+        if self.variant == "paper":
+            memory_features = memory_features.unflatten(-1, (self.num_levels, -1)).transpose(1, 2)
+        keys = self._cells(self.key_projection(memory_features), side)
+        values = self._cells(self.value_projection(memory_features), side)
+        attended, _ = self.attention(queries.flatten(0, 1).unsqueeze(1), keys, values, need_weights=False)
+        attended = attended.view_as(queries)
+
+        if self.variant == "released":
+            return self.mlp(attended)
+        tokens = self.text_projection(attended)
+        return tokens + self.mlp(tokens)  # equation 11
+
+    def _queries(self, query_features: torch.Tensor, side: int) -> torch.Tensor:
+        """Refined and projected queries (equations 3 to 6), `(batch_size, V, vision_hidden_size)`."""
+        grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
+        grid = F.interpolate(grid, size=(side, side), mode=self.query_pooling)
+        positions = F.interpolate(self.positions.float(), size=(side, side), mode="bicubic").to(grid.dtype)
+        if self.variant == "released":
+            grid = self._refine(grid) + positions
+            return self.query_projection(grid.flatten(2).transpose(1, 2))
+        queries = self.query_projection((grid + positions).flatten(2).transpose(1, 2))
+        return self._refine(queries.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
+
+    def _refine(self, grid: torch.Tensor) -> torch.Tensor:
+        return grid if self.refinement_block is None else self.refinement_block(grid)
+
+    def _cells(self, memory: torch.Tensor, side: int) -> torch.Tensor:
+        """
+        Cuts the patch grid into the cells of the query grid: `(batch_size, [num_levels,] G², C)` to
+        `(batch_size * V, [num_levels *] (G/g)², C)`.
+        """
+        scale = self.patch_grid_size // side
+        cells = memory.reshape(memory.shape[0], -1, side, scale, side, scale, memory.shape[-1])
+        return cells.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(0, 2)
+
+
+def position_table(hidden_size: int, grid_size: int) -> torch.Tensor:
+    """
+    Fixed 2-D sine-cosine positions, float32 `(1, hidden_size, grid_size, grid_size)`: the first half of the channels
+    encodes the column, the second the row, each as sines then cosines of falling frequency.
+    """
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1).T.float()
+    columns = line[:, None, :].expand(-1, grid_size, -1)
+    rows = line[:, :, None].expand(-1, -1, grid_size)
+    return torch.cat([columns, rows])[None]
+
+
+class DeltaLlavaPreTrainedModel(PreTrainedModel):
+    """What both Delta-LLaVA models share: capabilities, initialization, and what quantization leaves alone."""
+
+    config: DeltaLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeltaProjector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, DeltaProjector):
+            hidden_size, grid_size = module.positions.shape[1:3]
+            init.copy_(module.positions, position_table(hidden_size, grid_size))
+        elif isinstance(module, nn.Conv2d) or (isinstance(module, DeltaProjection) and module.rank):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, quantization_config=None, **kwargs):
+        """
+        [`~PreTrainedModel.from_pretrained`], except that a `quantization_config` never reaches the vision tower, the
+        projector or the output head: their names join the modules that the backend skips.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = _quantize_language_model_only(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
+
+
+def _quantize_language_model_only(quantization_config):
+    """The same configuration (an object or a dict), with everything but the language model's layers skipped."""
+    is_dict = isinstance(quantization_config, dict)
+    fields = quantization_config if is_dict else vars(quantization_config)
+    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
+    default = "llm_int8_skip_modules" if "bitsandbytes" in method or "load_in_4bit" in fields else "modules_to_not_convert"
+    names = [name for name in _QUANTIZATION_SKIP_LISTS if name in fields] or [default]
+    skipped = {name: [*(fields.get(name) or []), "vision_tower", "multi_modal_projector", "lm_head"] for name in names}
+    if is_dict:
+        return {**quantization_config, **skipped}
+    for name, modules in skipped.items():
+        setattr(quantization_config, name, modules)
+    return quantization_config
+
+
+class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
+    """
+    Vision tower, projector and language model, without an output head.
+
+    Args:
+        config (`DeltaLlavaConfig`): Sub-configs name any tower with a square patch grid and any causal language model
+            that `AutoModel` knows.
+    """
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = DeltaProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """
+        Encodes images: one pass of the vision tower for all, one pass of the projector for each distinct budget.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
+                Preprocessed images, in any floating dtype.
+            num_visual_tokens (`int` or `torch.Tensor` of shape `(num_images,)`, int64, *optional*):
+                The budget of all images, or of each. Defaults to `config.num_visual_tokens`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's output, in which `pooler_output`
+            is a list of one `(V_i, text_hidden_size)` tensor per image.
+
+        Raises:
+            ValueError: If the grid does not allow a budget, or there are not as many budgets as images.
+        """
+        num_images = pixel_values.shape[0]
+        if num_visual_tokens is None:
+            num_visual_tokens = self.config.num_visual_tokens
+        budgets = torch.as_tensor(num_visual_tokens).flatten().tolist()
+        if len(budgets) == 1:
+            budgets = budgets * num_images
+        if len(budgets) != num_images:
+            raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
+        for budget in sorted(set(budgets) - set(self.config.visual_token_budgets)):
+            query_grid_size(budget, self.config.patch_grid_size)
+            logger.warning_once(
+                f"This checkpoint was trained for {self.config.visual_token_budgets} visual tokens and is now used with"
+                f" {budget}: it works, but its answers may be worse."
+            )
+
+        vision_outputs, query_features, memory_features = self._run_vision_tower(pixel_values, **kwargs)
+        image_features = [None] * num_images
+        for budget in sorted(set(budgets)):
+            images = [index for index, other in enumerate(budgets) if other == budget]
+            if len(images) == num_images:
+                projected = self.multi_modal_projector(query_features, memory_features, budget)
+            else:
+                projected = self.multi_modal_projector(query_features[images], memory_features[images], budget)
+            for index, features in zip(images, projected):
+                image_features[index] = features
+        vision_outputs.pooler_output = image_features
+        return vision_outputs
+
+    def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs):
+        """
+        Runs the tower once and keeps only the layers that are read.
+
+        Returns the tower's output, the query features `(num_images, G², C)` and the memory features
+        `(num_images, G², num_levels * C)`.
+        """
+        # A frozen tower needs no autograd graph, whatever hooks gradient checkpointing has put on its embeddings.
+        needs_grad = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        layers = {self.config.query_feature_layer, *self.config.memory_feature_layers}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad), self._capture_layers(layers) as captured:
+            vision_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        query_features = captured[self.config.query_feature_layer][:, first:]
+        memory_features = torch.cat(
+            [captured[layer][:, first:].to(query_features.device) for layer in self.config.memory_feature_layers], dim=-1
+        )
+        return vision_outputs, query_features, memory_features
+
+    @contextmanager
+    def _capture_layers(self, layers: set[int]):
+        """Yields a dict that the tower's next pass fills with the outputs of `layers`, counted from 1."""
+        # By hooks of our own: what `output_hidden_states=[...]` selects differs between transformers releases, and
+        # `output_hidden_states=True` would keep every layer's output until the last one is done.
+        captured, thread = {}, threading.get_ident()
+
+        def keep(index: int):
+            def hook(module, args, output):
+                if threading.get_ident() == thread:  # another thread's pass through the same tower is not ours
+                    captured[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        tower_layers = self._vision_tower_layers()
+        handles = [tower_layers[index - 1].register_forward_hook(keep(index)) for index in layers]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _vision_tower_layers(self) -> nn.ModuleList:
+        num_layers = self.config.vision_config.num_hidden_layers
+        for module in self.vision_tower.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return module
+        raise ValueError(f"{type(self.vision_tower).__name__} has no list of its {num_layers} layers to read from.")
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        Where the placeholders stand.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
+                Token ids; without them, placeholders are found by their embedding.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Token embeddings.
+            image_features (`list[torch.Tensor]` of shapes `(V_i, hidden_size)`): The visual tokens of each image.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, sequence_length, 1)`, bool.
+
+        Raises:
+            ValueError: If there are not as many placeholders as visual tokens, or images of different budgets do not
+                end where their placeholders do.
+        """
+        if input_ids is None:
+            placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_tokens, num_features = mask.sum(), sum(len(features) for features in image_features)
+        torch_compilable_check(
+            num_tokens == num_features,
+            f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}",
+        )
+        budgets = [len(features) for features in image_features]
+        if len(set(budgets)) > 1:
+            # With mixed budgets the totals may agree while every image stands in another's place.
+            ends = mask & ~F.pad(mask, (0, 1))[:, 1:]
+            token_ends = mask.flatten().cumsum(0)[ends.flatten()].tolist()
+            feature_ends = torch.tensor(budgets).cumsum(0).tolist()
+            if not set(token_ends) <= set(feature_ends):
+                raise ValueError(
+                    f"Image features and image tokens do not match: runs of image tokens end after {token_ends} tokens,"
+                    f" but the images' features, {budgets} tokens each, end after {feature_ends}."
+                )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_visual_tokens: int | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | DeltaLlavaModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
+                Token ids, with `config.image_token_id` once for every visual token.
+            pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`, *optional*):
+                The images of all rows, in the order of their placeholders.
+            attention_mask, position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
+                As the language model takes them.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Instead of `input_ids`; placeholders are embedded like any token.
+            num_visual_tokens (`int` or `torch.Tensor` of shape `(num_images,)`, int64, *optional*):
+                The budget of all images, or of each. Defaults to `config.num_visual_tokens`.
+            mm_encoder_outputs (`dict`, *optional*):
+                `{"image": output of get_image_features}`, instead of `pixel_values`: images encoded once serve many
+                questions.
+
+        Raises:
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, both of `pixel_values` and
+                `mm_encoder_outputs`, or placeholders and visual tokens do not match.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if image_outputs is not None:
+                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+            image_outputs = self.get_image_features(pixel_values, num_visual_tokens, return_dict=True)
+
+        image_features = None
+        if image_outputs is not None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return DeltaLlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
+    """
+    Delta-LLaVA with its output head: answers questions about images, each seen through as many visual tokens as the
+    call asks for.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    >>> inputs = processor(images=image, text=prompt, num_visual_tokens=36, return_tensors="pt")
+    >>> model.generate(**inputs, max_new_tokens=30)
+    ```"""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__(config)
+        self.model = DeltaLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        num_visual_tokens: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`DeltaLlavaModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_visual_tokens: int | torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
+        """
+        [`DeltaLlavaModel.forward`], and
+
+        Args:
+            labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
+                Token ids to predict, -100 where there is no loss.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Compute logits of the last that many positions only (0: of all), or of those that a tensor indexes.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_visual_tokens=num_visual_tokens,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs[0][:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return DeltaLlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+__all__ = [
+    "DeltaLlavaForConditionalGeneration",
+    "DeltaLlavaModel",
+    "DeltaLlavaPreTrainedModel",
+    "DeltaProjection",
+    "DeltaProjector",
+]

@@ -1,0 +1,122 @@
+"""Tiny backbones of the real architectures, made in place, and what is built from them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+
+@pytest.fixture(scope="session")
+def fixtures():
+    return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer that can spell anything, new at every call."""
+
+    def make():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
+        )
+        tokenizer.train_from_iterator(["USER: What is it? ASSISTANT: a red circle"] * 3, trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            bos_token="<s>",
+            eos_token="</s>",
+            extra_special_tokens={"image_token": "<image>"},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama, with what a test wants different."""
+
+    def make(siglip=False, **overrides):
+        size = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "image_size": 48,
+            "patch_size": 4,
+        }
+        text_config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        defaults = {
+            "vision_config": SiglipVisionConfig(**size, vision_use_head=False) if siglip else CLIPVisionConfig(**size),
+            "text_config": text_config,
+            "image_token_id": 3,
+            "num_visual_tokens": 36,
+            "visual_token_budgets": [1, 4, 9, 16, 36, 144],
+            "vision_feature_select_strategy": "full" if siglip else "default",
+        }
+        return DeltaLlavaConfig(**{**defaults, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """An untrained model whose image features are large enough to sway what it says."""
+
+    def make(**overrides):
+        torch.manual_seed(0)
+        model = DeltaLlavaForConditionalGeneration(tiny_config(**overrides)).eval()
+        with torch.no_grad():
+            model.model.multi_modal_projector.mlp[-1].weight.mul_(50)
+            model.lm_head.weight.mul_(10)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tiny_tokenizer):
+    def make(**overrides):
+        return DeltaLlavaProcessor(
+            image_processor=CLIPImageProcessor(
+                size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, do_convert_rgb=True
+            ),
+            tokenizer=tiny_tokenizer(),
+            chat_template=(TEMPLATES / "vicuna-v1.jinja").read_text(),
+            **{"num_visual_tokens": 36, "patch_grid_size": 12, **overrides},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """`noise(n)`: n different RGB images."""
+
+    def make(count, size=(60, 70)):
+        generator = torch.Generator().manual_seed(count)
+        pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, generator=generator)
+        return [Image.fromarray(image.numpy()) for image in pixels]
+
+    return make

@@ -1,0 +1,219 @@
+"""The projector: parity with the published code, the paper's variant, the ablation switches, the shapes in between."""
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from delta_llava import DeltaLlavaConfig, DeltaProjection, DeltaProjector
+from delta_llava.hub.convert import projector_from_released
+
+
+PUBLISHED_SHAPES = {
+    **{
+        f"{name}.{weight}": shape
+        for name, width in (("q_proj_1", 1024), ("k_proj_1", 4096), ("v_proj_1", 4096))
+        for weight, shape in {
+            "U": (width, 16),
+            "V": (16, 1024),
+            "shared_weight.weight": (1024, width),
+            "norm.weight": (1024,),
+            "norm.bias": (1024,),
+        }.items()
+    },
+    "clip_attn.in_proj_weight": (3072, 1024),
+    "clip_attn.in_proj_bias": (3072,),
+    "clip_attn.out_proj.weight": (1024, 1024),
+    "clip_attn.out_proj.bias": (1024,),
+    "mlp.0.weight": (4096, 1024),
+    "mlp.0.bias": (4096,),
+    "mlp.2.weight": (4096, 4096),
+    "mlp.2.bias": (4096,),
+    **{
+        f"combined_block.ntb.{name}": shape
+        for name, shape in {
+            "patch_embed.conv.weight": (768, 1024, 1, 1),
+            "norm_mhsa.weight": (768,),
+            "norm_mhsa.bias": (768,),
+            "e_mhsa.norm.weight": (768,),
+            "e_mhsa.norm.bias": (768,),
+            **{f"e_mhsa.{part}.weight": (768, 768) for part in ("q", "k", "v", "proj")},
+            **{f"e_mhsa.{part}.bias": (768,) for part in ("q", "k", "v", "proj")},
+            "projection.conv.weight": (256, 768, 1, 1),
+            "mhca.group_conv3x3.weight": (256, 32, 3, 3),
+            "mhca.norm.weight": (256,),
+            "mhca.norm.bias": (256,),
+            "mhca.projection.weight": (256, 256, 1, 1),
+            "mlp.conv1.weight": (2048, 1024, 1, 1),
+            "mlp.conv1.bias": (2048,),
+            "mlp.conv2.weight": (1024, 2048, 1, 1),
+            "mlp.conv2.bias": (1024,),
+        }.items()
+    },
+}
+
+
+def drawn(name, shape):
+    """The weights and inputs of the parity figures are drawn from their names, so that none need to be stored."""
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if name.startswith("input."):
+        return values
+    return 1 + 0.1 * values if name.endswith("weight") and "norm" in name else 0.05 * values
+
+
+@pytest.fixture(scope="module")
+def published():
+    projector = DeltaProjector(DeltaLlavaConfig()).eval()
+    weights = {name: drawn(name, shape) for name, shape in PUBLISHED_SHAPES.items()}
+    projector.load_state_dict(projector_from_released(weights), strict=True)
+    return projector
+
+
+def relative_error(ours, theirs):
+    return (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)).item()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_visual_tokens", [1, 4, 16, 36, 64, 144, 576])
+def test_parity_with_the_published_projector(published, fixtures, num_visual_tokens):
+    figures = load_file(fixtures / "released_delta_projector.safetensors")
+    query_features = drawn("input.query_features", (1, 576, 1024))
+    memory_features = drawn("input.memory_features", (1, 576, 4096))
+    tokens = published(query_features, memory_features, num_visual_tokens)
+    assert tokens.shape == (1, num_visual_tokens, 4096)
+    assert relative_error(tokens[0][:, ::64], figures[f"visual_tokens_{num_visual_tokens}"]) <= 1e-5
+    assert relative_error(torch.linalg.vector_norm(tokens), figures[f"norm_{num_visual_tokens}"]) <= 1e-5
+
+
+def test_a_name_that_was_never_published_is_refused():
+    with pytest.raises(ValueError, match="'readout.weight' is no weight of the published projector"):
+        projector_from_released({"readout.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032)])
+def test_parameter_count_at_clip_l_and_7b(variant, parameters):
+    with torch.device("meta"):
+        projector = DeltaProjector(DeltaLlavaConfig(projector_variant=variant))
+    assert sum(weight.numel() for weight in projector.parameters()) == parameters
+
+
+def naive_paper_projector(projector, config, query_features, memory_features, side):
+    """Equations 3 to 11 one cell, one head and one level at a time, from the same weights."""
+    grid, width = config.patch_grid_size, config.vision_config.hidden_size
+    heads = config.projector_num_attention_heads
+    scale = grid // side
+
+    def delta(module, features, level=None):
+        u, v = (module.U, module.V) if level is None else (module.U[level], module.V[level])
+        weight = module.shared_weight.weight + (u @ v).T
+        return module.norm(torch.nn.functional.gelu(features @ weight.T))
+
+    resized = torch.nn.functional.interpolate(
+        query_features.view(1, grid, grid, width).permute(0, 3, 1, 2), size=(side, side), mode="bilinear"
+    )
+    positions = torch.nn.functional.interpolate(projector.positions, size=(side, side), mode="bicubic")
+    queries = delta(projector.query_projection, (resized + positions)[0].permute(1, 2, 0).reshape(-1, width))
+    queries = projector.refinement_block(queries.T.reshape(1, width, side, side))[0].permute(1, 2, 0).reshape(-1, width)
+    levels = memory_features.view(grid * grid, -1, width).unbind(1)
+    weights, biases = projector.attention.in_proj_weight.chunk(3), projector.attention.in_proj_bias.chunk(3)
+    rows = []
+    for cell in range(side * side):
+        top, left = (cell // side) * scale, (cell % side) * scale
+        patches = [y * grid + x for y in range(top, top + scale) for x in range(left, left + scale)]
+        keys = torch.cat([delta(projector.key_projection, z[patches], level) for level, z in enumerate(levels)])
+        values = torch.cat([delta(projector.value_projection, z[patches], level) for level, z in enumerate(levels)])
+        query = queries[cell] @ weights[0].T + biases[0]
+        key, value = keys @ weights[1].T + biases[1], values @ weights[2].T + biases[2]
+        outputs = []
+        for head in range(heads):
+            part = slice(head * width // heads, (head + 1) * width // heads)
+            scores = key[:, part] @ query[part] / math.sqrt(width // heads)
+            outputs.append(scores.softmax(0) @ value[:, part])
+        rows.append(projector.attention.out_proj(torch.cat(outputs)))
+    tokens = projector.text_projection(torch.stack(rows))
+    return tokens + projector.mlp(tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_visual_tokens", [1, 9, 36])
+def test_the_paper_variant_is_its_equations(tiny_config, num_visual_tokens):
+    config = tiny_config(projector_variant="paper", projector_num_attention_heads=4)
+    projector = DeltaProjector(config).eval()
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    patches, width = config.patch_grid_size**2, config.vision_config.hidden_size
+    query_features = torch.randn(1, patches, width)
+    memory_features = torch.randn(1, patches, len(config.memory_feature_layers) * width)
+    expected = naive_paper_projector(
+        projector, config, query_features, memory_features, side=math.isqrt(num_visual_tokens)
+    )
+    torch.testing.assert_close(projector(query_features, memory_features, num_visual_tokens)[0], expected)
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize(
+    ("switch", "missing"),
+    [
+        ("use_delta_projection", ("U", "V")),
+        ("use_self_attention", ("refinement_block.attention.",)),
+        ("use_refinement_block", ("refinement_block.",)),
+    ],
+)
+def test_a_switch_removes_its_part_and_nothing_else(tiny_config, variant, switch, missing):
+    full = DeltaProjector(tiny_config(projector_variant=variant)).state_dict()
+    config = tiny_config(projector_variant=variant, **{switch: False})
+    ablated = DeltaProjector(config)
+    removed = full.keys() - ablated.state_dict().keys()
+    assert removed and ablated.state_dict().keys() <= full.keys()
+    assert all(name.startswith(missing) or name.endswith(missing) for name in removed)
+    width = config.vision_config.hidden_size
+    tokens = ablated(torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers)), 9)
+    assert tokens.shape == (2, 9, config.text_config.hidden_size)
+
+
+def test_area_pooling_lets_every_patch_count(tiny_config):
+    width = tiny_config().vision_config.hidden_size
+    # One patch in a corner, far from the centre of the single cell that bilinear resizing reads.
+    features = torch.zeros(1, 144, width)
+    features[0, 0] = 1.0
+    for pooling, counts in (("bilinear", False), ("area", True)):
+        projector = DeltaProjector(tiny_config(query_pooling=pooling, use_refinement_block=False)).eval()
+        with torch.no_grad():
+            moved = projector._queries(features, 1) - projector._queries(torch.zeros_like(features), 1)
+        assert bool(moved.abs().max() > 1e-6) is counts
+
+
+def test_drop_path_acts_in_training_only(tiny_config):
+    config = tiny_config(attention_drop_path=0.9, convolution_drop_path=0.9, mlp_drop_path=0.9)
+    projector = DeltaProjector(config)
+    width = config.vision_config.hidden_size
+    features = torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers))
+    torch.manual_seed(0)
+    first, second = projector.train()(*features, 36), projector(*features, 36)
+    assert not torch.equal(first, second)
+    assert torch.equal(projector.eval()(*features, 36), projector(*features, 36))
+
+
+def test_low_rank_update_is_part_of_the_map():
+    projection = DeltaProjection(8, 4, rank=2)
+    for weight in projection.parameters():
+        torch.nn.init.normal_(weight)
+    features = torch.randn(3, 8)
+    folded = projection.shared_weight.weight + (projection.U @ projection.V).T
+    expected = projection.norm(torch.nn.functional.gelu(features @ folded.T))
+    torch.testing.assert_close(projection(features), expected)
+
+
+def test_bad_budget_and_bad_grid_are_refused(tiny_config):
+    config = tiny_config()
+    projector = DeltaProjector(config)
+    width = config.vision_config.hidden_size
+    memory = torch.zeros(1, 144, width * len(config.memory_feature_layers))
+    with pytest.raises(ValueError, match=r"num_visual_tokens=25 .* one of \[1, 4, 9, 16, 36, 144\]"):
+        projector(torch.zeros(1, 144, width), memory, 25)
+    with pytest.raises(ValueError, match="Got 145 patches, but the projector expects 12x12=144"):
+        projector(torch.zeros(1, 145, width), memory, 36)
