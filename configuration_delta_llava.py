@@ -1,4 +1,4 @@
-"""Configuration of Delta-LLaVA: which tower layers are read, how many visual tokens they become, and by which projector."""
+"""Configuration of Delta-LLaVA: which tower layers are read, and into how many visual tokens by which projector."""
 
 from copy import deepcopy
 from math import isqrt
@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
 if TYPE_CHECKING:
-    # Whoever loads or saves one of the three files follows these lines, so that a Hub repository always holds all three.
+    # Whoever loads or saves one of the three files follows these lines: a Hub repository always holds all three.
     from .modeling_delta_llava import DeltaLlavaForConditionalGeneration  # noqa: F401
     from .processing_delta_llava import DeltaLlavaProcessor  # noqa: F401
 
@@ -57,7 +57,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP-ViT-L/14 at 336 pixels):
-            The vision tower. Its layers behind the deepest one that is read are cut off here, because nothing reads them.
+            The vision tower. Layers behind the deepest one that is read are cut off here: nothing needs them.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
             The causal language model.
         image_token_id (`int`, *optional*, defaults to 32000):
@@ -155,7 +155,9 @@ class DeltaLlavaConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
 
         if self.vision_config.hidden_size % 8:
-            raise ValueError(f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8.")
+            raise ValueError(
+                f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8."
+            )
         self._resolve_layers()
         if self.num_visual_tokens is None:
             self.num_visual_tokens = max(count for count in self.valid_visual_token_counts if count <= 144)

@@ -18,7 +18,7 @@ from .configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 
 logger = logging.get_logger(__name__)
 
-# What quantization backends call the list of modules that they leave alone (bitsandbytes, torchao and most others, HQQ).
+# What quantization backends call the modules that they leave alone: bitsandbytes, torchao and most others, HQQ.
 _QUANTIZATION_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
 
@@ -215,9 +215,7 @@ class DeltaProjector(nn.Module):
         self.refinement_block = RefinementBlock(config) if config.use_refinement_block else None
         self.attention = nn.MultiheadAttention(vision_size, config.projector_num_attention_heads, batch_first=True)
         if self.variant == "released":
-            self.mlp = nn.Sequential(
-                nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size)
-            )
+            self.mlp = nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
         else:
             self.text_projection = nn.Linear(vision_size, text_size)
             self.mlp = nn.Sequential(
@@ -349,7 +347,9 @@ def _quantize_language_model_only(quantization_config):
     is_dict = isinstance(quantization_config, dict)
     fields = quantization_config if is_dict else vars(quantization_config)
     method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
-    default = "llm_int8_skip_modules" if "bitsandbytes" in method or "load_in_4bit" in fields else "modules_to_not_convert"
+    default = (
+        "llm_int8_skip_modules" if "bitsandbytes" in method or "load_in_4bit" in fields else "modules_to_not_convert"
+    )
     names = [name for name in _QUANTIZATION_SKIP_LISTS if name in fields] or [default]
     skipped = {name: [*(fields.get(name) or []), "vision_tower", "multi_modal_projector", "lm_head"] for name in names}
     if is_dict:
@@ -421,7 +421,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 projected = self.multi_modal_projector(query_features, memory_features, budget)
             else:
                 projected = self.multi_modal_projector(query_features[images], memory_features[images], budget)
-            for index, features in zip(images, projected):
+            for index, features in zip(images, projected, strict=True):
                 image_features[index] = features
         vision_outputs.pooler_output = image_features
         return vision_outputs
@@ -434,7 +434,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         `(num_images, G², num_levels * C)`.
         """
         # A frozen tower needs no autograd graph, whatever hooks gradient checkpointing has put on its embeddings.
-        needs_grad = pixel_values.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        needs_grad = pixel_values.requires_grad or any(
+            weight.requires_grad for weight in self.vision_tower.parameters()
+        )
         layers = {self.config.query_feature_layer, *self.config.memory_feature_layers}
         with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad), self._capture_layers(layers) as captured:
             vision_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -442,7 +444,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         first = 1 if self.config.vision_feature_select_strategy == "default" else 0
         query_features = captured[self.config.query_feature_layer][:, first:]
         memory_features = torch.cat(
-            [captured[layer][:, first:].to(query_features.device) for layer in self.config.memory_feature_layers], dim=-1
+            [captured[layer][:, first:].to(query_features.device) for layer in self.config.memory_feature_layers],
+            dim=-1,
         )
         return vision_outputs, query_features, memory_features
 

@@ -9,7 +9,7 @@ from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 from .configuration_delta_llava import query_grid_size
 
@@ -31,8 +31,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
     r"""
     Joins an image processor and a tokenizer.
 
-    A call returns, beside what those two return, `num_visual_tokens` (int64, `(num_images,)`): the model's budgets, which
-    travel with `pixel_values`. Texts are padded on the left, as generation needs it.
+    A call returns, beside what those two return, `num_visual_tokens` (int64, `(num_images,)`): the budgets, which go
+    to the model with `pixel_values`. Texts are padded on the left, as generation needs it.
 
     Args:
         image_processor (`BaseImageProcessor`): Makes `(num_images, 3, height, width)` pixels of the tower's size.
@@ -69,7 +69,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         image_token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
             raise ValueError(
-                f"The tokenizer splits {self.image_token!r} into {len(image_token_ids)} tokens: add it as a special token."
+                f"The tokenizer splits {self.image_token!r} into {len(image_token_ids)} tokens: make it a special one."
             )
         self.image_token_id = image_token_ids[0]
         tokenizer.padding_side = "left"

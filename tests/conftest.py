@@ -45,7 +45,7 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama, with what a test wants different."""
+    """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama; a test overrides what it wants."""
 
     def make(siglip=False, **overrides):
         size = {

@@ -90,7 +90,7 @@ def test_parity_with_the_published_projector(published, fixtures, num_visual_tok
 
 
 def test_a_name_that_was_never_published_is_refused():
-    with pytest.raises(ValueError, match="'readout.weight' is no weight of the published projector"):
+    with pytest.raises(ValueError, match=r"'readout\.weight' is no weight of the published projector"):
         projector_from_released({"readout.weight": torch.zeros(1)})
 
 
@@ -188,7 +188,7 @@ def test_area_pooling_lets_every_patch_count(tiny_config):
 
 
 def test_drop_path_acts_in_training_only(tiny_config):
-    config = tiny_config(attention_drop_path=0.9, convolution_drop_path=0.9, mlp_drop_path=0.9)
+    config = tiny_config(attention_drop_path=0.5, convolution_drop_path=0.5, mlp_drop_path=0.5)
     projector = DeltaProjector(config)
     width = config.vision_config.hidden_size
     features = torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers))
