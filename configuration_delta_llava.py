@@ -193,7 +193,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         if height // patch_height != width // patch_width:
             raise ValueError(
                 f"The vision tower's patch grid must be square, but image_size={self.vision_config.image_size} and"
-                f" patch_size={self.vision_config.patch_size} make {height // patch_height}x{width // patch_width} patches."
+                f" patch_size={self.vision_config.patch_size} do not make one."
             )
         return height // patch_height
 

@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreT
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
+IMAGE_TOKEN_ID = 301
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
@@ -20,25 +21,29 @@ def fixtures():
 
 
 @pytest.fixture(scope="session")
+def backbones():
+    return Path(__file__).parents[1] / "backbones"
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer that can spell anything, new at every call."""
 
-    def make():
+    def make(image_token="<image>", pad_token="<pad>"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        special = ["<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+        special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
         trainer = trainers.BpeTrainer(
             vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special
         )
         tokenizer.train_from_iterator(["USER: What is it? ASSISTANT: a red circle"] * 3, trainer)
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            bos_token="<s>",
-            eos_token="</s>",
-            extra_special_tokens={"image_token": "<image>"},
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=pad_token
         )
+        if image_token:
+            tokenizer.add_tokens(image_token, special_tokens=True)
+        return tokenizer
 
     return make
 
@@ -70,7 +75,7 @@ def tiny_config():
         defaults = {
             "vision_config": SiglipVisionConfig(**size, vision_use_head=False) if siglip else CLIPVisionConfig(**size),
             "text_config": text_config,
-            "image_token_id": 3,
+            "image_token_id": IMAGE_TOKEN_ID,
             "num_visual_tokens": 36,
             "visual_token_budgets": [1, 4, 9, 16, 36, 144],
             "vision_feature_select_strategy": "full" if siglip else "default",

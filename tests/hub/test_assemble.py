@@ -1,0 +1,246 @@
+"""Assembling: small parts saved and joined for real, the backbones we name at full size on the meta device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    GPT2Config,
+    LlamaForCausalLM,
+    Qwen2Config,
+    SiglipImageProcessor,
+    SiglipVisionModel,
+)
+
+from delta_llava import DeltaLlavaForConditionalGeneration
+from delta_llava.hub import assemble as hub
+from delta_llava.hub.assemble import assemble, build_config, join, main
+
+
+@pytest.fixture
+def parts(tmp_path, tiny_config, tiny_tokenizer):
+    """Saves a CLIP model (both halves, as its repository has) and a Llama without pad token or `<image>`."""
+
+    def save(tie=False, text_config=None, siglip=False):
+        torch.manual_seed(0)
+        config = tiny_config(siglip=siglip)
+        vision_config = type(config.vision_config)(
+            **config.vision_config.to_diff_dict()
+            | {"num_hidden_layers": 6}
+            | ({"vision_use_head": True} if siglip else {})
+        )
+        if siglip:
+            SiglipVisionModel(vision_config).save_pretrained(tmp_path / "tower")
+            image_processor = SiglipImageProcessor(size={"height": 48, "width": 48})
+        else:
+            text_half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            clip = CLIPConfig(vision_config=vision_config.to_dict(), text_config=text_half, projection_dim=8)
+            CLIPModel(clip).save_pretrained(tmp_path / "tower")
+            image_processor = CLIPImageProcessor(
+                size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, do_convert_rgb=True
+            )
+        image_processor.save_pretrained(tmp_path / "tower")
+        text_config = text_config or config.text_config
+        text_config.tie_word_embeddings = tie
+        text_config.vocab_size = 300
+        language = AutoModelForCausalLM.from_config(text_config)
+        language.save_pretrained(tmp_path / "language")
+        tokenizer = tiny_tokenizer(image_token=None, pad_token=None)
+        tokenizer.save_pretrained(tmp_path / "language")
+        return str(tmp_path / "tower"), str(tmp_path / "language"), tmp_path / "out"
+
+    return save
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_assembled_weights_are_those_of_the_parts(parts, tie):
+    tower, language, out = parts(tie)
+    assemble(tower, language, out, num_visual_tokens=[144, 4, 36], projector_variant="paper")
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+
+    assert model.config.num_visual_tokens == 144 and model.config.visual_token_budgets == [4, 36, 144]
+    assert model.config.projector_variant == "paper"
+    assert model.config.vision_config.num_hidden_layers == 5  # the sixth is read by nothing
+    published = CLIPModel.from_pretrained(tower).vision_model.state_dict()
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, published[name]), name
+    published = LlamaForCausalLM.from_pretrained(language).state_dict()
+    ours = model.model.language_model.state_dict()
+    assert {f"model.{name}" for name in ours} | {"lm_head.weight"} == published.keys()
+    for name, weight in ours.items():
+        rows = 300 if name == "embed_tokens.weight" else None
+        assert torch.equal(weight[:rows], published[f"model.{name}"]), name
+    assert torch.equal(model.lm_head.weight[:300], published["lm_head.weight"])
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tie
+
+
+def test_tokens_and_template_of_a_llama(parts):
+    tower, language, out = parts()
+    assemble(tower, language, out)
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+    assert processor.tokenizer.pad_token_id == model.generation_config.pad_token_id is not None
+    assert processor.tokenizer.padding_side == "left"
+    assert len(processor.tokenizer) <= model.get_input_embeddings().num_embeddings == 320
+    assert model.config.text_config.vocab_size == model.lm_head.out_features == 320
+    assert processor.num_visual_tokens == model.config.num_visual_tokens == 144
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert text.startswith("<s>A chat between") and text.endswith("USER: <image>\nWhat is it? ASSISTANT:")
+
+
+def test_qwen_gets_chatml_and_stops_at_its_end_of_turn(parts, tiny_config):
+    llama = tiny_config().text_config
+    qwen = Qwen2Config(
+        **{name: getattr(llama, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    )
+    qwen.num_attention_heads = qwen.num_key_value_heads = 2
+    qwen.eos_token_id, qwen.bos_token_id = 2, None
+    tower, language, out = parts(text_config=qwen)
+    assemble(tower, language, out)
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    chat = [{"role": "user", "content": "Who?"}]
+    assert processor.apply_chat_template(chat, add_generation_prompt=True).endswith(
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+
+
+def test_siglip_keeps_all_patches_and_loses_its_head(parts, noise):
+    tower, language, out = parts(siglip=True)
+    assemble(tower, language, out, num_visual_tokens=[36])
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+    assert model.config.vision_feature_select_strategy == "full"
+    assert not any("head" in name for name, _ in model.model.vision_tower.named_parameters())
+    logits = model(**processor(images=noise(1), text="<image>", return_tensors="pt")).logits
+    assert logits.shape[1] == 36
+
+
+def test_joining_copies_no_weight_of_the_language_model(parts):
+    tower, language, _ = parts()
+    language_model = AutoModelForCausalLM.from_pretrained(language)
+    pointers = {name: weight.data_ptr() for name, weight in language_model.model.layers.named_parameters()}
+    config = build_config(
+        AutoConfig.from_pretrained(tower).vision_config, language_model.config, fake_tokenizer(302, image_token_id=300)
+    )
+    model = join(config, AutoModel.from_pretrained(tower, config=config.vision_config), language_model)
+    layers = dict(model.model.language_model.layers.named_parameters())
+    assert {name: weight.data_ptr() for name, weight in layers.items()} == pointers
+
+
+def fake_tokenizer(size, image_token_id):
+    """What `build_config` asks a tokenizer: its size, the placeholder's id, the padding token."""
+
+    class Tokenizer(SimpleNamespace):
+        __len__ = lambda self: size  # noqa: E731
+
+    return Tokenizer(convert_tokens_to_ids=lambda token: image_token_id, pad_token_id=0)
+
+
+CLIP_LAYER = 12_596_224  # 4 (C² + C) + 8 C² + 5 C + 4 C at C = 1024
+SIGLIP_LAYER = 15_239_504  # the same at C = 1152 and an MLP of 4304
+SIGLIP_HEAD = 15_238_352  # attention, LayerNorm and MLP of that size, and a probe
+FULL_SIZE = {
+    # Published parameter counts of the towers (CLIP-L cut by one layer; SigLIP by one layer and its pooling head) and
+    # of the language models, the latter with the rows that <image> and the padding to 64 add (2 x 64 x H for Vicuna).
+    ("clip-vit-large-patch14-336", "vicuna-7b-v1.5"): (303_507_456 - CLIP_LAYER, 6_738_415_616 + 2 * 64 * 4096),
+    ("clip-vit-large-patch14-336", "vicuna-13b-v1.5"): (303_507_456 - CLIP_LAYER, 13_015_864_320 + 2 * 64 * 5120),
+    ("clip-vit-large-patch14-336", "qwen2.5-7b-instruct"): (303_507_456 - CLIP_LAYER, 7_615_616_512),
+    ("clip-vit-large-patch14", "vicuna-7b-v1.5"): (303_179_776 - CLIP_LAYER, 6_738_415_616 + 2 * 64 * 4096),
+    ("siglip-so400m-patch14-384", "vicuna-7b-v1.5"): (
+        428_225_600 - SIGLIP_HEAD - SIGLIP_LAYER,
+        6_738_415_616 + 2 * 64 * 4096,
+    ),
+}
+GRIDS = {"clip-vit-large-patch14-336": 24, "clip-vit-large-patch14": 16, "siglip-so400m-patch14-384": 27}
+
+
+def projector_size(vision_size, text_size, levels, rank=16):
+    """Parameters of the released projector, by formula."""
+    attention, convolution = vision_size * 3 // 4, vision_size // 4
+    head_dim = max(size for size in range(1, 33) if convolution % size == 0)
+    refinement = (
+        vision_size * attention
+        + 4 * attention
+        + 4 * (attention**2 + attention)
+        + attention * convolution
+        + 9 * convolution * head_dim
+        + 2 * convolution
+        + convolution**2
+        + 4 * vision_size**2
+        + 3 * vision_size
+    )
+    inputs = vision_size, levels * vision_size, levels * vision_size  # of the queries', keys' and values' projections
+    delta = sum(width * vision_size + rank * (width + vision_size) + 2 * vision_size for width in inputs)
+    window_attention = 4 * (vision_size**2 + vision_size)
+    mlp = vision_size * text_size + text_size + text_size**2 + text_size
+    return refinement + delta + window_attention + mlp
+
+
+@pytest.mark.parametrize(("tower", "language"), FULL_SIZE)
+def test_full_size_on_meta(tower, language, backbones):
+    vision_config = AutoConfig.from_pretrained(backbones / tower)
+    text_config = AutoConfig.from_pretrained(backbones / language)
+    tokens = 151_666 if "qwen" in language else 32_001
+    config = build_config(vision_config, text_config, fake_tokenizer(tokens, image_token_id=tokens - 1))
+    with torch.device("meta"):
+        parts = AutoModel.from_config(config.vision_config), AutoModelForCausalLM.from_config(text_config)
+        reference = DeltaLlavaForConditionalGeneration(config)
+    model = join(config, *parts)
+
+    assert {name: weight.shape for name, weight in model.state_dict().items()} == {
+        name: weight.shape for name, weight in reference.state_dict().items()
+    }
+    grid = GRIDS[tower]
+    assert config.patch_grid_size == grid
+    assert config.num_visual_tokens == {24: 144, 16: 64, 27: 81}[grid]
+
+    def size(part):
+        return sum(weight.numel() for weight in part.parameters())
+
+    tower_size, language_size = FULL_SIZE[tower, language]
+    assert size(model.model.vision_tower) == tower_size
+    assert size(model.model.language_model) + size(model.lm_head) == language_size
+    expected = projector_size(vision_config.hidden_size, text_config.hidden_size, len(config.memory_feature_layers))
+    assert size(model.model.multi_modal_projector) == expected
+
+
+def test_bad_input_is_refused_before_a_weight_is_loaded(parts, monkeypatch, tiny_config):
+    tower, language, out = parts()
+    monkeypatch.setattr(hub, "AutoModelForCausalLM", None)  # loading would fail
+    with pytest.raises(ValueError, match=r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"):
+        assemble(tower, language, out, num_visual_tokens=[36, 25])
+    CLIPImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(tower)
+    with pytest.raises(ValueError, match="images of 64x64 pixels, but the vision tower takes 48x48"):
+        assemble(tower, language, out)
+    GPT2Config().save_pretrained(language)
+    with pytest.raises(ValueError, match=r"type 'gpt2', only for \['llama', 'qwen2', 'qwen3'\]: name a Jinja file"):
+        assemble(tower, language, out)
+    out.mkdir()
+    (out / "notes.txt").touch()
+    with pytest.raises(ValueError, match="holds files already"):
+        assemble(tower, language, out)
+
+
+def test_command_line(parts, tmp_path, capsys):
+    tower, language, out = parts()
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    overrides = '{"query_pooling": "area"}'
+    command = f"--vision_tower {tower} --language_model {language} --output_dir {out} --num_visual_tokens 9 36"
+    main([*command.split(), "--chat_template", str(template), "--config_overrides", overrides])
+    assert "for [9, 36] visual tokens per image" in capsys.readouterr().out
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(out)
+    assert (model.config.num_visual_tokens, model.config.query_pooling) == (36, "area")
+    assert AutoProcessor.from_pretrained(out, trust_remote_code=True).chat_template == template.read_text()
