@@ -16,6 +16,7 @@ from transformers import BatchFeature, ProcessorMixin, Trainer
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
+
 logger = logging.get_logger(__name__)
 
 IMAGE_MARKER = "<image>"
@@ -183,7 +184,7 @@ def _image_fault(file: str) -> str | None:
     try:
         with PIL.Image.open(file) as image:
             image.load()  # decodes every pixel: a header alone does not show a truncated file
-    except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise whatever a broken file makes them trip over
+    except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
         return f"image {file} cannot be read: {type(error).__name__}: {error}"
     return None
 
@@ -296,11 +297,11 @@ class Collator:
 
         cut_image_tokens = batch["input_ids"][:, self.max_length :] == self.processor.image_token_id
         if self.max_length is not None and cut_image_tokens.any():
-            name, length = self._first(rows, cut_image_tokens.any(dim=1)), batch["input_ids"].shape[1]
+            position = int(cut_image_tokens.any(dim=1).nonzero()[0])
             raise ValueError(
-                f"{name} has image tokens beyond max_length={self.max_length}: at {num_visual_tokens} visual tokens "
-                f"an image, its batch is {length} tokens long. Raise max_length, lower num_visual_tokens or leave the "
-                "record out."
+                f"{_name(rows[position])} has image tokens beyond max_length={self.max_length}: at {num_visual_tokens} "
+                f"visual tokens an image it is {batch['attention_mask'][position].sum()} tokens long. Raise "
+                "max_length, lower num_visual_tokens or leave the record out."
             )
         for key in ("input_ids", "attention_mask", "labels"):
             batch[key] = batch[key][:, : self.max_length]
@@ -308,13 +309,13 @@ class Collator:
         all_masked = (batch["labels"] == -100).all(dim=1)
         if all_masked.any():
             raise ValueError(
-                f"{self._first(rows, all_masked)} has nothing to learn: all its labels are masked. Either its answer "
-                f"lies beyond max_length={self.max_length}, or the chat template marks none by {{% generation %}}."
+                f"{_name(rows[int(all_masked.nonzero()[0])])} has nothing to learn: all its labels are masked. Either "
+                f"its answer lies beyond max_length={self.max_length}, or the chat template marks none by "
+                "{% generation %}."
             )
         return batch
 
-    @staticmethod
-    def _first(rows: list[dict[str, Any]], is_bad: torch.Tensor) -> str:
-        row = rows[int(is_bad.nonzero()[0])]
-        texts = [part["text"] for message in row["messages"] for part in message["content"] if part["text"]]
-        return f"Row {row['index']} of the training data ({' '.join(texts)[:80]!r}…)"
+
+def _name(row: dict[str, Any]) -> str:
+    texts = [part["text"] for message in row["messages"] for part in message["content"] if part["text"]]
+    return f"Row {row['index']} of the training data ({' '.join(texts)[:80]!r}…)"

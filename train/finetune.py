@@ -16,8 +16,9 @@ On one device `python -m delta_llava.train.finetune` does. One checkpoint for se
 
 from pathlib import Path
 
+import torch
 from transformers import LlavaImageProcessor
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import SFTConfig, TrlParser
 
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -26,21 +27,23 @@ from .trainer import DeltaLlavaTrainer, ScriptArguments, check_recipe
 
 
 def main(arguments: list[str] | None = None):
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    config, checkpoint = check_recipe(script_args, training_args, model_args)
+    parser = TrlParser((ScriptArguments, SFTConfig))
+    script_args, training_args = parser.parse_args_and_config(arguments)
+    config, checkpoint = check_recipe(script_args, training_args)
+    training_args.assistant_only_loss = True  # as the collator does; TRL then checks the template's end of turn
 
     ################
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
+        script_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
     )
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
+    image_size = config.vision_config.image_size
     processor.image_processor = LlavaImageProcessor(
         do_pad=True,
-        do_center_crop=False,
-        size={"height": config.vision_config.image_size, "width": config.vision_config.image_size},
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
         image_mean=processor.image_processor.image_mean,
         image_std=processor.image_processor.image_std,
     )
@@ -51,18 +54,20 @@ def main(arguments: list[str] | None = None):
         skip_bad_records=script_args.skip_bad_records,
     )
     collator = Collator(processor, training_args.max_length)
-    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # the template's faults show here
+    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # shows a fault of template or max_length
 
     ################
     # Model
     ################
+    # Frozen weights in the dtype that mixed precision computes in, trained ones in float32: in 16 bits, AdamW's small
+    # steps would be rounded away
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
+        script_args.model_name_or_path,
         config=config,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
+        dtype=dtype,
+        attn_implementation=script_args.attn_implementation,
     )
-    dtype = model.dtype
     model.model.vision_tower.requires_grad_(False)
     for part in (model.model.multi_modal_projector, model.model.language_model, model.lm_head):
         part.float()
@@ -78,7 +83,7 @@ def main(arguments: list[str] | None = None):
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(dtype)  # the trained weights were float32
+    trainer.model.to(dtype)  # the trained weights too
     trainer.save_model()
 
 

@@ -12,13 +12,14 @@ python -m delta_llava.train.pretrain \
     --output_dir runs/vicuna-7b-pretrain
 ```
 
-Several GPUs: `accelerate launch -m delta_llava.train.pretrain` with the same arguments. One checkpoint for several token
-budgets: `--num_visual_tokens 1 4 16 36 144`. After an interruption: `--resume_from_checkpoint latest`.
+Several GPUs: `accelerate launch -m delta_llava.train.pretrain` with the same arguments. One checkpoint for several
+token budgets: `--num_visual_tokens 1 4 16 36 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
 from pathlib import Path
 
-from trl import ModelConfig, SFTConfig, TrlParser
+import torch
+from trl import SFTConfig, TrlParser
 
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -30,15 +31,15 @@ PLAIN_TEMPLATE = Path(__file__).parents[1] / "templates" / "plain.jinja"
 
 
 def main(arguments: list[str] | None = None):
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    config, checkpoint = check_recipe(script_args, training_args, model_args)
+    parser = TrlParser((ScriptArguments, SFTConfig))
+    script_args, training_args = parser.parse_args_and_config(arguments)
+    config, checkpoint = check_recipe(script_args, training_args)
 
     ################
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
+        script_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
     )
     dataset = load_llava_json(
         script_args.json_path,
@@ -49,18 +50,20 @@ def main(arguments: list[str] | None = None):
     )
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     collator = Collator(processor, training_args.max_length, PLAIN_TEMPLATE.read_text(encoding="utf-8"))
-    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # the template's faults show here
+    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # shows a fault of template or max_length
 
     ################
     # Model
     ################
+    # Frozen weights in the dtype that mixed precision computes in, trained ones in float32: in 16 bits, AdamW's small
+    # steps would be rounded away
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
     model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        model_args.model_name_or_path,
+        script_args.model_name_or_path,
         config=config,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
+        dtype=dtype,
+        attn_implementation=script_args.attn_implementation,
     )
-    dtype = model.dtype
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
 
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None):
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(dtype)  # the trained weights were float32
+    trainer.model.to(dtype)  # the trained weights too
     trainer.save_model()
 
 

@@ -1,14 +1,13 @@
-"""What both training stages share: their arguments, the checks of a recipe, and TRL's trainer with a budget per batch."""
+"""What both training stages share: arguments, the checks of a recipe, and TRL's trainer with a budget per batch."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import sort_checkpoints
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from .data import BudgetedRows, BudgetSampler
@@ -17,9 +16,11 @@ from .data import BudgetedRows, BudgetSampler
 @dataclass
 class ScriptArguments:
     """
-    Arguments of a training stage beside those of TRL's `SFTConfig` and `ModelConfig`.
+    Arguments of a training stage beside those of TRL's `SFTConfig`.
 
     Args:
+        model_name_or_path (`str`):
+            Delta-LLaVA to start from: what `delta_llava.hub.assemble` or an earlier stage has written.
         json_path (`str`):
             LLaVA's JSON file.
         image_folder (`str`):
@@ -28,8 +29,13 @@ class ScriptArguments:
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Train without the bad records instead of stopping at them.
+        attn_implementation (`str`, *optional*):
+            Attention of tower and language model, such as `"flash_attention_2"`. By default transformers' choice.
     """
 
+    model_name_or_path: str = field(
+        metadata={"help": "Delta-LLaVA to start from: an assembled one or a stage's result."}
+    )
     json_path: str = field(metadata={"help": "LLaVA's JSON file."})
     image_folder: str = field(metadata={"help": "Folder that the images of the JSON file lie in."})
     num_visual_tokens: list[int] | None = field(
@@ -39,6 +45,9 @@ class ScriptArguments:
     skip_bad_records: bool = field(
         default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention of tower and language model, such as flash_attention_2."}
+    )
 
     def __post_init__(self):
         # `num_visual_tokens: 144` in a recipe
@@ -46,14 +55,12 @@ class ScriptArguments:
             self.num_visual_tokens = [self.num_visual_tokens]
 
 
-def check_recipe(
-    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
-) -> tuple[DeltaLlavaConfig, str | None]:
+def check_recipe(script_args: ScriptArguments, training_args: SFTConfig) -> tuple[DeltaLlavaConfig, str | None]:
     """
-    Check what can be checked of a recipe before any weight is loaded.
+    Check what can be checked of a recipe before data and weights are loaded.
 
     Args:
-        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`):
+        script_args (`ScriptArguments`), training_args (`SFTConfig`):
             The recipe.
 
     Returns:
@@ -61,28 +68,19 @@ def check_recipe(
         the checkpoint to resume from, if that was asked for.
 
     Raises:
-        `ValueError`: No model is named, its patch grid does not allow a budget, weights in half precision shall be
-        trained without mixed precision, or there is no complete checkpoint to resume from.
+        `ValueError`: The model's patch grid does not allow a budget, or no complete checkpoint is there to resume from.
     """
-    if model_args.model_name_or_path is None:
-        raise ValueError("model_name_or_path is missing: name a folder that delta_llava.hub.assemble has written.")
-    config = DeltaLlavaConfig.from_pretrained(model_args.model_name_or_path)
+    config = DeltaLlavaConfig.from_pretrained(script_args.model_name_or_path)
     budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
     for budget in budgets:
         query_grid_size(budget, config.patch_grid_size)
     config.visual_token_budgets = budgets
     if config.num_visual_tokens not in budgets:
-        config.num_visual_tokens = budgets[-1]
-
-    if model_args.dtype != "float32" and not (training_args.bf16 or training_args.fp16):
-        raise ValueError(
-            f"dtype={model_args.dtype} needs bf16=true, because trained weights are kept in float32 beside frozen ones "
-            "in that dtype. Without mixed precision, as on a CPU, use dtype=float32."
-        )
+        config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
     return config, _checkpoint_to_resume(training_args)
 
 
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
     asked = training_args.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
@@ -133,7 +131,7 @@ class DeltaLlavaTrainer(SFTTrainer):
             sampler=sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=self.args.dataloader_drop_last,
@@ -141,7 +139,7 @@ class DeltaLlavaTrainer(SFTTrainer):
         return self.accelerator.prepare(dataloader)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Like the Trainer's, but what is no checkpoint of the Trainer's own is in Hub layout: without its arguments."""
+        """Like the Trainer's; what is no checkpoint of its own is in Hub layout, without its pickled arguments."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
             Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
