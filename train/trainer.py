@@ -68,8 +68,15 @@ def check_recipe(script_args: ScriptArguments, training_args: SFTConfig) -> tupl
         the checkpoint to resume from, if that was asked for.
 
     Raises:
-        `ValueError`: The model's patch grid does not allow a budget, or no complete checkpoint is there to resume from.
+        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from, or
+            an option cannot be had with images.
     """
+    if training_args.packing or training_args.padding_free or training_args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"packing={training_args.packing}, padding_free={training_args.padding_free} and train_sampling_strategy="
+            f"{training_args.train_sampling_strategy} must be left at False, False and 'random': batches of images are "
+            "padded, and shuffled together with their budgets."
+        )
     config = DeltaLlavaConfig.from_pretrained(script_args.model_name_or_path)
     budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
     for budget in budgets:
@@ -81,8 +88,8 @@ def check_recipe(script_args: ScriptArguments, training_args: SFTConfig) -> tupl
 
 
 def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
-    asked = training_args.resume_from_checkpoint
-    if asked is None or asked.lower() == "false":
+    asked = str(training_args.resume_from_checkpoint)
+    if asked.lower() in ("none", "false"):
         return None
     if asked.lower() not in ("latest", "true"):
         if not _is_complete(Path(asked), training_args.world_size):

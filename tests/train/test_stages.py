@@ -141,8 +141,14 @@ BAD_RECIPES = {
     "budget of no grid": ({"num_visual_tokens": [4, 25]}, r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"),
     "missing json": ({"json_path": "none.json"}, "json_path=none.json is not a file"),
     "missing folder": ({"image_folder": "none"}, "image_folder=none is not a folder"),
-    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
-    "no such checkpoint": ({"resume_from_checkpoint": "none"}, "resume_from_checkpoint=none is not a complete"),
+    "packing": ({"packing": True}, "packing=True.* must be left at False"),
+    "grouping": ({"train_sampling_strategy": "group_by_length"}, "=group_by_length must be left"),
+    "nothing to resume": ({"resume_from_checkpoint": True}, "no complete checkpoint"),
+    "no latest to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
+    "no such checkpoint": (
+        {"resume_from_checkpoint": "checkpoint-3"},
+        "resume_from_checkpoint=checkpoint-3 is not a complete",
+    ),
     "too short for the images": ({"max_length": 20, "num_visual_tokens": 144}, "image tokens beyond max_length=20"),
 }
 
