@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,22 @@ from .configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 
 logger = logging.get_logger(__name__)
 
-# What quantization backends call the modules that they leave alone: bitsandbytes, torchao and most others, HQQ.
-_QUANTIZATION_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+# What quantization backends call the modules that they leave alone: bitsandbytes; torchao, AWQ and most others; HQQ;
+# AQLM. (GPTQ takes one list of blocks, and finds the language model's by its name.)
+_QUANTIZATION_SKIP_LISTS = (
+    "llm_int8_skip_modules",
+    "modules_to_not_convert",
+    "skip_modules",
+    "linear_weights_not_to_quantize",
+)
+# By their full names, with and without the output head around them.
+_NOT_QUANTIZED = (
+    "lm_head",
+    "vision_tower",
+    "model.vision_tower",
+    "multi_modal_projector",
+    "model.multi_modal_projector",
+)
 
 
 @dataclass
@@ -346,12 +361,11 @@ def _quantize_language_model_only(quantization_config):
     """The same configuration (an object or a dict), with everything but the language model's layers skipped."""
     is_dict = isinstance(quantization_config, dict)
     fields = quantization_config if is_dict else vars(quantization_config)
-    method = str(getattr(fields.get("quant_method"), "value", fields.get("quant_method")))
-    default = (
-        "llm_int8_skip_modules" if "bitsandbytes" in method or "load_in_4bit" in fields else "modules_to_not_convert"
-    )
-    names = [name for name in _QUANTIZATION_SKIP_LISTS if name in fields] or [default]
-    skipped = {name: [*(fields.get(name) or []), "vision_tower", "multi_modal_projector", "lm_head"] for name in names}
+    names = [name for name in _QUANTIZATION_SKIP_LISTS if name in fields]
+    if is_dict and not names:
+        # Backends read the list under their own name and leave unknown ones alone.
+        names = _QUANTIZATION_SKIP_LISTS
+    skipped = {name: [*(fields.get(name) or []), *_NOT_QUANTIZED] for name in names}
     if is_dict:
         return {**quantization_config, **skipped}
     for name, modules in skipped.items():
@@ -374,6 +388,12 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.multi_modal_projector = DeltaProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -603,14 +623,23 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     >>> model.generate(**inputs, max_new_tokens=30)
     ```"""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
         self.model = DeltaLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        # `embed_tokens` in most language models, but not in all
+        embeddings = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -623,6 +652,14 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`DeltaLlavaModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
+
+    def generate(self, *args, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **kwargs):
+        """[`~GenerationMixin.generate`], except that `mm_encoder_outputs` can be used again afterwards."""
+        if mm_encoder_outputs is not None:
+            # Beam search repeats the features in place, once for each beam.
+            mm_encoder_outputs = {modality: copy(outputs) for modality, outputs in mm_encoder_outputs.items()}
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

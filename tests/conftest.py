@@ -1,5 +1,8 @@
 """Tiny backbones of the real architectures, made in place, and what is built from them."""
 
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,13 +14,14 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreT
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
-IMAGE_TOKEN_ID = 301
-TEMPLATES = Path(__file__).parents[1] / "templates"
-
-
 @pytest.fixture(scope="session")
 def fixtures():
     return Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def templates():
+    return Path(__file__).parents[1] / "templates"
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +53,7 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tiny_config():
+def tiny_config(tiny_tokenizer):
     """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama; a test overrides what it wants."""
 
     def make(siglip=False, **overrides):
@@ -75,7 +79,7 @@ def tiny_config():
         defaults = {
             "vision_config": SiglipVisionConfig(**size, vision_use_head=False) if siglip else CLIPVisionConfig(**size),
             "text_config": text_config,
-            "image_token_id": IMAGE_TOKEN_ID,
+            "image_token_id": tiny_tokenizer().convert_tokens_to_ids("<image>"),
             "num_visual_tokens": 36,
             "visual_token_budgets": [1, 4, 9, 16, 36, 144],
             "vision_feature_select_strategy": "full" if siglip else "default",
@@ -101,14 +105,14 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def tiny_processor(tiny_tokenizer):
+def tiny_processor(tiny_tokenizer, templates):
     def make(**overrides):
         return DeltaLlavaProcessor(
             image_processor=CLIPImageProcessor(
                 size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, do_convert_rgb=True
             ),
             tokenizer=tiny_tokenizer(),
-            chat_template=(TEMPLATES / "vicuna-v1.jinja").read_text(),
+            chat_template=(templates / "vicuna-v1.jinja").read_text(),
             **{"num_visual_tokens": 36, "patch_grid_size": 12, **overrides},
         )
 
@@ -125,3 +129,21 @@ def noise():
         return [Image.fromarray(image.numpy()) for image in pixels]
 
     return make
+
+
+@pytest.fixture
+def httpserver_url():
+    """`httpserver_url(folder)`: serves the folder on loopback and returns its URL."""
+    servers = []
+
+    def serve(folder):
+        handler = partial(SimpleHTTPRequestHandler, directory=folder)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,121 @@
+"""A saved folder is a Hub repository: fresh processes with empty caches load it, run it, and save it again whole."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+
+CODE_FILES = {"configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py"}
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def in_fresh_process(tmp_path):
+    """Runs code in a new interpreter, away from the repository, with an empty cache and no Hub; returns its output."""
+
+    def run(code, **variables):
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))
+        }
+        environment |= {"HF_HOME": str(tmp_path / "empty_cache"), "HF_HUB_OFFLINE": "1", **variables}
+        # No delta_llava: what is loaded must come from the folder
+        guard = "import sys; sys.modules['delta_llava'] = None\n"
+        completed = subprocess.run(
+            [sys.executable, "-c", guard + code],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert completed.returncode == 0, completed.stderr[-3000:]
+        return completed.stdout
+
+    return run
+
+
+def test_all_auto_classes_load_the_folder(checkpoint, in_fresh_process):
+    output = in_fresh_process(f"""
+import json
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+
+classes = AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+loaded = [auto.from_pretrained({str(checkpoint)!r}, trust_remote_code=True) for auto in classes]
+print(json.dumps([type(item).__name__ for item in loaded]))
+assert all(type(item).__module__.startswith("transformers_modules.") for item in loaded)
+""")
+    model = "DeltaLlavaForConditionalGeneration"
+    expected = ["DeltaLlavaConfig", "DeltaLlavaModel", model, model, "DeltaLlavaProcessor"]
+    assert json.loads(output.splitlines()[-1]) == expected
+
+
+def test_pipeline_answers_chats_at_any_budget(checkpoint, in_fresh_process, noise, tmp_path):
+    noise(1)[0].save(tmp_path / "image.png")
+    output = in_fresh_process(f"""
+import json
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model={str(checkpoint)!r}, trust_remote_code=True)
+budgets = []
+pipe.model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: budgets.append(args[2]))
+content = [dict(type="image", url="image.png"), dict(type="text", text="What is it?")]
+chat = [dict(role="user", content=content)]
+options = dict(return_full_text=False, generate_kwargs=dict(max_new_tokens=4, do_sample=False, eos_token_id=None))
+answers = [pipe(text=chat, **options)]
+answers += [pipe(text=chat, processor_kwargs=dict(num_visual_tokens=budget), **options) for budget in (4, 144)]
+print(json.dumps([budgets, [answer[0]["generated_text"] for answer in answers]]))
+""")
+    budgets, answers = json.loads(output.splitlines()[-1])
+    assert budgets == [36, 4, 144] and all(answers)
+
+
+def test_saving_and_loading_keeps_every_logit(tiny_model, tiny_processor, checkpoint, noise):
+    inputs = tiny_processor()(images=noise(1), text="<image> what", num_visual_tokens=16, return_tensors="pt")
+    loaded = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    assert torch.equal(loaded(**inputs).logits, tiny_model()(**inputs).logits)
+
+
+@pytest.mark.parametrize("part", ["AutoModelForImageTextToText", "AutoModel", "AutoProcessor"])
+def test_a_part_saved_again_alone_loads_again_with_all_code(checkpoint, in_fresh_process, tmp_path, part):
+    again = tmp_path / "again"
+    in_fresh_process(f"""
+from transformers import {part}
+{part}.from_pretrained({str(checkpoint)!r}, trust_remote_code=True).save_pretrained({str(again)!r})
+""")
+    assert {path.name for path in again.glob("*.py")} == CODE_FILES
+    for name in CODE_FILES:
+        assert (again / name).read_text() == (checkpoint / name).read_text()
+    config = json.loads((again / ("processor_config.json" if part == "AutoProcessor" else "config.json")).read_text())
+    assert part in config["auto_map"]
+    if part != "AutoProcessor":
+        assert config["auto_map"] == json.loads((checkpoint / "config.json").read_text())["auto_map"]
+        assert len(config["auto_map"]) == 5
+    in_fresh_process(
+        f"from transformers import {part}; {part}.from_pretrained({str(again)!r}, trust_remote_code=True)",
+        HF_HOME=str(tmp_path / "another_empty_cache"),
+    )
+
+
+def test_the_code_needs_nothing_but_torch_transformers_and_what_they_bring(checkpoint):
+    from transformers.dynamic_module_utils import get_imports
+
+    imported = {name for file in CODE_FILES for name in get_imports(checkpoint / file)}
+    assert imported - set(sys.stdlib_module_names) == {"PIL", "huggingface_hub", "torch", "transformers"}
+    for file in CODE_FILES:
+        assert "delta_llava." not in (checkpoint / file).read_text().replace("delta_llava.Delta", "")
+
+
+def test_weights_are_safetensors(checkpoint):
+    assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".jinja", ".py", ".safetensors"}

@@ -1,0 +1,452 @@
+"""The model: what every user of a transformers VLM expects of it, at any budget, in any mix."""
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GPT2Config,
+    Qwen2Config,
+    TextIteratorStreamer,
+    TorchAoConfig,
+)
+
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+
+
+ALL_BUDGETS = [1, 4, 9, 16, 36, 144]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture
+def mixed_batch(noise):
+    """Rows with two images, none, one and three: texts, images of each row, budgets of each row."""
+    first, second, third, fourth, fifth, sixth = noise(6)
+    texts = [
+        "USER: <image>\n<image>\nWhat differs? ASSISTANT:",
+        "USER: Who are you? ASSISTANT:",
+        "USER: <image>\nWhat is it? ASSISTANT:",
+        "USER: <image> and <image> and <image> ASSISTANT:",
+    ]
+    images = [[first, second], [], [third], [fourth, fifth, sixth]]
+    budgets = [[36, 4], [], [144], [1, 16, 9]]
+    return texts, images, budgets
+
+
+def single(processor, text, images, budgets):
+    if not images:
+        return processor(text=text, return_tensors="pt")
+    return processor(images=images, text=text, num_visual_tokens=budgets, return_tensors="pt")
+
+
+def new_tokens(model, inputs, **options):
+    return model.generate(**inputs, **{**GREEDY, **options})[:, inputs["input_ids"].shape[1] :]
+
+
+def flat(rows):
+    return [entry for row in rows for entry in row]
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, tiny_processor, mixed_batch, siglip):
+    model, processor = tiny_model(siglip=siglip), tiny_processor()
+    texts, images, budgets = mixed_batch
+    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+    together = new_tokens(model, batch)
+    alone = [new_tokens(model, single(processor, *row))[0] for row in zip(texts, images, budgets, strict=True)]
+    assert torch.equal(together, torch.stack(alone))
+    assert len({tuple(row.tolist()) for row in together}) > 1, "the images must matter for this to prove anything"
+
+
+def test_a_budget_changes_what_is_seen(tiny_model, tiny_processor, noise):
+    model, processor = tiny_model(), tiny_processor()
+    for budget in ALL_BUDGETS:
+        inputs = processor(images=noise(1), text="<image>", num_visual_tokens=budget, return_tensors="pt")
+        outputs = model(**inputs)
+        assert outputs.image_hidden_states.shape == (budget, 64)
+        assert outputs.logits.shape == (1, budget, 320)
+
+
+def test_budget_of_the_call_before_that_of_the_processor_before_that_of_the_config(tiny_model, tiny_processor, noise):
+    model = tiny_model(num_visual_tokens=16)
+    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    assert len(model.get_image_features(pixel_values).pooler_output[0]) == 16
+    inputs = tiny_processor(num_visual_tokens=9)(images=noise(1), text="<image>", return_tensors="pt")
+    assert len(model(**inputs).image_hidden_states) == 9
+    assert len(model.get_image_features(pixel_values, num_visual_tokens=4).pooler_output[0]) == 4
+
+
+def test_image_features_of_mixed_budgets_are_those_of_each_image_alone(tiny_model, tiny_processor, noise, monkeypatch):
+    model = tiny_model()
+    pixel_values = tiny_processor()(images=noise(5), text="<image>" * 5, return_tensors="pt")["pixel_values"]
+    budgets = torch.tensor([36, 4, 36, 144, 4])
+    tower_passes, projector_passes = [], []
+    model.model.vision_tower.register_forward_hook(lambda *_: tower_passes.append(1))
+    model.model.multi_modal_projector.register_forward_hook(lambda *call: projector_passes.append(call[1][2]))
+    features = model.get_image_features(pixel_values, num_visual_tokens=budgets).pooler_output
+    assert (len(tower_passes), projector_passes) == (1, [4, 36, 144])
+    for index, budget in enumerate(budgets.tolist()):
+        alone = model.get_image_features(pixel_values[index : index + 1], num_visual_tokens=budget).pooler_output[0]
+        torch.testing.assert_close(features[index], alone)
+
+
+def test_an_untrained_budget_works_and_warns_once(tiny_model, tiny_processor, noise, caplog, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._get_library_root_logger", lambda: None, raising=False)
+    model = tiny_model(visual_token_budgets=[36])
+    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    messages = []
+    module = __import__(type(model).__module__, fromlist=["logger"])
+    monkeypatch.setattr(module.logger, "warning", lambda message, *args, **kwargs: messages.append(message))
+    for _ in range(2):
+        assert len(model.get_image_features(pixel_values, num_visual_tokens=9).pooler_output[0]) == 9
+    assert len([message for message in messages if "trained for [36] visual tokens" in message]) == 1
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_attention_implementations_agree(tiny_model, tiny_processor, mixed_batch, attention):
+    model, processor = tiny_model(), tiny_processor()
+    texts, images, budgets = mixed_batch
+    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**batch).logits[real]
+        model.set_attn_implementation({"text_config": attention, "vision_config": "eager"})
+        assert model.model.language_model.config._attn_implementation == attention
+        torch.testing.assert_close(model(**batch).logits[real], expected, atol=2e-4, rtol=2e-4)
+
+
+def test_bfloat16_takes_float32_pixels(tiny_model, tiny_processor, noise):
+    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].dtype == torch.float32
+    outputs = tiny_model().to(torch.bfloat16)(**inputs)
+    assert outputs.logits.dtype == torch.bfloat16 and outputs.logits.isfinite().all()
+
+
+def test_static_cache_generates_the_same(tiny_model, tiny_processor, noise):
+    inputs = tiny_processor()(images=noise(2), text="<image> or <image>", num_visual_tokens=[9, 4], return_tensors="pt")
+    model = tiny_model()
+    # `disable_compile`: what is checked is the cache, not the compiler
+    static = new_tokens(model, inputs, cache_implementation="static", disable_compile=True)
+    assert torch.equal(static, new_tokens(model, inputs))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, tiny_processor, noise):
+    model = tiny_model().train()
+    for module in model.modules():
+        if hasattr(module, "probability"):
+            module.probability = 0.0  # drop path is random
+    inputs = tiny_processor()(images=noise(1), text="<image> a red circle", return_tensors="pt")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert any("multi_modal_projector" in name for name in expected) and any(
+        "vision_tower" in name for name in expected
+    )
+
+
+def test_a_frozen_tower_builds_no_graph_even_with_gradient_checkpointing(tiny_model, tiny_processor, noise):
+    model = tiny_model().train()
+    model.model.vision_tower.requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
+    outputs = model.get_image_features(inputs["pixel_values"])
+    assert outputs.pooler_output[0].requires_grad and not outputs.last_hidden_state.requires_grad
+
+
+def test_inputs_embeds_find_their_placeholders(tiny_model, tiny_processor, mixed_batch):
+    model, processor = tiny_model(), tiny_processor()
+    texts, images, budgets = mixed_batch
+    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+    expected = model(**batch).logits
+    embedded = dict(batch) | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+    del embedded["input_ids"]
+    torch.testing.assert_close(model(**embedded).logits, expected)
+    assert torch.equal(model.generate(**embedded, **GREEDY), new_tokens(model, batch))
+
+
+def test_logits_to_keep(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
+    everything = model(**inputs).logits
+    torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, everything[:, -1:])
+    some = torch.tensor([0, 5])
+    torch.testing.assert_close(model(**inputs, logits_to_keep=some).logits, everything[:, some])
+
+
+def test_loss_is_that_of_shifted_labels(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="<image> what", num_visual_tokens=4, return_tensors="pt")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
+    outputs = model(**inputs, labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], labels[0, 1:])
+    torch.testing.assert_close(outputs.loss, expected)
+    as_tuple = model(**inputs, labels=labels, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], outputs.loss)
+
+
+def test_device_map_with_a_split_between_parts(tiny_model, tiny_processor, noise, tmp_path):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
+    expected = new_tokens(model, inputs)
+    model.save_pretrained(tmp_path)
+    device_map = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "disk"}
+    split = DeltaLlavaForConditionalGeneration.from_pretrained(
+        tmp_path, device_map={**device_map, "lm_head": "cpu"}, offload_folder=tmp_path / "offload"
+    )
+    assert set(split.hf_device_map.values()) == {"disk", "cpu"}
+    assert torch.equal(new_tokens(split, inputs), expected)
+    automatic = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(new_tokens(automatic, inputs), expected)
+
+
+def test_streamed_text_is_the_generated_text(tiny_model, tiny_processor, noise):
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor(images=noise(1), text="<image> what", return_tensors="pt")
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
+    thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    assert streamed == processor.decode(new_tokens(model, inputs)[0]) != ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1, "num_return_sequences": 2}],
+)
+def test_several_sequences_per_prompt_with_two_images_each(tiny_model, tiny_processor, mixed_batch, options):
+    model, processor = tiny_model(), tiny_processor()
+    texts, images, budgets = mixed_batch
+    sampled = options["num_beams"] == 1
+    options = {**options, "do_sample": sampled, "top_k": 1} if sampled else options  # top_k=1: sampling without chance
+    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+    together = new_tokens(model, batch, **options)
+    rows = zip(texts, images, budgets, strict=True)
+    alone = torch.cat([new_tokens(model, single(processor, *row), **options) for row in rows])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_images_encoded_once_serve_several_questions(tiny_model, tiny_processor, noise, options):
+    model, processor = tiny_model(), tiny_processor()
+    images = noise(2)
+    pixels = processor(images=images, text="<image><image>", num_visual_tokens=[9, 36], return_tensors="pt")
+    encoded = model.get_image_features(pixels["pixel_values"], num_visual_tokens=pixels["num_visual_tokens"])
+    for question in ("<image><image> same?", "first <image>, then <image>: which?"):
+        inputs = processor(images=images, text=question, num_visual_tokens=[9, 36], return_tensors="pt")
+        expected = new_tokens(model, inputs, **options)
+        del inputs["pixel_values"]
+        assert torch.equal(new_tokens(model, inputs, mm_encoder_outputs={"image": encoded}, **options), expected)
+        torch.testing.assert_close(
+            model(**inputs, mm_encoder_outputs={"image": encoded}).logits,
+            model(**inputs, pixel_values=pixels["pixel_values"]).logits,
+        )
+
+
+def test_image_text_mismatch_is_refused_with_both_numbers(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(2), text="<image>, <image>", num_visual_tokens=[36, 4], return_tensors="pt")
+    with pytest.raises(ValueError, match="tokens: 40, features: 13"):
+        model(**inputs | {"num_visual_tokens": torch.tensor([9, 4])})
+    # The totals agree, but the first image would stand in the second's place
+    with pytest.raises(ValueError, match=r"runs of image tokens end after \[36, 40\].*\[4, 36\] tokens each"):
+        model(**inputs | {"num_visual_tokens": torch.tensor([4, 36])})
+    with pytest.raises(ValueError, match="names 3 budgets, but there are 2 images"):
+        model.get_image_features(inputs["pixel_values"], num_visual_tokens=torch.tensor([4, 4, 4]))
+    with pytest.raises(ValueError, match=r"num_visual_tokens=5 .* one of \[1, 4, 9, 16, 36, 144\]"):
+        model.get_image_features(inputs["pixel_values"], num_visual_tokens=5)
+    encoded = model.get_image_features(inputs["pixel_values"])
+    with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+        model(**inputs, mm_encoder_outputs={"image": encoded})
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        model(pixel_values=inputs["pixel_values"])
+
+
+def test_wrong_feature_selection_is_refused(tiny_model, tiny_processor, noise):
+    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    with pytest.raises(ValueError, match="Got 145 patches, but the projector expects 12x12=144"):
+        tiny_model(vision_feature_select_strategy="full").get_image_features(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("layers", "query", "deepest"), [(None, -2, 4), ([1, 2], 2, 2), ([-5, -1], 1, 5), ([3], -3, 3)]
+)
+def test_the_tower_runs_no_deeper_than_it_is_read(
+    tiny_model, tiny_config, tiny_processor, noise, layers, query, deepest
+):
+    overrides = {"memory_feature_layers": layers, "query_feature_layer": query}
+    model = tiny_model(**overrides)
+    assert len(model.model._vision_tower_layers()) == model.config.vision_config.num_hidden_layers == deepest
+    assert tiny_config().vision_config.num_hidden_layers == 4 and min(model.config.memory_feature_layers) > 0
+
+    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    alive = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: alive.append(args))
+    model.get_image_features(pixel_values)
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+    query_features, memory_features, _ = alive[0]
+    torch.testing.assert_close(query_features, states[model.config.query_feature_layer][:, 1:])
+    expected = torch.cat([states[layer][:, 1:] for layer in model.config.memory_feature_layers], dim=-1)
+    torch.testing.assert_close(memory_features, expected)
+
+
+def test_only_the_layers_that_are_read_are_kept(tiny_model, tiny_processor, noise):
+    model = tiny_model(memory_feature_layers=[2], query_feature_layer=5)
+    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    with model.model._capture_layers({2, 5}) as captured:
+        outputs = model.model.vision_tower(pixel_values)
+    assert captured.keys() == {2, 5} and outputs.hidden_states is None
+    assert not any(layer._forward_hooks for layer in model.model._vision_tower_layers())
+
+
+def test_two_threads_share_one_tower(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    pixel_values = tiny_processor()(images=noise(2), text="<image><image>", return_tensors="pt")["pixel_values"]
+    expected = [model.get_image_features(image[None]).pooler_output[0] for image in pixel_values]
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # both are inside at once
+    results = {}
+
+    def encode(index):
+        results[index] = model.get_image_features(pixel_values[index][None]).pooler_output[0]
+
+    threads = [threading.Thread(target=encode, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        torch.testing.assert_close(results[index], expected[index])
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        Qwen2Config(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=320,
+            tie_word_embeddings=True,
+        ),
+        GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=320),
+    ],
+    ids=["qwen2", "gpt2"],
+)
+def test_any_causal_language_model(tiny_model, tiny_processor, noise, text_config, tmp_path):
+    model = tiny_model(text_config=text_config)
+    inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
+    tokens = new_tokens(model, inputs, pad_token_id=0)
+    model.save_pretrained(tmp_path)
+    loaded = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(new_tokens(loaded, inputs, pad_token_id=0), tokens)
+    tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert tied is bool(text_config.tie_word_embeddings)
+
+
+def test_defaults_of_the_configuration(tiny_config):
+    config = DeltaLlavaConfig()
+    assert (config.query_feature_layer, config.memory_feature_layers) == (23, [12, 16, 22, 23])
+    assert (config.num_visual_tokens, config.visual_token_budgets) == (144, [144])
+    assert config.valid_visual_token_counts == [1, 4, 9, 16, 36, 64, 144, 576]
+    for image_size, patch_size, default in ((224, 14, 64), (384, 14, 81)):
+        vision_config = {"model_type": "siglip_vision_model", "image_size": image_size, "patch_size": patch_size}
+        assert DeltaLlavaConfig(vision_config=vision_config).num_visual_tokens == default
+    # What is stored is positive, so that a trimmed tower keeps its meaning
+    again = DeltaLlavaConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_visual_tokens": 64}, r"num_visual_tokens=64 .* one of \[1, 4, 9, 16, 36, 144\]"),
+        ({"visual_token_budgets": [36, 2]}, r"num_visual_tokens=2 .* one of \[1, 4"),
+        ({"memory_feature_layers": [3, 6]}, r"memory_feature_layers names layer 6, but the vision tower has 5 layers"),
+        ({"query_feature_layer": 0}, "query_feature_layer names layer 0"),
+    ],
+)
+def test_bad_configuration_is_refused(tiny_config, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**overrides)
+
+
+def test_bad_tower_is_refused(tiny_config):
+    vision_config = tiny_config().vision_config
+    vision_config.image_size = [48, 64]
+    with pytest.raises(ValueError, match="patch grid must be square"):
+        tiny_config(vision_config=vision_config)
+    vision_config = tiny_config().vision_config
+    vision_config.hidden_size = 36
+    with pytest.raises(ValueError, match="hidden_size=36 must be a multiple of 8"):
+        tiny_config(vision_config=vision_config)
+
+
+QUANTIZATION = {
+    "bitsandbytes-8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes-4bit": lambda: BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"]),
+    "bitsandbytes-dict": lambda: {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "torchao": lambda: TorchAoConfig(__import__("torchao.quantization", fromlist=["x"]).Int8WeightOnlyConfig()),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZATION)
+def test_quantization_leaves_tower_and_projector_alone(tiny_model, tiny_processor, noise, tmp_path, method):
+    pytest.importorskip(method.split("-")[0])
+    original = tiny_model()
+    original.save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, trust_remote_code=True, quantization_config=QUANTIZATION[method](), device_map="cpu"
+    )
+
+    def is_plain(name, weight):
+        return type(weight.data) is torch.Tensor and weight.dtype.is_floating_point
+
+    plain = {name for name, weight in model.named_parameters() if is_plain(name, weight)}
+    spared = ("model.vision_tower.", "model.multi_modal_projector.", "lm_head.")
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name in names if name.startswith(spared)} <= plain
+    quantized = names - plain
+    assert quantized and all(".layers." in name and "language_model" in name for name in quantized)
+
+    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output[0].float()
+    expected = original.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    torch.testing.assert_close(features, expected, atol=0.1, rtol=0.1)
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_gptq_finds_the_language_model_only(tiny_model):
+    # The names that optimum's GPTQ looks for, in its order; it quantizes the blocks of the first that it finds
+    patterns = [
+        "transformer.h",
+        "model.decoder.layers",
+        "gpt_neox.layers",
+        "model.layers",
+        "model.language_model.layers",
+    ]
+    names = [name for name, _ in tiny_model().named_modules()]
+    found = next(pattern for pattern in patterns if any(name.startswith(pattern) for name in names))
+    assert found == "model.language_model.layers"
+
+
+def test_deep_copies_are_independent(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(**inputs).logits, model(**inputs).logits)
