@@ -85,11 +85,12 @@ def load_llava_json(
         found = "an empty list" if records == [] else type(records).__name__
         raise ValueError(f"{json_path} holds {found}, where a JSON list of records is needed.")
 
+    root = image_folder.resolve()
     rows: dict[int, tuple[list[str], list[dict]]] = {}
     bad_records: dict[int, _BadRecord] = {}
     for index, record in enumerate(records):
         try:
-            rows[index] = _parse_record(record, image_folder.resolve(), require_images)
+            rows[index] = _parse_record(record, root, require_images)
         except _BadRecord as error:
             bad_records[index] = error
 
@@ -98,7 +99,8 @@ def load_llava_json(
     faults = dict(zip(files, thread_map(_image_fault, files, desc="Checking images", unit="image"), strict=True))
     for index, (images, _) in list(rows.items()):
         if unreadable := next((file for file in images if faults[file]), None):
-            bad_records[index] = _BadRecord(faults[unreadable], unreadable)
+            image = str(Path(unreadable).relative_to(root))
+            bad_records[index] = _BadRecord(f"image {image} cannot be read: {faults[unreadable]}", image)
             del rows[index]
 
     if bad_records:
@@ -144,10 +146,14 @@ def _parse_record(record: Any, image_folder: Path, require_images: bool) -> tupl
         raise _BadRecord("the record has no image, and this stage trains the projector alone")
     files = []
     for image in images:
-        file = (image_folder / image).resolve()
+        try:
+            file = (image_folder / image).resolve()
+            is_file = file.is_file()
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a null character
+            raise _BadRecord(f"image {image!r} is no path: {error}", image) from error
         if not file.is_relative_to(image_folder):
             raise _BadRecord(f"image {image} leaves the image folder: it leads to {file}", image)
-        if not file.is_file():
+        if not is_file:
             raise _BadRecord(f"image {image} does not exist in the image folder", image)
         files.append(str(file))
 
@@ -164,6 +170,8 @@ def _parse_record(record: Any, image_folder: Path, require_images: bool) -> tupl
         value = turn.get("value")
         if not isinstance(value, str) or not value.strip():
             raise _BadRecord(f"turn {number} has the value {value!r}, not a text")
+        if value != value.encode(errors="ignore").decode():
+            raise _BadRecord(f"turn {number} holds half of a surrogate pair, which UTF-8 cannot write")
         first, *others = value.strip().split(IMAGE_MARKER)
         if others and turn["from"] != "human":
             raise _BadRecord(f"turn {number} from {turn['from']} contains {IMAGE_MARKER}: only human turns may")
@@ -185,7 +193,7 @@ def _image_fault(file: str) -> str | None:
         with PIL.Image.open(file) as image:
             image.load()  # decodes every pixel: a header alone does not show a truncated file
     except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
-        return f"image {file} cannot be read: {type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}"
     return None
 
 
