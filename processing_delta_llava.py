@@ -26,6 +26,8 @@ class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: DeltaLlavaImagesKwargs
 
+    _defaults = {}  # older releases ask for it
+
 
 class DeltaLlavaProcessor(ProcessorMixin):
     r"""
@@ -80,14 +82,22 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if images is not None:
             images = _readable(images)
         images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if isinstance(text, list) and isinstance(images, list) and all(isinstance(row, list) for row in images):
-            for index, (sample, row) in enumerate(zip_longest(text, images, fillvalue="")):
-                if sample.count(self.image_token) != len(row):
-                    raise ValueError(
-                        f"Text {index} holds {sample.count(self.image_token)} {self.image_token} tokens, but there are"
-                        f" {len(row)} images for it."
-                    )
+        if text is not None:
+            self._check_placeholders([sample.count(self.image_token) for sample in text], images)
         return images, text, *others
+
+    def _check_placeholders(self, placeholders: list[int], images):
+        by_row = isinstance(images, list) and all(isinstance(row, list) for row in images)
+        for index, (found, row) in enumerate(zip_longest(placeholders, images, fillvalue=()) if by_row else ()):
+            if found != len(row):
+                raise ValueError(
+                    f"Text {index} holds {found or 0} {self.image_token} tokens, but there are {len(row)} images for it."
+                )
+        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        if sum(placeholders) != num_images:
+            raise ValueError(
+                f"The texts hold {sum(placeholders)} {self.image_token} tokens, but there are {num_images} images."
+            )
 
     def _process_images(self, images, num_visual_tokens: int | list[int] | None = None, **kwargs):
         # The budget must not reach the image processor, which knows no such argument.
@@ -104,7 +114,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """Placeholders for images of these `(height, width)`; what servers plan a prompt's length by."""
         if image_sizes is None:
             return MultiModalData()
-        num_visual_tokens = self._merge_kwargs(**kwargs)["images_kwargs"].get("num_visual_tokens")
+        num_visual_tokens = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
         return MultiModalData(
             num_image_tokens=self._budgets(num_visual_tokens, len(image_sizes)),
             num_image_patches=[1] * len(image_sizes),

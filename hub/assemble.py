@@ -150,7 +150,7 @@ def build_config(
         vision_feature_select_strategy="default" if has_class_token else "full",
         **config_overrides,
     )
-    if hasattr(config.vision_config, "vision_use_head"):
+    if hasattr(tower, "use_head"):
         config.vision_config.vision_use_head = False  # SigLIP's pooling head, which nothing reads
     # Language models like Qwen's have more embeddings than their tokenizer has tokens.
     num_embeddings = max(config.text_config.vocab_size, len(tokenizer))

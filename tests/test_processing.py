@@ -202,11 +202,11 @@ def test_a_decompression_bomb_is_refused(tiny_processor, tmp_path, monkeypatch):
 
 def test_texts_and_images_that_do_not_fit_are_refused(tiny_processor, noise):
     processor = tiny_processor()
-    with pytest.raises(ValueError, match="Found total 2 <image> tokens and 1 images"):
+    with pytest.raises(ValueError, match="The texts hold 2 <image> tokens, but there are 1 images"):
         processor(images=noise(1), text="<image> <image>")
-    with pytest.raises(ValueError, match="Found total 1 <image> tokens and 2 images"):
+    with pytest.raises(ValueError, match="The texts hold 1 <image> tokens, but there are 2 images"):
         processor(images=noise(2), text="<image>")
-    with pytest.raises(ValueError, match="Found 1 <image> tokens in the text but no images"):
+    with pytest.raises(ValueError, match="The texts hold 1 <image> tokens, but there are 0 images"):
         processor(text="<image>")
     first, second = noise(2)
     with pytest.raises(ValueError, match="Text 0 holds 2 <image> tokens, but there are 1 images for it"):
