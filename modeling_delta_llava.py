@@ -123,8 +123,8 @@ class DropPath(nn.Module):
         return branch * mask / keep
 
 
-class RefinementAttention(nn.Module):
-    """Pre-normalized multi-head self-attention over all tokens of the query grid (EMHSA, equation 2)."""
+class EMHSA(nn.Module):
+    """Efficient multi-head self-attention: pre-normalized, over all tokens of the query grid (equation 2)."""
 
     def __init__(self, hidden_size: int, head_dim: int):
         super().__init__()
@@ -147,8 +147,8 @@ class RefinementAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-class RefinementConvolution(nn.Module):
-    """A grouped 3x3 convolution, each group a "head" that looks at its own neighbourhood (MHCA)."""
+class MHCA(nn.Module):
+    """Multi-head convolutional attention: a grouped 3x3 convolution, each group a head with its own neighbourhood."""
 
     def __init__(self, hidden_size: int, head_dim: int):
         super().__init__()
@@ -175,10 +175,10 @@ class RefinementBlock(nn.Module):
         attention_size = hidden_size - convolution_size
         head_dim = max(size for size in range(1, 33) if convolution_size % size == 0)
         self.attention_input = nn.Conv2d(hidden_size, attention_size, 1, bias=False)
-        self.attention = RefinementAttention(attention_size, head_dim) if config.use_self_attention else None
+        self.attention = EMHSA(attention_size, head_dim) if config.use_self_attention else None
         self.attention_drop_path = DropPath(config.attention_drop_path)
         self.convolution_input = nn.Conv2d(attention_size, convolution_size, 1, bias=False)
-        self.convolution = RefinementConvolution(convolution_size, head_dim)
+        self.convolution = MHCA(convolution_size, head_dim)
         self.convolution_drop_path = DropPath(config.convolution_drop_path)
         self.mlp = nn.Sequential(
             nn.Conv2d(hidden_size, config.refinement_mlp_ratio * hidden_size, 1),

@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
-from .configuration_delta_llava import query_grid_size
+from .configuration_delta_llava import AUTO_MAP, query_grid_size
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
@@ -76,6 +76,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self.image_token_id = image_token_ids[0]
         tokenizer.padding_side = "left"
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
         """Loads images first (paths, URLs, base64 or PIL), so that an unreadable one is a ValueError that names it."""
@@ -91,12 +92,14 @@ class DeltaLlavaProcessor(ProcessorMixin):
         for index, (found, row) in enumerate(zip_longest(placeholders, images, fillvalue=()) if by_row else ()):
             if found != len(row):
                 raise ValueError(
-                    f"Text {index} holds {found or 0} {self.image_token} tokens, but there are {len(row)} images for it."
+                    f"The number of {self.image_token} tokens in the prompts should be the same as the number of"
+                    f" images, but text {index} holds {found or 0} and comes with {len(row)} images."
                 )
         num_images = 0 if images is None else len(make_flat_list_of_images(images))
         if sum(placeholders) != num_images:
             raise ValueError(
-                f"The texts hold {sum(placeholders)} {self.image_token} tokens, but there are {num_images} images."
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images,"
+                f" but the texts hold {sum(placeholders)} and come with {num_images} images."
             )
 
     def _process_images(self, images, num_visual_tokens: int | list[int] | None = None, **kwargs):

@@ -202,14 +202,14 @@ def test_a_decompression_bomb_is_refused(tiny_processor, tmp_path, monkeypatch):
 
 def test_texts_and_images_that_do_not_fit_are_refused(tiny_processor, noise):
     processor = tiny_processor()
-    with pytest.raises(ValueError, match="The texts hold 2 <image> tokens, but there are 1 images"):
+    with pytest.raises(ValueError, match="texts hold 2 and come with 1 images"):
         processor(images=noise(1), text="<image> <image>")
-    with pytest.raises(ValueError, match="The texts hold 1 <image> tokens, but there are 2 images"):
+    with pytest.raises(ValueError, match="texts hold 1 and come with 2 images"):
         processor(images=noise(2), text="<image>")
-    with pytest.raises(ValueError, match="The texts hold 1 <image> tokens, but there are 0 images"):
+    with pytest.raises(ValueError, match="texts hold 1 and come with 0 images"):
         processor(text="<image>")
     first, second = noise(2)
-    with pytest.raises(ValueError, match="Text 0 holds 2 <image> tokens, but there are 1 images for it"):
+    with pytest.raises(ValueError, match="text 0 holds 2 and comes with 1 images"):
         processor(images=[[first], [second]], text=["<image><image>", "none"])
 
 

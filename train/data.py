@@ -52,7 +52,8 @@ def load_llava_json(
     Args:
         json_path (`str` or `Path`):
             JSON file. `image` is a path inside the folder or a list of paths, and each of them has one `<image>` at
-            its place in a human turn. A first turn `from: system` is allowed.
+            its place in a human turn; the one image of a turn comes before its text, as LLaVA trains. A first turn
+            `from: system` is allowed.
         image_folder (`str` or `Path`):
             Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused.
         bad_records_path (`str` or `Path`, *optional*, defaults to `"bad_records.jsonl"`):
@@ -176,6 +177,9 @@ def _parse_record(record: Any, image_folder: Path, require_images: bool) -> tupl
         if others and turn["from"] != "human":
             raise _BadRecord(f"turn {number} from {turn['from']} contains {IMAGE_MARKER}: only human turns may")
         num_markers += len(others)
+        if first and len(others) == 1:
+            # As LLaVA trains: the one image of a turn comes before its text, wherever the record has it
+            first, others = "", [f"{first}{others[0]}".strip()]
         content = [{"type": "text", "text": first}] if first else []
         for text in others:
             content.append({"type": "image", "text": None})

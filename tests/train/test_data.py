@@ -50,21 +50,23 @@ def test_rows_hold_lazily_decoded_images_and_messages_with_images_at_their_place
         [
             record(),
             record(image=["a.png", "whole.jpg"], conversations=turns("<image>\nIs this\n<image>\nthat?", "No.")),
+            record(conversations=turns("What?\n<image>", "A square.")),
             record(id=7, image=None, conversations=turns("Hello.", "Hi.", "Bye.", "Bye.")),
             {"id": "s", "conversations": [{"from": "system", "value": "Be kind."}, *turns("Hello.", "Hi.")]},
         ]
     )
     assert rows.column_names == ["images", "messages"]
     assert [image.size for image in rows[1]["images"]] == [(30, 20), (64, 64)]
-    assert rows[2]["images"] == []
+    assert rows[3]["images"] == []
     image, text = {"type": "image", "text": None}, lambda text: {"type": "text", "text": text}
     assert rows[0]["messages"] == [
         {"role": "user", "content": [image, text("What?")]},
         {"role": "assistant", "content": [text("A square.")]},
     ]
     assert rows[1]["messages"][0]["content"] == [image, text("Is this\n"), image, text("that?")]
-    assert [message["role"] for message in rows[2]["messages"]] == ["user", "assistant"] * 2
-    assert rows[3]["messages"][0] == {"role": "system", "content": [text("Be kind.")]}
+    assert rows[2]["messages"] == rows[0]["messages"]
+    assert [message["role"] for message in rows[3]["messages"]] == ["user", "assistant"] * 2
+    assert rows[4]["messages"][0] == {"role": "system", "content": [text("Be kind.")]}
 
 
 BAD_RECORDS = {
@@ -206,7 +208,7 @@ def test_a_row_without_labels_is_an_error_that_names_it(collate, load, tiny_proc
 
 def test_image_tokens_are_never_cut(collate):
     length = collate([record()])["input_ids"].shape[1]
-    late = record(conversations=turns("What? " * 20 + "<image>", "This."))
+    late = record(conversations=turns("What? " * 20, "This.", "<image>\nAnd that?", "That."))
     with pytest.raises(ValueError, match=rf"Row 1 .*image tokens beyond max_length={length}: at 4 visual tokens"):
         collate([record(), late], max_length=length)
 
