@@ -14,6 +14,15 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreT
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors gain nothing from threads, and lose much where others compute too."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def fixtures():
     return Path(__file__).parent / "fixtures"

@@ -2,27 +2,12 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from delta_llava import DeltaLlavaForConditionalGeneration
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and lose much where others compute too."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
-@pytest.fixture(scope="session")
-def templates():
-    return Path(__file__).parents[2] / "templates"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,42 @@
+# Everything runs in .venv, which each target sets up for itself.
+PYTHON ?= python3
+BIN := .venv/bin
+# The lowest transformers of setup.cfg's range, and the quantization backends, lie beside the environment: the backends
+# because they print at every import, the release because there can be but one.
+LOWEST := 5.19.0
+
+.PHONY: test lint demo backbones clean
+
+test: .venv/installed .venv/quantization .venv/lowest lint
+	$(BIN)/python -m pytest
+	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py -k quantization
+	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest tests/test_*.py tests/hub
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: .venv/installed
+	$(BIN)/python -m delta_llava.demo.run
+
+backbones: .venv/installed
+	$(BIN)/python -m delta_llava.demo.pretrain_backbones
+
+# torch first and alone: its plain requirement would pull the CUDA build where a CPU build is at hand.
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
+	touch $@
+
+.venv/quantization: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
+	touch $@
+
+.venv/lowest: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ transformers==$(LOWEST)
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info demo/out

@@ -1,0 +1,110 @@
+"""What the README, the card template and the packaging say is true."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoConfig
+
+from delta_llava import DeltaLlavaConfig
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_snippets_run(tiny_model, tiny_processor, noise, tmp_path, monkeypatch, capsys):
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(snippets) == 3
+    (tmp_path / "demo/out/scenes/images").mkdir(parents=True)
+    noise(1)[0].save(tmp_path / "demo/out/scenes/images/held_out-00000.png")
+    tiny_model().save_pretrained(tmp_path / "demo/out/checkpoint")
+    tiny_processor().save_pretrained(tmp_path / "demo/out/checkpoint")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for snippet in snippets:
+        exec(snippet, namespace)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "tower"),
+    [
+        ("CLIP-L/14, 336 pixels", "clip-vit-large-patch14-336"),
+        ("CLIP-L/14, 224 pixels", "clip-vit-large-patch14"),
+        ("SigLIP-so400m/14, 384 pixels", "siglip-so400m-patch14-384"),
+    ],
+)
+def test_budget_table(row, tower, backbones):
+    config = DeltaLlavaConfig(vision_config=AutoConfig.from_pretrained(backbones / tower))
+    budgets, grid = ", ".join(map(str, config.valid_visual_token_counts)), config.patch_grid_size
+    assert f"| {row} | {grid} x {grid} | {budgets} | {config.num_visual_tokens} |" in README
+
+
+def test_paths_that_documents_name_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        named = re.findall(r"[\s`(]((?:train|hub|tests|templates|backbones|demo)/[\w./-]*\w)", text)
+        missing = [path for path in named if not path.startswith("demo/out") and "NAME" not in path]
+        missing = [path for path in missing if not (ROOT / path).exists()]
+        assert named and not missing, document
+
+
+def test_card_template_renders_with_its_metadata():
+    data = ModelCardData(
+        license="llama2",
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=["openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"],
+        datasets=["liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"],
+    )
+    config = DeltaLlavaConfig()
+    card = ModelCard.from_template(
+        data,
+        template_path=ROOT / "model_card.md",
+        model_name="Delta-LLaVA 7B",
+        repo_id="org/delta-llava-7b-144",
+        num_patches=config.patch_grid_size**2,
+        num_visual_tokens=config.num_visual_tokens,
+        visual_token_budgets=config.visual_token_budgets,
+        valid_visual_token_counts=config.valid_visual_token_counts,
+        vision_tower="CLIP-L/14 at 336 pixels",
+        language_model="Vicuna-7B v1.5",
+        projector_variant=config.projector_variant,
+        projector_parameters=42_503_680,
+        training="Both stages of LLaVA-1.5.",
+        results="None yet.",
+    )
+    assert ModelCard(card.content).data.to_dict() == data.to_dict()
+    assert '"org/delta-llava-7b-144", trust_remote_code=True' in card.text and "42,503,680 parameters" in card.text
+
+
+def test_an_installed_package_is_whole(tmp_path):
+    """What `pip install` of a copy of the tracked files leaves imports, runs, and has every file that is no code."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for file in filter(None, tracked):
+        (tmp_path / "source" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / "source" / file)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, str(tmp_path / "source")], check=True)
+    installed = tmp_path / "site/delta_llava"
+    data = [file for file in tracked if file.endswith((".json", ".jinja", ".yaml", ".safetensors", ".md"))]
+    data = [file for file in data if "/" in file and not file.startswith(("tests/", ".ci/"))] + ["model_card.md"]
+    assert [file for file in data if not (installed / file).is_file()] == []
+    code = "import delta_llava.demo.run, delta_llava.hub.assemble, delta_llava.train.finetune as module; print(module.__file__)"
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert Path(output.strip()) == installed / "train/finetune.py"
