@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,26 +84,18 @@ def test_card_template_renders_with_its_metadata():
 
 
 def test_an_installed_package_is_whole(tmp_path):
-    """What `pip install` of a copy of the tracked files leaves imports, runs, and has every file that is no code."""
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    for file in filter(None, tracked):
-        (tmp_path / "source" / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, tmp_path / "source" / file)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site")]
-    subprocess.run([*pip, str(tmp_path / "source")], check=True)
-    installed = tmp_path / "site/delta_llava"
-    data = [file for file in tracked if file.endswith((".json", ".jinja", ".yaml", ".safetensors", ".md"))]
-    data = [file for file in data if "/" in file and not file.startswith(("tests/", ".ci/"))] + ["model_card.md"]
-    assert [file for file in data if not (installed / file).is_file()] == []
-    code = "import delta_llava.demo.run, delta_llava.hub.assemble, delta_llava.train.finetune as module; print(module.__file__)"
-    output = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert Path(output.strip()) == installed / "train/finetune.py"
+    """What `pip install` makes of the tracked files imports, and has every file that is no code."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=ROOT, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
+    subprocess.run(pip, check=True)
+    suffixes = {".json", ".jinja", ".yaml", ".safetensors"}
+    folders = "backbones", "templates", "train", "demo"
+    data = [path for folder in folders for path in (source / folder).rglob("*") if path.suffix in suffixes]
+    missing = [path for path in data if not (site / "delta_llava" / path.relative_to(source)).is_file()]
+    assert data and not missing
+    code = "import delta_llava.demo.run, delta_llava.hub.assemble, delta_llava.train.finetune as it; print(it.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert Path(output.strip()) == site / "delta_llava/train/finetune.py"
