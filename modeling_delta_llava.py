@@ -368,8 +368,8 @@ def _quantize_language_model_only(quantization_config):
     skipped = {name: [*(fields.get(name) or []), *_NOT_QUANTIZED] for name in names}
     if is_dict:
         return {**quantization_config, **skipped}
-    for name, modules in skipped.items():
-        setattr(quantization_config, name, modules)
+    quantization_config = copy(quantization_config)
+    vars(quantization_config).update(skipped)
     return quantization_config
 
 
