@@ -140,12 +140,12 @@ def ask(layout, rng, question_type):
         weights = np.array([(0.35, 0.6, 1.5, 2.5, 3)[count] for _, count in subjects])
         subject, count = subjects[rng.choice(len(subjects), p=weights / weights.sum())]
         return f"How many {subject} are there?", COUNTS[count]
-    names = [None if thing is None else thing[1] for thing in layout]
+    colours = [None if thing is None else thing[0] for thing in layout]
     allowed = {
         "kind": lambda place: True,
-        "colour": lambda place: names[place] is not None,
-        "digit": lambda place: names[place] in DIGITS,
-        "place": lambda place: names[place] is not None and names.count(names[place]) == 1,
+        "colour": lambda place: layout[place] is not None,
+        "digit": lambda place: kind(layout[place]) == "digit",
+        "place": lambda place: layout[place] is not None and colours.count(colours[place]) == 1,
     }[question_type]
     places = [place for place in range(4) if allowed(place)]
     if not places:
@@ -156,7 +156,7 @@ def ask(layout, rng, question_type):
         "kind": lambda: (f"What is at the {where}?", kind(thing)),
         "colour": lambda: (f"What colour is the thing at the {where}?", thing[0]),
         "digit": lambda: (f"Which digit is at the {where}?", thing[1]),
-        "place": lambda: (f"Where is the {thing[1]}?", where),
+        "place": lambda: (f"Where is the {thing[0]} thing?", where),
     }[question_type]()
 
 

@@ -62,7 +62,7 @@ def test_answers_agree_with_the_layout():
         ("What is at the bottom left?", "digit"),
         ("What colour is the thing at the bottom right?", "red"),
         ("Which digit is at the bottom left?", "7"),
-        ("Where is the triangle?", "bottom right"),
+        ("Where is the blue thing?", "bottom left"),
         ("How many things are there?", "three"),
         ("How many red things are there?", "two"),
         ("How many green things are there?", "zero"),
@@ -71,7 +71,7 @@ def test_answers_agree_with_the_layout():
 
 
 def test_a_question_that_a_scene_does_not_allow_is_not_asked():
-    twins = (("red", "circle"), ("blue", "circle"), None, None)
+    twins = (("red", "circle"), ("red", "square"), None, None)
     rng = np.random.default_rng(0)
     assert scenes.ask(twins, rng, "digit") is None
     assert scenes.ask(twins, rng, "place") is None
