@@ -1,0 +1,81 @@
+"""Asks the checkpoint that the demo left about any image file.
+
+python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "Which digit is at the top left?"
+python -m delta_llava.demo.ask picture.png "How many things are there?" --num_visual_tokens 4
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+CHECKPOINT = Path(__file__).parent / "out" / "checkpoint"
+
+
+def load(checkpoint):
+    """Load a checkpoint as anyone would, with the code that lies in it.
+
+    Args:
+        checkpoint (`str` or `Path`): folder in Hub layout.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        FileNotFoundError: if the folder holds no checkpoint.
+    """
+    if not (Path(checkpoint) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint} holds no checkpoint: run `make demo` (or python -m delta_llava.demo.run) first."
+        )
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+def prepare(processor, images, questions, num_visual_tokens=None):
+    """Chat inputs, padded on the left, of one question about each image.
+
+    Args:
+        images (`list`): paths, or anything else that the processor takes for an image.
+        questions (`list[str]`): as many questions.
+        num_visual_tokens (`int`, *optional*): the budget of each image; by default the checkpoint's own.
+    """
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": str(image)}, {"type": "text", "text": question}]}]
+        for image, question in zip(images, questions, strict=True)
+    ]
+    budget = {} if num_visual_tokens is None else {"num_visual_tokens": num_visual_tokens}
+    return processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True, **budget},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def answer(model, processor, images, questions, num_visual_tokens=None, max_new_tokens=40):
+    """Answers, a list of strings, to one question about each image; arguments as for [`prepare`]."""
+    inputs = prepare(processor, images, questions, num_visual_tokens)
+    generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def main(arguments=None):
+    """Command line: prints the answer, or one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("image", help="any image file")
+    parser.add_argument("question")
+    parser.add_argument("--num_visual_tokens", type=int, help="budget of the image; by default the checkpoint's")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="by default the one that the demo left")
+    options = parser.parse_args(arguments)
+    try:
+        model, processor = load(options.checkpoint)
+        print(answer(model, processor, [options.image], [options.question], options.num_visual_tokens)[0])
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
