@@ -64,6 +64,8 @@ def table(report, flops):
 
     for budget, scores in report["budgets"].items():
         line(budget, scores, f"{flops[budget] / 1e6:>9.0f}")
+    digits = ", ".join(f"{scores['by_type']['digit']:.1%} at {budget}" for budget, scores in report["budgets"].items())
+    lines.append(f"handwritten digits, scans never seen: {digits}")
     lines.append(f"most frequent answer of each type: {report['majority_baseline']:.1%}")
     lines.append(f"untrained projector (as assembled, before stage 1): {report['untrained_projector']:.1%}")
     return "\n".join(lines)
@@ -78,18 +80,18 @@ def draw(report, flops, questions, answers, folder):
 
     figure = plt.figure(figsize=(14, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
-    # One question of each type, each about another scene.
-    per_type = len(questions) // len(scenes.QUESTION_TYPES)
     chosen = []
-    for position, name in enumerate(scenes.QUESTION_TYPES):
-        of_type = [index for index, row in enumerate(questions) if row["type"] == name]
-        chosen.append(of_type[7 * position % min(len(of_type), per_type)])
+    for name in scenes.QUESTION_TYPES:
+        shown = {questions[index]["image"] for index in chosen}
+        of_type = (i for i, row in enumerate(questions) if row["type"] == name and row["image"] not in shown)
+        chosen.append(next(of_type))
     for axis, index in zip(upper.subplots(1, len(chosen)), chosen, strict=True):
         row = questions[index]
         axis.imshow(Image.open(folder / "scenes" / "images" / row["image"]))
         axis.set_axis_off()
         axis.set_title(row["question"], fontsize=9)
-        said = [f"{budget} tokens: {answers[str(budget)][index]}" for budget in (144, 9, 1)]
+        said = [f"{budget} visual tokens: {answers[str(budget)][index]}" for budget in (144, 9)]
+        said.append(f"1 visual token: {answers['1'][index]}")
         axis.text(0.5, -0.04, "\n".join(said), transform=axis.transAxes, ha="center", va="top", fontsize=9)
     budgets = [int(budget) for budget in report["budgets"]]
     left, right = lower.subplots(1, 2)
@@ -100,7 +102,7 @@ def draw(report, flops, questions, answers, folder):
     left.set(xscale="log", ylim=(0, 1.02), ylabel="exact match on held-out questions")
     left.legend(fontsize=8)
     right.plot(budgets, [flops[str(b)] / 1e6 for b in budgets], "ko-")
-    right.set(xscale="log", yscale="log", ylabel="MFLOPs: tower, projector, prefill")
+    right.set(xscale="log", ylim=(0, 1.05 * max(flops.values()) / 1e6), ylabel="MFLOPs: tower, projector, prefill")
     for axis in (left, right):
         axis.set(xlabel="visual tokens", xticks=budgets, xticklabels=budgets)
         axis.minorticks_off()
