@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2Tokenizer,
 )
 
 from . import scenes
@@ -77,20 +78,28 @@ def build_tokenizer():
     for layout in layouts:
         corpus += [scenes.tell(layout, rng), *(cell_words(layout, place) for place in range(4))]
         corpus += [text for turn in scenes.conversation(layout, rng, scenes.QUESTION_TYPES) for text in turn]
-    # From Qwen's own class, because AutoTokenizer gives any Qwen2 folder Qwen's way of splitting text.
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        corpus * 2, vocab_size=1024, new_special_tokens=["<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        corpus * 2, trainers.BpeTrainer(vocab_size=1024, special_tokens=special_tokens, initial_alphabet=alphabet)
     )
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.model_max_length = 2048
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def cell_words(layout, place):
     """The four words of one cell of a mosaic, e.g. " top left red circle"."""
     colour, name = layout[place] or ("no", "thing")
-    # Qwen splits digits off by themselves: a space before one would be a fifth token.
-    return f" {scenes.PLACES[place]} {colour}" + (name if name in scenes.DIGITS else f" {name}")
+    return f" {scenes.PLACES[place]} {colour} {name}"
 
 
 class Storyteller:
@@ -222,7 +231,7 @@ def pretrain_language_model(steps, batch_size=32):
     def step_loss(step):
         # Skills are learnt first and fastest in short sequences, in turn: telling a scene again in another order,
         # finding a thing, counting.
-        short = step <= 0.42 * steps
+        short = step <= 0.45 * steps
         form = FORMS[rng.integers(4) if short else rng.choice(len(FORMS), p=FORM_WEIGHTS)]
         layouts = [scenes.random_layout(rng, held_out=False) for _ in range(2 * batch_size if short else batch_size)]
         if short:
@@ -354,7 +363,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("vision_tower", "language_model"))
     parser.add_argument("--vision_tower_steps", type=int, default=1500)
-    parser.add_argument("--language_model_steps", type=int, default=2100)
+    parser.add_argument("--language_model_steps", type=int, default=1900)
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     skills = {}
