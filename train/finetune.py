@@ -22,7 +22,8 @@ from trl import SFTConfig, TrlParser
 
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .data import BudgetedRows, Collator, load_llava_json
+from .batches import BudgetedRows, Collator
+from .data import load_llava_json
 from .trainer import DeltaLlavaTrainer, ScriptArguments, check_recipe
 
 

@@ -10,7 +10,7 @@ from transformers.trainer_utils import sort_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
-from .data import BudgetedRows, BudgetSampler
+from .batches import BudgetedRows, BudgetSampler
 
 
 @dataclass
