@@ -1,73 +1,418 @@
 """The batches that both stages train on: which rows, in which order, at which token budget, with which labels."""
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch.utils.data import Sampler
-from transformers import BatchFeature, ProcessorMixin, Trainer
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_dataset
+from datasets.fingerprint import Hasher
+from PIL.Image import Image as PilImage
+from torch.utils.data import Sampler, get_worker_info
+from transformers import BatchFeature, ProcessorMixin
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import logging
 from trl import prepare_multimodal_messages
+
+from .data import FEATURES, BadRecord, parse_record
+
+
+logger = logging.get_logger(__name__)
+
+
+def places_to_cut(
+    messages: list[dict], processor: ProcessorMixin, chat_template: str | None = None
+) -> list[tuple[int, int, int]]:
+    """
+    Where a conversation may end: behind each of its answers.
+
+    Args:
+        messages (`list[dict]`): Chat whose contents are lists of parts.
+        processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the [`Collator`] has them.
+
+    Returns:
+        `list[tuple[int, int, int]]`: Messages, tokens (an image counts as one) and images up to each place. The last
+        is the whole conversation, and the only one where a template does not keep the answers apart.
+    """
+    tokens = processor.tokenizer.apply_chat_template(
+        messages,
+        chat_template=chat_template or processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    mask, num_tokens = [*tokens["assistant_masks"], 0], len(tokens["input_ids"])
+    ends = [position + 1 for position in range(num_tokens) if mask[position] and not mask[position + 1]]
+    images = list(
+        itertools.accumulate(sum(part["type"] == "image" for part in message["content"]) for message in messages)
+    )
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(ends) != len(answers):
+        return [(len(messages), num_tokens, images[-1])]
+    # What the template writes behind the last answer, it would write behind any that came last
+    tail = num_tokens - ends[-1]
+    return [(index + 1, end + tail, images[index]) for index, end in zip(answers, ends, strict=True)]
+
+
+def fit(
+    places: list[tuple[int, int, int]], num_visual_tokens: int, max_length: int | None
+) -> tuple[int, int, int] | None:
+    """
+    The last place to cut at that leaves no more than `max_length` tokens; `None` if there is no such place.
+
+    Args:
+        places (`list[tuple[int, int, int]]`): What [`places_to_cut`] returns.
+        num_visual_tokens (`int`): Tokens of one image.
+        max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
+    """
+    lengths = [num_tokens + num_images * (num_visual_tokens - 1) for _, num_tokens, num_images in places]
+    fitting = [place for place, length in zip(places, lengths, strict=True) if not max_length or length <= max_length]
+    return fitting[-1] if fitting else None
+
+
+def fit_rows(
+    dataset: Dataset,
+    processor: ProcessorMixin,
+    num_visual_tokens: int,
+    max_length: int | None,
+    chat_template: str | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """
+    Measure every row, so that none needs to be cut where it must not be.
+
+    A row longer than `max_length` is cut behind its last whole answer that fits; one whose first answer does not fit
+    is left out. A warning counts both.
+
+    Args:
+        dataset (`Dataset`): Rows as [`~delta_llava.train.data.load_llava_json`] returns them.
+        processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the [`Collator`] has them.
+        num_visual_tokens (`int`): Tokens of one image: the largest budget that is to be trained.
+        max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
+        num_proc (`int`, *optional*): Processes to measure with.
+
+    Returns:
+        `Dataset`: The rows that fit, with three more columns, by which [`BudgetedRows`] cuts and [`BudgetSampler`]
+        groups: `num_messages`, `num_tokens` (an image counts as one) and `num_images`.
+
+    Raises:
+        `ValueError`: No row fits.
+    """
+    columns = ("num_messages", "num_tokens", "num_images", "is_cut")
+
+    def measure(messages):
+        places = places_to_cut(messages, processor, chat_template)
+        place = fit(places, num_visual_tokens, max_length)
+        return dict(zip(columns, (*(place or (0, 0, 0)), place != places[-1]), strict=True))
+
+    template, tokenizer = chat_template or processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()
+    measured = dataset.map(
+        measure,
+        input_columns=["messages"],
+        remove_columns=dataset.column_names,
+        features=Features({name: Value("int32") for name in columns}),
+        num_proc=num_proc,
+        # By hand, because a tokenizer's own fingerprint changes with its use, and the cache would never be found again
+        new_fingerprint=Hasher.hash([dataset._fingerprint, tokenizer, template, num_visual_tokens, max_length]),
+        desc="Counting tokens",
+    )
+    columns = measured.with_format("numpy")[:]
+    kept, is_cut = columns["num_messages"] > 0, columns["is_cut"] > 0
+    if not kept.any():
+        raise ValueError(
+            f"All {len(dataset)} rows are longer than max_length={max_length} at {num_visual_tokens} visual tokens an "
+            "image. Raise max_length or lower num_visual_tokens."
+        )
+    if is_cut.any():
+        first = int(is_cut.argmax())
+        name = _name({**dataset.select_columns("messages")[first], "index": first})
+        logger.warning(
+            f"{is_cut.sum()} of {len(dataset)} rows are longer than max_length={max_length} at {num_visual_tokens} "
+            f"visual tokens an image: {(is_cut & kept).sum()} are cut behind their last whole answer that fits, and "
+            f"{(~kept).sum()}, whose first answer does not fit, are left out. The first is {name}."
+        )
+    rows = concatenate_datasets([dataset, measured.remove_columns("is_cut")], axis=1)
+    return rows if kept.all() else rows.select(kept.nonzero()[0])
 
 
 class BudgetSampler(Sampler[tuple[int, int]]):
     """
-    Shuffles the rows anew in each epoch and draws one token budget for every batch.
+    Puts the rows in a new order in each epoch, and draws one token budget for every batch.
 
     Order and budgets follow from seed, epoch and position alone: a resumed run, which skips batches, repeats them, and
     all processes draw the same budget at the same step, so that none waits for another's longer sequences.
 
     Args:
-        num_rows (`int`):
-            Number of rows of the dataset.
+        dataset (`Dataset`):
+            Rows as [`fit_rows`] returns them.
         batch_size (`int`):
             Rows that share a budget: those of one micro-step over all processes.
         num_visual_tokens (`list[int]`):
             Budgets to draw from, each as likely as the others.
         seed (`int`):
             Seed of the order and of the draws.
-        trainer ([`~transformers.Trainer`]):
-            Its state tells the epoch. (`set_epoch` does not reach a sampler when several processes resume.)
+        group (`bool`, *optional*, defaults to `False`):
+            Whether the rows of a batch are of about the same length and, as in LLaVA-1.5, all with images or all
+            without. So all processes have images at a step or none has, which fully sharded training depends on. What
+            is missing to a kind's last batch is filled up with rows of that kind, which occur twice in that epoch. The
+            longest batch comes first: if the memory does not suffice, it shows at once.
+        epoch (`Callable`, *optional*):
+            Tells the epoch. (`set_epoch` does not reach a sampler when several processes resume.)
 
     Yields:
         `tuple[int, int]`: A row's index and its `num_visual_tokens`.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, num_visual_tokens: list[int], seed: int, trainer: Trainer):
-        self.num_rows = num_rows
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        num_visual_tokens: list[int],
+        seed: int,
+        group: bool = False,
+        epoch: Callable[[], int] = lambda: 0,
+    ):
         self.batch_size = batch_size
         self.num_visual_tokens = num_visual_tokens
         self.seed = seed
-        self.trainer = trainer
+        self.epoch = epoch
+        self.num_rows = len(dataset)
+        self.kinds = None
+        if group:
+            columns = dataset.select_columns(["num_tokens", "num_images"]).with_format("torch")[:]
+            num_tokens, num_images = columns["num_tokens"], columns["num_images"]
+            self.lengths = num_tokens + num_images * (max(num_visual_tokens) - 1)
+            self.kinds = [
+                kind for kind in ((num_images > 0).nonzero()[:, 0], (num_images == 0).nonzero()[:, 0]) if len(kind)
+            ]
 
     def __len__(self) -> int:
-        return self.num_rows
+        if self.kinds is None:
+            return self.num_rows
+        return sum(-(-len(kind) // self.batch_size) * self.batch_size for kind in self.kinds)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = int(self.trainer.state.epoch or 0)
-        order = list(range(self.num_rows))
-        random.Random(f"order {self.seed} {epoch}").shuffle(order)
+        epoch = self.epoch()
+        order = random.Random(f"order {self.seed} {epoch}")
         draws = random.Random(f"num_visual_tokens {self.seed} {epoch}")
-        for position, index in enumerate(order):
+        if self.kinds is None:
+            indices = list(range(self.num_rows))
+            order.shuffle(indices)
+        else:
+            indices = itertools.chain.from_iterable(self._grouped_batches(order))
+        for position, index in enumerate(indices):
             if position % self.batch_size == 0:
                 num_visual_tokens = draws.choice(self.num_visual_tokens)
             yield index, num_visual_tokens
 
+    def _grouped_batches(self, order: random.Random) -> list[list[int]]:
+        batches = []
+        for kind in self.kinds:
+            generator = torch.Generator().manual_seed(order.getrandbits(63))
+            lengths = self.lengths[kind].tolist()
+            grouped = kind[get_length_grouped_indices(lengths, self.batch_size, generator=generator)]
+            missing = -len(kind) % self.batch_size
+            grouped = torch.cat([grouped, grouped.repeat(-(-missing // len(kind)))[-missing:]]) if missing else grouped
+            batches += grouped.view(-1, self.batch_size).tolist()
+        order.shuffle(batches)
+        longest = max(range(len(batches)), key=lambda position: self.lengths[batches[position]].max())
+        batches[0], batches[longest] = batches[longest], batches[0]
+        return batches
+
 
 class BudgetedRows(torch.utils.data.Dataset):
-    """A dataset read by what [`BudgetSampler`] yields: its rows also tell their `index` and `num_visual_tokens`."""
+    """
+    A dataset of [`fit_rows`] read by what [`BudgetSampler`] yields.
+
+    Rows end where they were found to fit, and also tell their `index` and `num_visual_tokens`. An image that cannot be
+    read any more is a `ValueError` that names row and file.
+    """
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        # Decoded below: of a list of images `datasets` decodes the first one twice
+        self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, num_visual_tokens = key
-        return {**self.dataset[index], "index": index, "num_visual_tokens": num_visual_tokens}
+        row = {**self.dataset[index].to_pylist()[0], "index": index}
+        return {
+            "images": _decode(row, row["images"][: row["num_images"]]),
+            "messages": row["messages"][: row["num_messages"]],
+            "index": index,
+            "num_visual_tokens": num_visual_tokens,
+        }
+
+
+def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
+    decode = Image().decode_example
+    try:
+        return [decode(image) for image in images]
+    except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
+        raise ValueError(f"{_name(row)}: an image cannot be read. {error}") from error
+
+
+STREAMED_FEATURES = Features(
+    {"images": List(Image(decode=False)), "messages": FEATURES["messages"], "index": Value("string")}
+)
+
+
+def stream_rows(
+    source: str,
+    split: str,
+    processor: ProcessorMixin,
+    num_visual_tokens: int,
+    max_length: int | None,
+    chat_template: str | None = None,
+    require_images: bool = False,
+    skip_bad_records: bool = False,
+) -> IterableDataset:
+    """
+    Stream LLaVA's records and their images from shards.
+
+    Conversations longer than `max_length` are cut as [`fit_rows`] does.
+
+    Args:
+        source (`str`):
+            Hub repository or folder of Parquet files or of WebDataset's tar files. A sample is one of LLaVA's records
+            (`id`, `conversations`), or has one as `json`, and has its images in image columns (WebDataset's `jpg`) or
+            in a column of lists of images, in the order of their `<image>`.
+        split (`str`):
+            Such as `"train"`.
+        processor ([`DeltaLlavaProcessor`]), num_visual_tokens (`int`), max_length (`int`), chat_template (`str`):
+            As [`fit_rows`] takes them.
+        require_images (`bool`, *optional*, defaults to `False`):
+            Whether a record without an image is bad.
+        skip_bad_records (`bool`, *optional*, defaults to `False`):
+            Leave out records that are bad or whose first answer is too long, each with a warning, instead of stopping.
+
+    Returns:
+        `IterableDataset`: Rows with `images` (not decoded yet), `messages` and `index`, the record's id.
+
+    Raises:
+        `ValueError`: The samples hold no records or no images; while streaming: a record is bad.
+    """
+    stream = load_dataset(source, split=split, streaming=True)
+    features = stream.features or {}
+    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+    lists = [
+        name for name, feature in features.items() if isinstance(feature, List) and isinstance(feature.feature, Image)
+    ]
+    if not columns + lists or not {"conversations", "json"} & set(features):
+        raise ValueError(
+            f"The samples of {source} have the columns {sorted(features)}, but LLaVA's conversations (or json, a whole "
+            "record) and a column of images are needed."
+        )
+    for name in lists:
+        stream = stream.cast_column(name, List(Image(decode=False)))
+    for name in columns:
+        stream = stream.cast_column(name, Image(decode=False))
+
+    def to_row(sample):
+        record = sample["json"] if "json" in sample else sample
+        images = [sample[name] for name in columns] + [image for name in lists for image in sample[name] or ()]
+        images = [image for image in images if image is not None]
+        _, messages = parse_record({**record, "image": [f"image {i}" for i in range(len(images))]}, require_images)
+        place = fit(places_to_cut(messages, processor, chat_template), num_visual_tokens, max_length)
+        if place is None:
+            raise BadRecord(f"its first answer lies beyond max_length={max_length}")
+        num_messages, _, num_images = place
+        return {"images": images[:num_images], "messages": messages[:num_messages], "index": str(record["id"])}
+
+    def to_rows(batch):  # a batch of one, of which no row may be left
+        sample = {name: values[0] for name, values in batch.items()}
+        try:
+            row = to_row(sample)
+        except BadRecord as error:
+            _report(f"Record {sample.get('json', sample).get('id')!r} of {source}: {error}", skip_bad_records, error)
+            return {name: [] for name in STREAMED_FEATURES}
+        return {name: [value] for name, value in row.items()}
+
+    return stream.map(
+        to_rows, batched=True, batch_size=1, remove_columns=stream.column_names, features=STREAMED_FEATURES
+    )
+
+
+class StreamedBatches(torch.utils.data.IterableDataset):
+    """
+    Batches of streamed rows, each with a token budget, without an end: the stream starts again in a new order.
+
+    As with [`BudgetSampler`], the draws follow from seed and position alone, and are the same in all processes.
+
+    Args:
+        rows (`IterableDataset`): What [`stream_rows`] returns, this process's part of it.
+        batch_size (`int`): Rows of a batch, which share a budget.
+        num_visual_tokens (`list[int]`): Budgets to draw from.
+        seed (`int`): Seed of the order and of the draws.
+        skip_bad_records (`bool`): Leave out rows with an unreadable image, with a warning, instead of stopping.
+        images_only (`bool`): Refuse rows without images, as fully sharded training must: it needs images in all
+            processes at a step or in none.
+        buffer_size (`int`, *optional*, defaults to 1000): Rows among which the next one is chosen.
+
+    Yields:
+        `list[dict]`: Rows as [`BudgetedRows`] gives them.
+
+    Raises:
+        `ValueError`: While streaming: an image cannot be read, a row has none where it must, or no row is good.
+    """
+
+    def __init__(
+        self,
+        rows: IterableDataset,
+        batch_size: int,
+        num_visual_tokens: list[int],
+        seed: int,
+        skip_bad_records: bool,
+        images_only: bool,
+        buffer_size: int = 1000,
+    ):
+        self.rows = rows.shuffle(seed, buffer_size=buffer_size)
+        self.batch_size = batch_size
+        self.num_visual_tokens = num_visual_tokens
+        self.seed = seed
+        self.skip_bad_records = skip_bad_records
+        self.images_only = images_only
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        worker = get_worker_info()
+        # A DataLoader takes batches from its workers in turn
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        rows = self._decoded_rows()
+        for position in itertools.count(first, step):
+            draw = random.Random(f"num_visual_tokens {self.seed} {position}")
+            num_visual_tokens = draw.choice(self.num_visual_tokens)
+            yield [{**row, "num_visual_tokens": num_visual_tokens} for row in itertools.islice(rows, self.batch_size)]
+
+    def _decoded_rows(self) -> Iterator[dict[str, Any]]:
+        for epoch in itertools.count():
+            self.rows.set_epoch(epoch)
+            num_rows = 0
+            for row in self.rows:
+                if self.images_only and not row["images"]:
+                    raise ValueError(
+                        f"{_name(row)} has no image. FSDP and ZeRO-3 wait for ever when some processes have images at "
+                        "a step and others have none: train such a stream by DDP or ZeRO-2, or from a JSON file, whose "
+                        "rows can be grouped."
+                    )
+                try:
+                    row = {**row, "images": _decode(row, row["images"])}
+                except ValueError as error:
+                    _report(str(error), self.skip_bad_records, error)
+                    continue
+                num_rows += 1
+                yield row
+            if num_rows == 0:
+                raise ValueError("The stream has ended without one good row.")
+
+
+def _report(message: str, is_left_out: bool, error: Exception):
+    if not is_left_out:
+        raise ValueError(f"{message}. Mend it, or leave such records out with --skip_bad_records.") from error
+    logger.warning(f"{message}. It is left out.")
 
 
 @dataclass
@@ -82,7 +427,7 @@ class Collator:
         processor ([`DeltaLlavaProcessor`]):
             Its chat template has `{% generation %}` spans: their tokens are the labels, all else is `-100`.
         max_length (`int`, *optional*):
-            Longer rows are cut at their end, though never within image tokens. `None` cuts nothing.
+            Tokens that a row may have at most; [`fit_rows`] and [`stream_rows`] see to it.
         chat_template (`str`, *optional*, defaults to the processor's):
             Template to use in its stead.
 
@@ -92,7 +437,7 @@ class Collator:
         (num_images,).
 
     Raises:
-        `ValueError`: A row has no label, or `max_length` would cut its image tokens.
+        `ValueError`: A row has no label, or is longer than `max_length`.
     """
 
     processor: ProcessorMixin
@@ -118,23 +463,18 @@ class Collator:
         )
         batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
 
-        cut_image_tokens = batch["input_ids"][:, self.max_length :] == self.processor.image_token_id
-        if self.max_length is not None and cut_image_tokens.any():
-            position = int(cut_image_tokens.any(dim=1).nonzero()[0])
+        lengths = batch["attention_mask"].sum(dim=1)
+        if self.max_length is not None and (lengths > self.max_length).any():
+            position = int(lengths.argmax())
             raise ValueError(
-                f"{_name(rows[position])} has image tokens beyond max_length={self.max_length}: at {num_visual_tokens} "
-                f"visual tokens an image it is {batch['attention_mask'][position].sum()} tokens long. Raise "
-                "max_length, lower num_visual_tokens or leave the record out."
+                f"{_name(rows[position])} is {lengths[position]} tokens long at {num_visual_tokens} visual tokens an "
+                f"image, but max_length={self.max_length}."
             )
-        for key in ("input_ids", "attention_mask", "labels"):
-            batch[key] = batch[key][:, : self.max_length]
-
         all_masked = (batch["labels"] == -100).all(dim=1)
         if all_masked.any():
             raise ValueError(
-                f"{_name(rows[int(all_masked.nonzero()[0])])} has nothing to learn: all its labels are masked. Either "
-                f"its answer lies beyond max_length={self.max_length}, or the chat template marks none by "
-                "{% generation %}."
+                f"{_name(rows[int(all_masked.nonzero()[0])])} has nothing to learn: all its labels are masked, because "
+                "the chat template marks no answer by {% generation %}."
             )
         return batch
 

@@ -14,30 +14,25 @@ On one device `python -m delta_llava.train.finetune` does. One checkpoint for se
 `--num_visual_tokens 1 4 16 36 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
-from pathlib import Path
-
-import torch
 from transformers import LlavaImageProcessor
-from trl import SFTConfig, TrlParser
 
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .batches import BudgetedRows, Collator
-from .data import load_llava_json
-from .trainer import DeltaLlavaTrainer, ScriptArguments, check_recipe
+from .batches import Collator
+from .preflight import report
+from .recipe import check_recipe, load_model, load_rows, lora_config, parse_recipe
+from .trainer import DeltaLlavaTrainer
 
 
 def main(arguments: list[str] | None = None):
-    parser = TrlParser((ScriptArguments, SFTConfig))
-    script_args, training_args = parser.parse_args_and_config(arguments)
-    config, checkpoint = check_recipe(script_args, training_args)
+    script_args, training_args, model_args = parse_recipe(arguments)
+    config, checkpoint = check_recipe(script_args, training_args, model_args)
     training_args.assistant_only_loss = True  # as the collator does; TRL then checks the template's end of turn
 
     ################
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        script_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
+        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
     )
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
     image_size = config.vision_config.image_size
@@ -48,30 +43,22 @@ def main(arguments: list[str] | None = None):
         image_mean=processor.image_processor.image_mean,
         image_std=processor.image_processor.image_std,
     )
-    dataset = load_llava_json(
-        script_args.json_path,
-        script_args.image_folder,
-        bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
-        skip_bad_records=script_args.skip_bad_records,
-    )
     collator = Collator(processor, training_args.max_length)
-    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # shows a fault of template or max_length
+    rows, held_out = load_rows(script_args, training_args, processor, config)
 
     ################
     # Model
     ################
-    # Frozen weights in the dtype that mixed precision computes in, trained ones in float32: in 16 bits, AdamW's small
-    # steps would be rounded away
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        script_args.model_name_or_path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=script_args.attn_implementation,
-    )
+    # Trained weights in float32: in 16 bits, AdamW's small steps would be rounded away
+    model = load_model(script_args, training_args, model_args, config)
     model.model.vision_tower.requires_grad_(False)
-    for part in (model.model.multi_modal_projector, model.model.language_model, model.lm_head):
-        part.float()
+    model.model.multi_modal_projector.float()
+    adapters = lora_config(model, model_args) if model_args.use_peft else None
+    if adapters is None:
+        model.model.language_model.float()
+        model.lm_head.float()
+    if script_args.dry_run:
+        return report(training_args, model_args, model, rows, collator, adapters)
 
     ################
     # Training
@@ -80,11 +67,14 @@ def main(arguments: list[str] | None = None):
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=dataset,
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=processor,
+        projector_learning_rate=script_args.projector_learning_rate,
+        skip_bad_records=script_args.skip_bad_records,
+        peft_config=adapters,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(dtype)  # the trained weights too
     trainer.save_model()
 
 

@@ -18,55 +18,42 @@ token budgets: `--num_visual_tokens 1 4 16 36 144`. After an interruption: `--re
 
 from pathlib import Path
 
-import torch
-from trl import SFTConfig, TrlParser
-
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .batches import BudgetedRows, Collator
-from .data import load_llava_json
-from .trainer import DeltaLlavaTrainer, ScriptArguments, check_recipe
+from .batches import Collator
+from .preflight import report
+from .recipe import check_recipe, load_model, load_rows, parse_recipe
+from .trainer import DeltaLlavaTrainer
 
 
 PLAIN_TEMPLATE = Path(__file__).parents[1] / "templates" / "plain.jinja"
 
 
 def main(arguments: list[str] | None = None):
-    parser = TrlParser((ScriptArguments, SFTConfig))
-    script_args, training_args = parser.parse_args_and_config(arguments)
-    config, checkpoint = check_recipe(script_args, training_args)
+    script_args, training_args, model_args = parse_recipe(arguments)
+    config, checkpoint = check_recipe(script_args, training_args, model_args)
+    if model_args.use_peft:
+        raise ValueError("use_peft has no place in stage 1, which trains the projector alone.")
 
     ################
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        script_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
-    )
-    dataset = load_llava_json(
-        script_args.json_path,
-        script_args.image_folder,
-        bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
-        skip_bad_records=script_args.skip_bad_records,
-        require_images=True,
+        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
     )
     # The template is this stage's alone: the checkpoint keeps the one for conversations
-    collator = Collator(processor, training_args.max_length, PLAIN_TEMPLATE.read_text(encoding="utf-8"))
-    collator([BudgetedRows(dataset)[0, max(config.visual_token_budgets)]])  # shows a fault of template or max_length
+    template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
+    collator = Collator(processor, training_args.max_length, template)
+    rows, held_out = load_rows(script_args, training_args, processor, config, template, require_images=True)
 
     ################
     # Model
     ################
-    # Frozen weights in the dtype that mixed precision computes in, trained ones in float32: in 16 bits, AdamW's small
-    # steps would be rounded away
-    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        script_args.model_name_or_path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=script_args.attn_implementation,
-    )
+    # Trained weights in float32: in 16 bits, AdamW's small steps would be rounded away
+    model = load_model(script_args, training_args, model_args, config)
     model.requires_grad_(False)
     model.model.multi_modal_projector.float().requires_grad_(True)
+    if script_args.dry_run:
+        return report(training_args, model_args, model, rows, collator)
 
     ################
     # Training
@@ -75,11 +62,13 @@ def main(arguments: list[str] | None = None):
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=dataset,
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=processor,
+        projector_learning_rate=script_args.projector_learning_rate,
+        skip_bad_records=script_args.skip_bad_records,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.model.to(dtype)  # the trained weights too
     trainer.save_model()
 
 

@@ -1,113 +1,37 @@
-"""What both training stages share: arguments, the checks of a recipe, and TRL's trainer with a budget per batch."""
+"""TRL's trainer with a token budget for each batch, that ends well when it must end early."""
 
 import json
-from dataclasses import dataclass, field
+import shutil
+import signal
 from pathlib import Path
 
+import torch
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
-from .batches import BudgetedRows, BudgetSampler
+from .batches import BudgetedRows, BudgetSampler, StreamedBatches
 
 
-@dataclass
-class ScriptArguments:
-    """
-    Arguments of a training stage beside those of TRL's `SFTConfig`.
-
-    Args:
-        model_name_or_path (`str`):
-            Delta-LLaVA to start from: what `delta_llava.hub.assemble` or an earlier stage has written.
-        json_path (`str`):
-            LLaVA's JSON file.
-        image_folder (`str`):
-            Folder that the images of `json_path` lie in.
-        num_visual_tokens (`list[int]`, *optional*, defaults to the `visual_token_budgets` of the model):
-            Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
-        skip_bad_records (`bool`, *optional*, defaults to `False`):
-            Train without the bad records instead of stopping at them.
-        attn_implementation (`str`, *optional*):
-            Attention of tower and language model, such as `"flash_attention_2"`. By default transformers' choice.
-    """
-
-    model_name_or_path: str = field(
-        metadata={"help": "Delta-LLaVA to start from: an assembled one or a stage's result."}
-    )
-    json_path: str = field(metadata={"help": "LLaVA's JSON file."})
-    image_folder: str = field(metadata={"help": "Folder that the images of the JSON file lie in."})
-    num_visual_tokens: list[int] | None = field(
-        default=None,
-        metadata={"help": "Token budgets to train. Of several, each batch draws one. Default: those of the model."},
-    )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of tower and language model, such as flash_attention_2."}
-    )
-
-    def __post_init__(self):
-        # `num_visual_tokens: 144` in a recipe
-        if isinstance(self.num_visual_tokens, int):
-            self.num_visual_tokens = [self.num_visual_tokens]
+logger = logging.get_logger(__name__)
 
 
-def check_recipe(script_args: ScriptArguments, training_args: SFTConfig) -> tuple[DeltaLlavaConfig, str | None]:
-    """
-    Check what can be checked of a recipe before data and weights are loaded.
-
-    Args:
-        script_args (`ScriptArguments`), training_args (`SFTConfig`):
-            The recipe.
-
-    Returns:
-        `tuple[DeltaLlavaConfig, str | None]`: The model's configuration with the budgets that are to be trained, and
-        the checkpoint to resume from, if that was asked for.
-
-    Raises:
-        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from, or
-            an option cannot be had with images.
-    """
-    if training_args.packing or training_args.padding_free or training_args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"packing={training_args.packing}, padding_free={training_args.padding_free} and train_sampling_strategy="
-            f"{training_args.train_sampling_strategy} must be left at False, False and 'random': batches of images are "
-            "padded, and shuffled together with their budgets."
-        )
-    config = DeltaLlavaConfig.from_pretrained(script_args.model_name_or_path)
-    budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
-    for budget in budgets:
-        query_grid_size(budget, config.patch_grid_size)
-    config.visual_token_budgets = budgets
-    if config.num_visual_tokens not in budgets:
-        config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
-    return config, _checkpoint_to_resume(training_args)
+def latest_checkpoint(training_args: SFTConfig) -> str | None:
+    """The newest complete checkpoint in the output folder, written by as many processes as there are now."""
+    checkpoints = reversed(sort_checkpoints(training_args.output_dir, use_mtime=True))
+    return next((path for path in checkpoints if is_complete(Path(path), training_args.world_size)), None)
 
 
-def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
-    asked = str(training_args.resume_from_checkpoint)
-    if asked.lower() in ("none", "false"):
-        return None
-    if asked.lower() not in ("latest", "true"):
-        if not _is_complete(Path(asked), training_args.world_size):
-            raise ValueError(
-                f"resume_from_checkpoint={asked} is not a complete checkpoint of {training_args.world_size} processes. "
-                f"Name another, or 'latest' for the newest complete one in {training_args.output_dir}."
-            )
-        return asked
-    for checkpoint in reversed(sort_checkpoints(training_args.output_dir, use_mtime=True)):
-        if _is_complete(Path(checkpoint), training_args.world_size):
-            return checkpoint
-    raise ValueError(
-        f"resume_from_checkpoint={asked}, but {training_args.output_dir} holds no complete checkpoint of "
-        f"{training_args.world_size} processes. Leave resume_from_checkpoint out to start from the beginning."
-    )
-
-
-def _is_complete(checkpoint: Path, world_size: int) -> bool:
+def is_complete(checkpoint: Path, world_size: int) -> bool:
     """Whether a checkpoint was written to its end: the Trainer writes the state last, each process its own RNG."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
@@ -116,40 +40,274 @@ def _is_complete(checkpoint: Path, world_size: int) -> bool:
     return len(list(checkpoint.glob("rng_state*.pth"))) == world_size
 
 
+class SaveOnSigterm(TrainerCallback):
+    """
+    On SIGTERM, as a scheduler sends it before it takes the machine away, ends training behind a checkpoint.
+
+    transformers' `enable_jit_checkpoint` may save in the middle of a step, after which a resumed run is no repetition
+    of the unbroken one, and lets the script go on as if it had trained to the end.
+    """
+
+    def __init__(self):
+        self.received = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.earlier_handler = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, signum, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():
+            # All processes must save at the same step, and not all are told at the same time
+            received = torch.tensor(int(self.received), device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = bool(received)
+        if self.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.earlier_handler)
+
+
+class DrawCurves(TrainerCallback):
+    """Draws `training_curves.png` into the output folder with every checkpoint and at the end."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir) / "training_curves.png")
+
+    on_train_end = on_save
+
+
+def draw_curves(log_history: list[dict[str, float]], file: Path):
+    """
+    Draw losses and learning rate against steps.
+
+    Args:
+        log_history (`list[dict[str, float]]`): That of a `TrainerState`.
+        file (`Path`): The picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, rates) = plt.subplots(
+        2, 1, figsize=(9, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+
+    def plot(axis, key, **style):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), **style)
+
+    plot(losses, "loss", color="grey", label="training")
+    names = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith("_loss")}
+    for name in sorted(names, key=lambda name: int(name.split("_")[1])):
+        plot(losses, name, marker="o", markersize=3, label=f"validation, {name.split('_')[1]} visual tokens")
+    plot(rates, "learning_rate", color="grey")
+    losses.set(ylabel="loss (nats per token)")
+    losses.legend()
+    rates.set(xlabel="step", ylabel="learning rate")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
 class DeltaLlavaTrainer(SFTTrainer):
     """
     TRL's `SFTTrainer` whose batches each have a token budget, drawn from `model.config.visual_token_budgets`.
 
-    Takes the arguments of `SFTTrainer`; `data_collator` is a [`~delta_llava.train.data.Collator`].
+    Validation loss is logged for each of these budgets (`eval_144_loss`). A loss that is not a number ends the run
+    before it is learnt from or saved; so does a checkpoint that cannot be written, and either error names the last
+    complete one. SIGTERM ends the run behind a checkpoint, with exit status 143.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]): The model, whose trained weights are in float32.
+        train_dataset (`Dataset` or `IterableDataset`): What [`~delta_llava.train.batches.fit_rows`] or
+            [`~delta_llava.train.batches.stream_rows`] returns.
+        eval_dataset (`Dataset`, *optional*): What [`~delta_llava.train.batches.fit_rows`] returns.
+        projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
+        skip_bad_records (`bool`, *optional*, defaults to `False`): Leave streamed rows with an unreadable image out.
+        **kwargs: Further arguments of `SFTTrainer`; `data_collator` is a [`~delta_llava.train.batches.Collator`].
     """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eval_dataset: Dataset | None = None,
+        projector_learning_rate: float | None = None,
+        skip_bad_records: bool = False,
+        **kwargs,
+    ):
+        self.projector_learning_rate = projector_learning_rate
+        self.skip_bad_records = skip_bad_records
+        self.save_dtype = model.dtype
+        budgets = model.config.visual_token_budgets
+        eval_datasets = None if eval_dataset is None else {str(budget): eval_dataset for budget in budgets}
+        super().__init__(model=model, eval_dataset=eval_datasets, **kwargs)
+        # TRL trains adapters of quantized models in bfloat16, where AdamW's small steps would be rounded away
+        for weight in self.model.parameters():
+            if weight.requires_grad and self.args.deepspeed_plugin is None:
+                weight.data = weight.data.float()
+        self.signal = SaveOnSigterm()
+        self.add_callback(self.signal)
+        self.add_callback(DrawCurves)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the Trainer's, but rows come in the order and with the budgets of a [`BudgetSampler`]."""
+        budgets = self.model.config.visual_token_budgets
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if isinstance(self.train_dataset, IterableDataset):
+            rows = split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size)
+            batches = StreamedBatches(
+                rows,
+                self._train_batch_size,
+                budgets,
+                seed,
+                skip_bad_records=self.skip_bad_records,
+                images_only=self._is_fully_sharded(),
+            )
+            # A worker without a shard of its own would end at once
+            num_workers = min(self.args.dataloader_num_workers, rows.num_shards)
+            dataloader = self._dataloader(batches, num_workers, batch_size=None)
+            # Each process has its own part of the stream already: nothing is left to divide
+            return prepare_data_loader(
+                dataloader,
+                self.args.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
+                dispatch_batches=False,
+            )
+
+        group = self.args.train_sampling_strategy == "group_by_length"
+        if self._is_fully_sharded() and not group and min(self.train_dataset["num_images"]) == 0:
+            raise ValueError(
+                "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step and "
+                "others have none: set train_sampling_strategy=group_by_length."
+            )
         sampler = BudgetSampler(
-            num_rows=len(self.train_dataset),
+            self.train_dataset,
             batch_size=self._train_batch_size * self.accelerator.num_processes,
-            num_visual_tokens=self.model.config.visual_token_budgets,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            trainer=self,
+            num_visual_tokens=budgets,
+            seed=seed,
+            group=group,
+            epoch=lambda: int(self.state.epoch or 0),
         )
-        dataloader = DataLoader(
+        dataloader = self._dataloader(
             BudgetedRows(self.train_dataset),
+            self.args.dataloader_num_workers,
             batch_size=self._train_batch_size,
             sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=self.args.dataloader_drop_last,
         )
         return self.accelerator.prepare(dataloader)
 
+    def get_eval_dataloader(self, eval_dataset: str | None = None) -> DataLoader:
+        """Like the Trainer's, for the held-out rows at one budget, which is the data set's name."""
+        rows = self.eval_dataset[eval_dataset]
+        dataloader = self._dataloader(
+            BudgetedRows(rows),
+            self.args.dataloader_num_workers,
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=[(index, int(eval_dataset)) for index in range(len(rows))],
+        )
+        return self.accelerator.prepare(dataloader)
+
+    def _dataloader(self, dataset: torch.utils.data.Dataset, num_workers: int, **kwargs) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=self.data_collator,
+            num_workers=num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor if num_workers > 0 else None,
+            **kwargs,
+        )
+
+    def _is_fully_sharded(self) -> bool:
+        plugin = self.args.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Like the Trainer's, with `projector_learning_rate` for the projector, in parameter groups of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.projector_learning_rate is None:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        projector = {id(weight) for name, weight in named if "multi_modal_projector" in name}
+        for group in list(optimizer.param_groups):
+            ours = [weight for weight in group["params"] if id(weight) in projector]
+            if ours:
+                group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
+                optimizer.add_param_group({**group, "params": ours, "lr": self.projector_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def train(self, *args, **kwargs):
+        """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""
+        output = super().train(*args, **kwargs)
+        if self.signal.received and self.state.global_step < self.state.max_steps:
+            step, steps = self.state.global_step, self.state.max_steps
+            logger.warning(f"SIGTERM has ended training at step {step} of {steps}. {self._way_on()}")
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Like the Trainer's; a loss that is not finite is a `FloatingPointError`, in all processes at once."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.gather(loss.detach()).isfinite().all():
+            raise FloatingPointError(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Lower learning_rate, or look for "
+                f"what is special in the data of this step. {self._way_on()}"
+            )
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        for name, weight in self.model.named_parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not local.isfinite().all():
+                raise FloatingPointError(
+                    f"At step {self.state.global_step}, {name} is not finite any more; nothing is saved. Lower "
+                    f"learning_rate. {self._way_on()}"
+                )
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.args.output_dir).free / 2**30
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir}, "
+                f"where {free:.1f} GiB are free: {error}. {self._way_on()}"
+            ) from error
+
+    def _way_on(self) -> str:
+        checkpoint = latest_checkpoint(self.args)
+        if checkpoint is None:
+            return "There is no complete checkpoint yet."
+        return f"The last complete checkpoint is {checkpoint}: --resume_from_checkpoint latest goes on from there."
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Like the Trainer's; what is no checkpoint of its own is in Hub layout, without its pickled arguments."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not _internal_call:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+        """Like the Trainer's for a checkpoint to resume from; otherwise the result in Hub layout, or the adapter."""
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        output_dir = Path(output_dir or self.args.output_dir)
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            (output_dir / "README.md").unlink()  # a template of peft's that describes nothing
+            # Tells which budgets were trained. As config.json it would make the folder a whole model for transformers.
+            model.get_base_model().config.to_json_file(output_dir / "trained_config.json")
+        else:
+            state_dict = {
+                name: weight.to("cpu", self.save_dtype) if weight.is_floating_point() else weight
+                for name, weight in state_dict.items()
+            }
+            model.save_pretrained(output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: TRL's card describes a text model, and `model_card.md` is what ours are made from."""

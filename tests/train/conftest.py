@@ -2,12 +2,25 @@
 
 import json
 import random
+import shutil
 
+import datasets
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from delta_llava import DeltaLlavaForConditionalGeneration
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """A cache of the tests' own, in subprocesses too."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(folder))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +36,23 @@ def checkpoint(tmp_path_factory, tiny_config, tiny_processor):
 
 
 @pytest.fixture(scope="session")
+def still_checkpoint(tmp_path_factory, checkpoint):
+    """The checkpoint without drop path, whose training is the same in however many processes it is done."""
+    folder = tmp_path_factory.mktemp("still-checkpoint")
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Twelve coloured rectangles, half of them asked about in two turns: the JSON file and the image folder."""
+    """
+    Twelve coloured rectangles, half of them asked about in two turns: the JSON file and the image folder.
+
+    Beside it, `mixed.json` has eight more records without an image.
+    """
     folder = tmp_path_factory.mktemp("data")
     draw, records = random.Random(0), []
     for index in range(12):
@@ -38,4 +66,38 @@ def data(tmp_path_factory):
             conversations += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
         records.append({"id": f"scene-{index}", "image": f"{index}.png", "conversations": conversations})
     (folder / "data.json").write_text(json.dumps(records))
+    for index in range(8):
+        turns = [{"from": "human", "value": "Count! " * (index + 1)}, {"from": "gpt", "value": f"{index + 1} times."}]
+        records.append({"id": f"text-{index}", "conversations": turns})
+    (folder / "mixed.json").write_text(json.dumps(records))
     return folder / "data.json", folder
+
+
+@pytest.fixture
+def run(checkpoint, data, tmp_path):
+    """Runs a stage on the tiny data with a recipe that is written to a file, and returns the output folder."""
+
+    def run(stage, output_dir="out", arguments=(), **changes):
+        stage.main([*recipe(output_dir, **changes), *arguments])
+        return tmp_path / output_dir
+
+    def recipe(output_dir, **changes):
+        values = {
+            "model_name_or_path": str(checkpoint),
+            "json_path": str(data[0]),
+            "image_folder": str(data[1]),
+            "output_dir": str(tmp_path / output_dir),
+            "bf16": False,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.01,
+            "max_steps": 2,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            **changes,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+        return ["--config", str(tmp_path / "recipe.yaml")]
+
+    run.recipe = recipe
+    return run

@@ -1,15 +1,16 @@
-"""Batches hold what shall be learnt, at the budget drawn, in an order that a resumed run repeats."""
+"""Batches hold what shall be learnt, whole, at the budget drawn, in an order that a resumed run repeats."""
 
 import json
-from types import SimpleNamespace
+import random
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from datasets import Dataset
 from PIL import Image
 from torch.utils.data import BatchSampler
 
-from delta_llava.train.batches import BudgetedRows, BudgetSampler, Collator
+from delta_llava.train.batches import BudgetedRows, BudgetSampler, Collator, fit_rows
 from delta_llava.train.data import load_llava_json
 
 
@@ -28,29 +29,24 @@ def turns(*values, speakers=("human", "gpt")):
 
 
 @pytest.fixture
-def load(tmp_path):
-    """Writes records beside two images, one of them cut short, and loads them."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (30, 20), "red").save(folder / "a.png")
-    Image.effect_noise((64, 64), 50).save(folder / "whole.jpg")
-    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-500])
-    (folder / "text.png").write_text("no image")
-    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+def fitted(tmp_path, tiny_processor, templates):
+    """Writes records beside an image, loads them and fits them to a template."""
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
 
-    def load(records, **kwargs):
-        (tmp_path / "data.json").write_text(records if isinstance(records, str) else json.dumps(records))
-        return load_llava_json(tmp_path / "data.json", folder, tmp_path / "out" / "bad_records.jsonl", **kwargs)
+    def fitted(records, num_visual_tokens=4, max_length=None, template="vicuna-v1"):
+        (tmp_path / "data.json").write_text(json.dumps(records))
+        dataset = load_llava_json(tmp_path / "data.json", tmp_path, tmp_path / "bad_records.jsonl")
+        template = (templates / f"{template}.jinja").read_text()
+        return fit_rows(dataset, tiny_processor(), num_visual_tokens, max_length, template)
 
-    return load
+    return fitted
 
 
 @pytest.fixture
-def collate(load, tiny_processor, templates):
-    def collate(records, num_visual_tokens=4, template="vicuna-v1", **kwargs):
-        rows = BudgetedRows(load(records))
-        collator = Collator(tiny_processor(), chat_template=(templates / f"{template}.jinja").read_text(), **kwargs)
+def collate(fitted, tiny_processor, templates):
+    def collate(records, num_visual_tokens=4, template="vicuna-v1", max_length=None):
+        rows = BudgetedRows(fitted(records, num_visual_tokens, max_length, template))
+        collator = Collator(tiny_processor(), max_length, (templates / f"{template}.jinja").read_text())
         return collator([rows[index, num_visual_tokens] for index in range(len(rows))])
 
     return collate
@@ -86,28 +82,85 @@ def test_a_batch_has_the_budget_of_its_rows(collate, tiny_processor):
     assert set(collate([greeting])) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_a_row_without_labels_is_an_error_that_names_it(collate, load, tiny_processor):
-    length = collate([record()])["input_ids"].shape[1]
-    long = record(conversations=turns("<image>\n" + "What? " * 20, "This."))
-    assert collate([record(), record()], max_length=length)["labels"].shape == (2, length)
-    with pytest.raises(ValueError, match=rf"Row 1 .*What\? What\?.*nothing to learn.*max_length={length}"):
-        collate([record(), long], max_length=length)
+def test_a_row_without_labels_is_an_error_that_names_it(fitted, tiny_processor):
     without_generation = Collator(tiny_processor(), chat_template="{{ messages[1]['content'][0]['text'] }}")
-    rows = BudgetedRows(load([record(image=None, conversations=turns("Hello.", "Hi."))]))
+    rows = BudgetedRows(fitted([record(image=None, conversations=turns("Hello.", "Hi."))]))
     with pytest.raises(ValueError, match=r"Row 0 .*Hello\. Hi\..*nothing to learn"):
         without_generation([rows[0, 4]])
 
 
-def test_image_tokens_are_never_cut(collate):
-    length = collate([record()])["input_ids"].shape[1]
-    late = record(conversations=turns("What? " * 20, "This.", "<image>\nAnd that?", "That."))
-    with pytest.raises(ValueError, match=rf"Row 1 .*image tokens beyond max_length={length}: at 4 visual tokens"):
-        collate([record(), late], max_length=length)
+QUESTIONS = ("<image>\nWhat?", "A square.", "Which colour?", "It is red.", "<image>\nAnd this?", "The same.")
+LONG = record(image=["a.png", "a.png"], conversations=turns(*QUESTIONS))
 
 
-def sampler(seed=0, epoch=0, num_rows=50, batch_size=4, budgets=(1, 4, 16)):
-    trainer = SimpleNamespace(state=SimpleNamespace(epoch=epoch))
-    return BudgetSampler(num_rows, batch_size, list(budgets), seed, trainer)
+@pytest.mark.parametrize("template", ["vicuna-v1", "chatml"])
+def test_a_long_row_is_cut_behind_the_last_whole_answer_that_fits(collate, tiny_processor, template):
+    processor = tiny_processor()
+    whole = collate([LONG], template=template)
+    parts = [
+        record(conversations=turns(*QUESTIONS[:2])),
+        record(conversations=turns(*QUESTIONS[:4])),
+        LONG,
+    ]
+    lengths = [collate([part], template=template)["input_ids"].shape[1] for part in parts]
+    assert whole["input_ids"].shape[1] == lengths[2]
+    for max_length, answers, images in [
+        (lengths[2], 3, 2),
+        (lengths[2] - 1, 2, 1),
+        (lengths[1], 2, 1),
+        (lengths[1] - 1, 1, 1),
+        (lengths[0], 1, 1),
+    ]:
+        batch = collate([LONG], template=template, max_length=max_length)
+        length = lengths[answers - 1]
+        assert batch["input_ids"].tolist() == whole["input_ids"][:, :length].tolist()
+        assert batch["labels"].tolist() == whole["labels"][:, :length].tolist()
+        assert batch["pixel_values"].shape[0] == images
+        assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * images
+    with pytest.raises(ValueError, match=rf"All 1 rows are longer than max_length={lengths[0] - 1} at 4 visual tokens"):
+        collate([LONG], template=template, max_length=lengths[0] - 1)
+
+
+def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("delta_llava.train.batches.logger.warning", warnings.append)
+    late = record(conversations=turns("What? " * 40, "This.", "<image>\nAnd that?", "That."))
+    (one,) = fitted([record()])["num_tokens"]
+    max_length = one + 3 + 30  # three more tokens at the image, and some for the second question
+    rows = fitted([record(), late, LONG, record()], max_length=max_length)
+    assert [row["num_messages"] for row in rows.remove_columns("images")] == [2, 4, 2]
+    (warning,) = warnings
+    assert f"2 of 4 rows are longer than max_length={max_length} at 4 visual tokens" in warning
+    assert "1 are cut behind their last whole answer that fits, and 1, whose first answer does not fit" in warning
+    assert "Row 1 " in warning
+    # at another budget, the same rows have other lengths
+    fitted([record(), late, LONG, record()], num_visual_tokens=144, max_length=max_length + 140)
+    assert "at 144 visual tokens" in warnings[1]
+
+
+def test_measuring_is_remembered_however_the_tokenizer_was_used(fitted, tiny_processor, templates, monkeypatch):
+    from delta_llava.train import batches
+
+    rows = [record(), record(id="1", image=None, conversations=turns("Hello.", "Hi."))]
+    first = fitted(rows)
+    monkeypatch.setattr(batches, "places_to_cut", None)
+    assert fitted(rows)[:] == first[:]
+
+
+def test_a_row_longer_than_the_limit_is_no_batch(fitted, tiny_processor):
+    rows = BudgetedRows(fitted([record()], num_visual_tokens=4))
+    with pytest.raises(ValueError, match=r"Row 0 .* tokens long at 36 visual tokens an image, but max_length=30"):
+        Collator(tiny_processor(), max_length=30)([rows[0, 36]])
+
+
+def rows_of(lengths, images):
+    columns = {"num_tokens": lengths, "num_images": images, "num_messages": [2] * len(lengths)}
+    return Dataset.from_dict({"images": [[]] * len(lengths), "messages": [[]] * len(lengths), **columns})
+
+
+def sampler(seed=0, epoch=0, num_rows=50, batch_size=4, budgets=(1, 4, 16), rows=None, group=False):
+    rows = rows or rows_of([10] * num_rows, [1] * num_rows)
+    return BudgetSampler(rows, batch_size, list(budgets), seed, group=group, epoch=lambda: int(epoch))
 
 
 def test_order_and_budgets_follow_from_seed_epoch_and_position_alone():
@@ -131,12 +184,55 @@ def test_each_budget_is_drawn_equally_often():
     assert all(900 < drawn.count(budget) < 1100 for budget in (1, 4, 16))
 
 
-def test_processes_draw_the_same_budget_at_the_same_step_also_when_resumed():
+@pytest.mark.parametrize("group", [False, True])
+def test_processes_draw_the_same_budget_at_the_same_step_also_when_resumed(group):
     def batches(process):
-        shard = BatchSamplerShard(BatchSampler(sampler(batch_size=2 * 3), 3, drop_last=False), 2, process)
+        order = sampler(batch_size=2 * 3, group=group)
+        shard = BatchSamplerShard(BatchSampler(order, 3, drop_last=False), 2, process)
         return list(shard), list(SkipBatchSampler(shard, 5))
 
     (first, first_resumed), (second, second_resumed) = batches(0), batches(1)
     assert [batch[0][1] for batch in first[:8]] == [batch[0][1] for batch in second[:8]]
     assert {index for batch in first + second for index, _ in batch} == set(range(50))
     assert (first_resumed, second_resumed) == (first[5:], second[5:])
+
+
+def test_groups_are_of_one_kind_and_of_about_one_length():
+    draw = random.Random(0)
+    lengths = [draw.randint(10, 1000) for _ in range(1003)]
+    images = [int(draw.random() < 0.6) for _ in range(1003)]
+    order = sampler(rows=rows_of(lengths, images), group=True, batch_size=8)
+    indices = [index for index, _ in order]
+    assert len(indices) == len(order)
+    batches = [indices[start : start + 8] for start in range(0, len(indices), 8)]
+    assert all(len({images[index] for index in batch}) == 1 for batch in batches)
+    # every row occurs, and only what fills up the last batch of a kind occurs twice
+    assert set(indices) == set(range(1003))
+    assert len(indices) < 1003 + 2 * 8
+
+    def spread(batches):
+        return sum(max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches) / len(batches)
+
+    assert spread(batches) < 0.2 * spread([batch for batch in sampler_batches(1003, 8)])
+    at_most = [lengths[index] + images[index] * 15 for index in indices]
+    assert max(at_most[:8]) == max(at_most)
+    assert [index for index, _ in sampler(rows=rows_of(lengths, images), group=True, batch_size=8)] == indices
+    later = [index for index, _ in sampler(rows=rows_of(lengths, images), group=True, batch_size=8, epoch=1)]
+    assert later != indices and set(later) == set(indices)
+    # neither long before short nor one kind before the other
+    means = [sum(lengths[i] for i in batch) / 8 for batch in batches]
+    assert abs(sum(means[:60]) - sum(means[-60:])) / 60 < 150
+    assert 20 < sum(images[batch[0]] for batch in batches[:60]) < 55
+
+
+def sampler_batches(num_rows, batch_size):
+    indices = [index for index, _ in sampler(num_rows=num_rows)]
+    return [indices[start : start + batch_size] for start in range(0, num_rows, batch_size)]
+
+
+def test_few_rows_of_a_kind_fill_a_batch_by_themselves():
+    order = sampler(rows=rows_of([5] * 11, [1] * 9 + [0] * 2), group=True, batch_size=8)
+    indices = [index for index, _ in order]
+    assert len(indices) == len(order) == 24
+    assert {index for index in indices if index >= 9} == {9, 10}
+    assert sorted(index for index in set(indices)) == list(range(11))

@@ -1,53 +1,16 @@
 """Both stages train what they shall, end in a checkpoint that loads, and go on where a killed run has stopped."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
 from delta_llava.train import finetune, pretrain
-
-
-RECIPES = sorted((Path(pretrain.__file__).parent / "recipes").glob("*/*.yaml"))
-
-
-@pytest.fixture
-def run(checkpoint, data, tmp_path):
-    """Runs a stage on the tiny data with a recipe that is written to a file, and returns the output folder."""
-
-    def run(stage, output_dir="out", arguments=(), **changes):
-        stage.main([*recipe(output_dir, **changes), *arguments])
-        return tmp_path / output_dir
-
-    def recipe(output_dir, **changes):
-        values = {
-            "model_name_or_path": str(checkpoint),
-            "json_path": str(data[0]),
-            "image_folder": str(data[1]),
-            "output_dir": str(tmp_path / output_dir),
-            "bf16": False,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 0.01,
-            "max_steps": 2,
-            "save_strategy": "no",
-            "logging_steps": 1,
-            **changes,
-        }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-        return ["--config", str(tmp_path / "recipe.yaml")]
-
-    run.recipe = recipe
-    return run
 
 
 def changed_parts(before, after):
@@ -85,6 +48,7 @@ def test_the_result_is_a_checkpoint_for_the_next_stage_and_for_the_hub(run, chec
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_curves.png",
     }
     assert {path.name for path in stage_1.iterdir()} == files | {"checkpoint-1", "checkpoint-2"}
     assert {path.name for path in stage_2.iterdir()} == files
@@ -141,15 +105,25 @@ BAD_RECIPES = {
     "budget of no grid": ({"num_visual_tokens": [4, 25]}, r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"),
     "missing json": ({"json_path": "none.json"}, "json_path=none.json is not a file"),
     "missing folder": ({"image_folder": "none"}, "image_folder=none is not a folder"),
-    "packing": ({"packing": True}, "packing=True.* must be left at False"),
-    "grouping": ({"train_sampling_strategy": "group_by_length"}, "=group_by_length must be left"),
+    "packing": ({"packing": True}, "packing=True.* must be False"),
+    "sequential": ({"train_sampling_strategy": "sequential"}, "=sequential must be .*'group_by_length'"),
+    "no data": ({"json_path": None, "image_folder": None}, "json_path=None.* name the first two"),
+    "two sources": ({"stream": "org/data", "max_steps": 2}, "stream=org/data: name the first two"),
+    "endless stream": ({"json_path": None, "image_folder": None, "stream": "org/data", "max_steps": -1}, "max_steps"),
+    "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    "validation without rows": ({"eval_strategy": "steps"}, "num_eval_rows=0 and eval_strategy=.*steps"),
+    "validation of all rows": ({"eval_strategy": "steps", "num_eval_rows": 12}, "leaves nothing of the 12 rows"),
+    "quantized without adapters": ({"load_in_4bit": True}, "need use_peft"),
     "nothing to resume": ({"resume_from_checkpoint": True}, "no complete checkpoint"),
     "no latest to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
     "no such checkpoint": (
         {"resume_from_checkpoint": "checkpoint-3"},
         "resume_from_checkpoint=checkpoint-3 is not a complete",
     ),
-    "too short for the images": ({"max_length": 20, "num_visual_tokens": 144}, "image tokens beyond max_length=20"),
+    "too short for the images": (
+        {"max_length": 20, "num_visual_tokens": 144},
+        "All 12 rows are longer than max_length=20 at 144",
+    ),
 }
 
 
@@ -173,70 +147,3 @@ def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data
     assert json.loads((tmp_path / "out" / "bad_records.jsonl").read_text())["id"] == "scene-3"
     output_dir = run(pretrain, json_path=str(tmp_path / "bad.json"), skip_bad_records=True)
     assert (output_dir / "model.safetensors").exists()
-
-
-ELASTIC = {
-    "num_visual_tokens": [1, 4, 16],
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "max_steps": 9,
-    "dataloader_num_workers": 1,
-}
-
-# Step 6 is the end of the second epoch of six batches, each step takes two
-KILLED_BETWEEN_CHECKPOINTS = """
-import os, signal, sys
-from delta_llava.train import finetune, trainer
-def training_step(self, *args, original=trainer.SFTTrainer.training_step, **kwargs):
-    if self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, *args, **kwargs)
-trainer.DeltaLlavaTrainer.training_step = training_step
-finetune.main(sys.argv[1:])
-"""
-KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys
-from delta_llava.train import finetune, trainer
-def save_rng_state(self, output_dir, original=trainer.SFTTrainer._save_rng_state):
-    if self.state.global_step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-    original(self, output_dir)
-trainer.DeltaLlavaTrainer._save_rng_state = save_rng_state
-finetune.main(sys.argv[1:])
-"""
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    return tmp_path_factory.mktemp("unbroken")
-
-
-@pytest.mark.parametrize(
-    ("killed_run", "left", "complete"),
-    [(KILLED_BETWEEN_CHECKPOINTS, [2, 4], 4), (KILLED_IN_A_CHECKPOINT, [2, 4, 6, 8], 6)],
-    ids=["killed between checkpoints", "killed in a checkpoint"],
-)
-def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(run, unbroken, tmp_path, killed_run, left, complete):
-    if not any(unbroken.iterdir()):
-        shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
-
-    arguments = [sys.executable, "-c", killed_run, *run.recipe("killed", **ELASTIC)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [f"checkpoint-{step}" for step in left]
-
-    resumed = run(finetune, "killed", ["--resume_from_checkpoint", "latest"], **ELASTIC)
-    logged = json.loads((resumed / "checkpoint-9" / "trainer_state.json").read_text())["log_history"]
-    assert [entry["step"] for entry in logged if "loss" in entry] == list(range(1, 10))
-    assert not (resumed / "bad_records.jsonl").exists()
-    for step in range(complete + 2, 9, 2):
-        assert (resumed / f"checkpoint-{step}" / "trainer_state.json").exists()
-    assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=[f"{path.parent.name}/{path.stem}" for path in RECIPES])
-def test_recipes_have_the_batch_size_of_llava(recipe):
-    values = yaml.safe_load(recipe.read_text())
-    batch_size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * 8
-    assert batch_size == {"pretrain": 256, "finetune": 128}[recipe.stem]

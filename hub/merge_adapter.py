@@ -1,0 +1,67 @@
+"""
+Merges what LoRA or QLoRA training has written, adapter and projector, into a plain checkpoint in Hub layout.
+
+```
+python -m delta_llava.hub.merge_adapter --adapter runs/vicuna-7b-finetune-lora --output_dir checkpoints/delta-llava-7b
+```
+
+The adapter is merged into the weights that it was trained on, without quantization. They are looked for where they were
+in training, or where `--base_model` says.
+"""
+
+import argparse
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+
+from ..configuration_delta_llava import DeltaLlavaConfig
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from ..processing_delta_llava import DeltaLlavaProcessor
+
+
+def merge_adapter(
+    adapter: str | Path, output_dir: str | Path, base_model: str | None = None
+) -> DeltaLlavaForConditionalGeneration:
+    """
+    Merge an adapter and save the result with its processor and code files.
+
+    Args:
+        adapter (`str` or `Path`): Folder that `delta_llava.train.finetune` has written with `use_peft`.
+        output_dir (`str` or `Path`): New or empty folder for the checkpoint.
+        base_model (`str`, *optional*): Folder or Hub repository of the checkpoint that the adapter was trained on;
+            by default where the adapter says it was.
+
+    Returns:
+        `DeltaLlavaForConditionalGeneration`: The model as saved, in the dtype of the base model's weights.
+
+    Raises:
+        `ValueError`: `output_dir` holds files, `adapter` is no adapter, or a merged weight is not finite.
+        `OSError`: The base model is not where it is looked for.
+    """
+    adapter, output_dir = Path(adapter), Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"output_dir={output_dir} holds files already: name a new or an empty folder.")
+    base_model = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config = DeltaLlavaConfig.from_pretrained(base_model)
+    trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
+    config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
+
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(base_model, config=config, dtype="auto")
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+    model.save_pretrained(output_dir)
+    DeltaLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)
+    return model
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", required=True, help="folder that training with use_peft has written")
+    parser.add_argument("--output_dir", required=True, help="new folder for the checkpoint")
+    parser.add_argument("--base_model", help="where the model lies that the adapter was trained on, if it has moved")
+    options = parser.parse_args(arguments)
+    model = merge_adapter(**vars(options))
+    print(f"Saved to {options.output_dir}, for {model.config.visual_token_budgets} visual tokens per image.")
+
+
+if __name__ == "__main__":
+    main()

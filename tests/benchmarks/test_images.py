@@ -1,0 +1,77 @@
+"""The image benchmark compares the same pictures, made by the ways that it names."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import CLIPImageProcessorPil
+from transformers.utils import is_torchvision_available
+
+from delta_llava.benchmarks import images
+
+
+@pytest.fixture
+def files(tmp_path):
+    return images.write_photographs(tmp_path, 2)
+
+
+def test_photographs_have_cocos_sizes_and_a_photographs_weight(files):
+    pictures = [PIL.Image.open(file) for file in files]
+    assert [(picture.format, picture.mode, picture.size) for picture in pictures] == [
+        ("JPEG", "RGB", (640, 480)),
+        ("JPEG", "RGB", (480, 640)),
+    ]
+    # A noisy sensor at quality 90: neither flat nor pure noise
+    assert all(0.15 < len(open(file, "rb").read()) / (640 * 480) < 0.6 for file in files)
+
+
+def test_llavas_padding_centres_the_image_on_a_square():
+    wide = PIL.Image.new("RGB", (7, 4), (255, 0, 0))
+    square = np.asarray(images.expand2square(wide, (1, 2, 3)))
+    assert square.shape == (7, 7, 3)
+    assert (square[1:5] == (255, 0, 0)).all()
+    assert (square[[0, 5, 6]] == (1, 2, 3)).all()
+    assert np.array_equal(np.asarray(images.expand2square(wide.rotate(90, expand=True), (1, 2, 3)))[:, 1], square[1])
+
+
+def test_every_path_makes_llavas_picture(files):
+    paths = images.make_paths(files)
+    for index in range(2):
+        reference = paths["LLaVA's"](index)
+        assert (reference.shape, reference.dtype) == ((3, 336, 336), torch.float32)
+        # Padding is there: above a landscape, left of a portrait, in the mean colour
+        edge = reference[:, :40] if index == 0 else reference[:, :, :40]
+        assert edge.abs().max() < 0.02
+        assert images.grey_levels_apart(paths["ours, PIL"](index), reference) == 0
+        if is_torchvision_available():
+            assert images.grey_levels_apart(paths["ours, torchvision"](index), reference) <= 1.001
+
+
+def test_grey_levels_are_those_of_the_picture():
+    dark, light = (PIL.Image.new("RGB", (336, 336), (grey, 50, 60)) for grey in (40, 43))
+    processor = CLIPImageProcessorPil(**images.SIZE)
+    values = [processor(image, return_tensors="pt")["pixel_values"][0] for image in (dark, light)]
+    assert images.grey_levels_apart(*values) == pytest.approx(3, abs=1e-3)
+
+
+def test_the_table_has_every_path_with_the_ratio_of_its_figures(files):
+    rows = images.measure(files)
+    assert [row["path"] for row in rows] == list(images.make_paths(files))
+    assert all(len(row["seconds"]) == images.ROUNDS for row in rows)
+    for row, seconds in zip(rows, (2.0, 4.0, 1.0), strict=False):
+        row["seconds"] = [seconds, seconds, seconds, 100.0, 0.0]
+    lines = [line.strip("| ").split(" | ") for line in images.table(rows, 2).splitlines()[4:]]
+    expected = [["LLaVA's", "1.0", "1.00"], ["ours, PIL", "0.5", "0.50"], ["ours, torchvision", "2.0", "2.00"]]
+    assert [line[:3] for line in lines] == expected[: len(rows)]
+    assert [float(line[3]) for line in lines[:2]] == [0, 0]
+
+
+def test_main_prints_the_table(capsys):
+    images.main(["--images", "1"])
+    assert "| ours, PIL |" in capsys.readouterr().out
+
+
+def test_no_image_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        images.main(["--images", "0"])
+    assert "--images 0" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""`check_data` finds LLaVA's known faults, tells how to mend them, and writes a file that passes."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+from PIL import Image
+
+from delta_llava.train.check_data import FAULTS, NOTES, main
+from delta_llava.train.data import load_llava_json
+
+
+def record(question="<image>\nWhat?", answer="A square.", **changes):
+    """A good record, with what a test wants different."""
+    conversations = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "0", "image": "coco/a.jpg", "conversations": conversations, **changes}
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """Folders as LLaVA has them, with an image of every known kind."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "images"
+    (folder / "coco").mkdir(parents=True)
+    (folder / "ocr_vqa").mkdir()
+    image = Image.new("RGB", (40, 20), "red")
+    image.save(folder / "coco" / "a.jpg")
+    image.save(folder / "coco" / "gif.jpg", format="GIF")
+    image.save(folder / "coco" / "png.jpg", format="PNG")
+    image.save(folder / "coco" / "two.png")
+    image.save(folder / "coco" / "two.gif")
+    image.save(folder / "ocr_vqa" / "other.gif")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    image.save(folder / "coco" / "rotated.jpg", exif=rotated)
+    (folder / "coco" / "cut.jpg").write_bytes((folder / "coco" / "a.jpg").read_bytes()[:-20])
+    return folder
+
+
+@pytest.fixture
+def check(images, capsys):
+    """Runs the command on records; returns its exit status and what it printed."""
+
+    def check(records, *options):
+        (images.parent / "data.json").write_text(json.dumps(records))
+        status = main(["--json", "data.json", "--images", "images", *options])
+        return status, capsys.readouterr().out
+
+    return check
+
+
+KNOWN_FAULTS = {
+    "truncated JPEG": ("truncated", record(image="coco/cut.jpg")),
+    "missing image": ("missing", record(image="coco/none.jpg")),
+    "missing image of OCR-VQA": ("missing_ocr_vqa", record(image="ocr_vqa/none.jpg")),
+    "OCR-VQA's with another suffix": ("missing_other_suffix", record(image="ocr_vqa/other.jpg")),
+    "marker in an answer": ("marker_in_answer", record(answer="<image>")),
+    "marker missing": ("marker_missing", record(question="What?")),
+    "more markers than images": ("marker_surplus", record(question="<image><image>\nWhat?")),
+    "path out of the folder": ("outside", record(image="../secret.jpg")),
+}
+
+
+@pytest.mark.parametrize(("kind", "bad"), KNOWN_FAULTS.values(), ids=KNOWN_FAULTS)
+def test_a_bad_record_is_counted_with_an_example_and_a_remedy(check, images, kind, bad):
+    status, printed = check([record(), {**bad, "id": "first"}, {**bad, "id": "second"}])
+    assert status == 1
+    assert "3 records, 2 of them bad" in printed
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("bad")]
+    assert row == ["bad", kind, "2", "records"]
+    assert "record 1 (id 'first')" in printed
+    assert FAULTS[kind] in printed
+    lines = [json.loads(line) for line in (images.parent / "bad_records.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["id"], line["kind"]) for line in lines] == [(1, "first", kind), (2, "second", kind)]
+
+
+KNOWN_NOTES = {
+    "GIF named .jpg": ("other_format", "it is GIF, though named .jpg", record(image="coco/gif.jpg")),
+    "PNG named .jpg": ("other_format", "it is PNG, though named .jpg", record(image="coco/png.jpg")),
+    "rotated by EXIF": ("rotated", "EXIF orientation 6", record(image="coco/rotated.jpg")),
+    "marker behind the text": ("marker_moved", "behind the question's text", record(question="What?\n<image>")),
+}
+
+
+@pytest.mark.parametrize(("kind", "reason", "noted"), KNOWN_NOTES.values(), ids=KNOWN_NOTES)
+def test_what_is_harmless_is_noted_at_the_second_look_too(check, images, kind, reason, noted):
+    for _ in range(2):
+        status, printed = check([record(), noted])
+        assert status == 0
+        assert "0 of them bad" in printed
+        (row,) = [line.split() for line in printed.splitlines() if line.startswith("note")]
+        assert row[1:3] == [kind, "1"]
+        assert "record 1 (id '0')" in printed
+        assert reason in printed
+        assert NOTES[kind] in printed
+    assert not (images.parent / "bad_records.jsonl").exists()
+
+
+def test_a_rotated_image_is_shown_upright(check, images):
+    check([record(image="coco/rotated.jpg")])
+    (row,) = load_llava_json("data.json", images)
+    assert row["images"][0].size == (20, 40)
+
+
+def test_an_image_of_many_records_is_decoded_and_noted_once(check):
+    _, printed = check([record(image="coco/gif.jpg")] * 3)
+    assert "3 records" in printed
+    assert "1 different images" in printed
+    assert "Decoded 1 images" in printed
+    assert "Peak memory" in printed
+    assert next(line.split() for line in printed.splitlines() if line.startswith("note"))[2:] == ["1", "images"]
+    _, printed = check([record(image="coco/gif.jpg")] * 3)
+    assert "Decoded" not in printed
+
+
+def test_text_only_rows_are_counted_and_bad_where_images_are_required(check):
+    records = [record(), record(question="Who?", image=None)]
+    status, printed = check(records)
+    assert status == 0
+    assert "1 text-only rows" in printed
+    status, printed = check(records, "--require_images")
+    assert status == 1
+    assert FAULTS["no_image"] in printed
+
+
+MENDABLE = [
+    record(image="ocr_vqa/other.jpg"),
+    record(question="What?"),
+    record(question="What?", image=["ocr_vqa/other.jpg"]),
+    record(question="<image><image>", image=["coco/a.jpg", "ocr_vqa/other.jpg"]),
+]
+MENDED = [
+    record(image="ocr_vqa/other.gif"),
+    record(question="<image>\nWhat?"),
+    record(question="<image>\nWhat?", image=["ocr_vqa/other.gif"]),
+    record(question="<image><image>", image=["coco/a.jpg", "ocr_vqa/other.gif"]),
+]
+GUESSES = [
+    record(image="coco/two.jpg"),  # .png or .gif?
+    record(question="What?", image=["coco/a.jpg", "coco/a.jpg"]),
+    record(question="<image>", image=["coco/a.jpg", "coco/a.jpg"]),
+    record(question="What?", image="coco/none.jpg"),
+    record(answer="<image>"),
+    "no record",
+]
+GOOD = [record(id="ä\ud83d", model="other", n=[1.5, None]), record(question="What?\n<image>", image="coco/rotated.jpg")]
+
+
+def test_the_clean_file_passes_with_good_records_unchanged_and_others_mended_or_left_out(check, images):
+    status, printed = check([GOOD[0], *MENDABLE, *GUESSES, GOOD[1]], "--write_clean", "out/clean.json")
+    assert status == 0
+    assert json.loads((images.parent / "out" / "clean.json").read_text()) == [GOOD[0], *MENDED, GOOD[1]]
+    assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 10
+    assert "Wrote 6 records to out/clean.json" in printed
+    actions = {tuple(line.split()) for line in printed.splitlines() if line.startswith("     ")}
+    assert {("mended", "missing_other_suffix", "3"), ("mended", "marker_missing", "3")} < actions
+    assert {("left", "out", "missing_other_suffix", "1"), ("left", "out", "missing", "1")} < actions
+
+    shutil.copy("out/clean.json", "clean.json")
+    assert len(load_llava_json("clean.json", images)) == 6
+    status, printed = check(json.loads((images.parent / "clean.json").read_text()))
+    assert status == 0
+    assert "6 records, 0 of them bad" in printed
+
+
+def test_a_clean_file_without_records_is_not_written(check, images):
+    with pytest.raises(ValueError, match=r"No record of data\.json is good or can be mended"):
+        check([record(image="coco/none.jpg")], "--write_clean", "clean.json")
+    assert not (images.parent / "clean.json").exists()
+    assert {path.name for path in images.parent.iterdir()} == {"images", "cache", "data.json", "bad_records.jsonl"}
+
+
+def test_the_checked_file_is_not_overwritten(check, capsys):
+    with pytest.raises(SystemExit):
+        check([record()], "--write_clean", "./data.json")
+    assert "would overwrite --json" in capsys.readouterr().err
+
+
+def test_the_report_goes_where_it_is_asked_to(check, images):
+    check([record(), "no record"], "--report", "out/report.jsonl", "--num_proc", "1")
+    assert json.loads((images.parent / "out" / "report.jsonl").read_text())["kind"] == "record"

@@ -1,0 +1,189 @@
+"""Two processes (gloo, on the CPU) train what one does, and torch's `fully_shard` shards what we train."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from delta_llava.train import finetune, pretrain
+
+
+TRAIN = """
+import json, sys
+from accelerate import PartialState
+from delta_llava.train import finetune, pretrain, trainer
+
+def on_step_end(self, args, state, control, optimizer=None, original=trainer.SaveOnSigterm.on_step_end, **kwargs):
+    for group in optimizer.param_groups:
+        peak, size = str(group["initial_lr"]), sum(weight.numel() for weight in group["params"])
+        sizes[state.global_step][peak] = sizes[state.global_step].get(peak, 0) + size
+    original(self, args, state, control, **kwargs)
+sizes = {step: {} for step in range(1, 7)}
+trainer.SaveOnSigterm.on_step_end = on_step_end
+
+{"finetune": finetune, "pretrain": pretrain}[sys.argv[2]].main(sys.argv[3:])
+state = PartialState()
+facts = {"num_processes": state.num_processes, "distributed_type": state.distributed_type.value, "sizes": sizes}
+if state.is_main_process:
+    open(sys.argv[1], "w").write(json.dumps(facts))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a Python script in several processes, as `torchrun` does, and returns what it has written to its file."""
+
+    def launch(script, *arguments, num_processes=2, returncode=0):
+        (tmp_path / "script.py").write_text(script)
+        (tmp_path / "facts.json").unlink(missing_ok=True)
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        done = subprocess.run(
+            [sys.executable, *command, tmp_path / "script.py", tmp_path / "facts.json", *map(str, arguments)],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == returncode, done.stderr[-5000:]
+        return json.loads((tmp_path / "facts.json").read_text()) if returncode == 0 else done.stderr
+
+    return launch
+
+
+def history(folder, key, step):
+    entries = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in entries if key in entry]
+
+
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_two_processes_train_what_one_does_with_the_doubled_batch(run, launch, still_checkpoint, data, tmp_path, stage):
+    options = {
+        "model_name_or_path": str(still_checkpoint),
+        "num_visual_tokens": [1, 4, 36],
+        "train_sampling_strategy": "group_by_length",
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "projector_learning_rate": 1e-2,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "num_eval_rows": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "per_device_eval_batch_size": 1,
+    }
+    if stage is finetune:
+        options["json_path"] = str(data[1] / "mixed.json")
+    one = run(stage, "one", **options, per_device_train_batch_size=4)
+    recipe = run.recipe("two", **options, per_device_train_batch_size=2)
+    facts = launch(TRAIN, stage.__name__.rpartition(".")[2], *recipe)
+    assert (facts["num_processes"], facts["distributed_type"]) == (2, "MULTI_CPU")
+
+    two = tmp_path / "two"
+    assert len(list((two / "checkpoint-6").glob("rng_state*.pth"))) == 2
+    for key in ("loss", "grad_norm", "eval_1_loss", "eval_36_loss"):
+        assert history(two, key, 6) == pytest.approx(history(one, key, 6), rel=1e-4)
+        assert len(history(two, key, 6)) == (2 if key.startswith("eval") else 6)
+    weights = load_file(two / "model.safetensors")
+    for name, weight in load_file(one / "model.safetensors").items():
+        assert weights[name].sub(weight).abs().max() < 1e-4, name
+
+    # In accelerate's hands, too, the projector has its own learning rate, and every trained weight has one
+    sizes = {"0.01": 0, "0.001": 0}
+    for name, weight in weights.items():
+        if "multi_modal_projector" in name:
+            sizes["0.01"] += weight.numel()
+        elif "vision_tower" not in name and stage is finetune:
+            sizes["0.001"] += weight.numel()
+    expected = {rate: size for rate, size in sizes.items() if size}
+    assert facts["sizes"] == {str(step): expected for step in range(1, 7)}
+
+
+SHARD = """
+import json, sys
+from functools import partial
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from types import SimpleNamespace
+from delta_llava import DeltaLlavaForConditionalGeneration
+from delta_llava.train.trainer import DeltaLlavaTrainer
+
+def load():
+    torch.manual_seed(0)
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(sys.argv[2]).train()
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+def batch(seed, num_images=2):
+    torch.manual_seed(seed)
+    ids = torch.randint(5, 200, (2, 12))
+    ids[:, 1:5] = model.config.image_token_id
+    inputs = {"input_ids": ids, "labels": ids, "num_visual_tokens": torch.tensor([4, 4])}
+    return {**inputs, "pixel_values": torch.randn(2, 3, 48, 48)}
+
+def optimizer(model):
+    # the trainer's own grouping, on a trainer that is none beside
+    trainer = object.__new__(DeltaLlavaTrainer)
+    trainer.model, trainer.optimizer, trainer.optimizer_cls_and_kwargs = model, None, (torch.optim.AdamW, {"lr": 1e-3})
+    trainer.projector_learning_rate, trainer.args = 1e-2, SimpleNamespace(weight_decay=0.0)
+    return trainer.create_optimizer()
+
+model = load()
+torch.distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+rank = mesh.get_local_rank()
+
+# Alone: both halves of every batch
+steps = optimizer(model)
+for step in range(3):
+    for seed in (2 * step, 2 * step + 1):
+        (model(**batch(seed)).loss / 2).backward()
+    steps.step(); steps.zero_grad()
+alone = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+model = load()
+for module in (*model.model.vision_tower.modules(), *model.model.language_model.modules()):
+    if type(module).__name__ in model._no_split_modules:
+        fully_shard(module, mesh=mesh)
+fully_shard(model.model.multi_modal_projector, mesh=mesh)
+fully_shard(model, mesh=mesh)
+steps = optimizer(model)
+for step in range(3):
+    model(**batch(2 * step + rank)).loss.backward()
+    steps.step(); steps.zero_grad()
+
+sizes = {str(group["lr"]): 0 for group in steps.param_groups}
+for group in steps.param_groups:
+    assert all(isinstance(weight, DTensor) for weight in group["params"])
+    sizes[str(group["lr"])] += sum(weight.to_local().numel() for weight in group["params"])
+full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+if rank == 0:
+    model.save_pretrained(sys.argv[3], state_dict=full)
+    loaded = DeltaLlavaForConditionalGeneration.from_pretrained(sys.argv[3]).state_dict()
+    facts = {
+        "shards": sum(isinstance(module, FSDPModule) for module in model.modules()),
+        "difference": max((loaded[name] - weight).abs().max().item() for name, weight in alone.items()),
+        "change": max((load().state_dict()[name] - weight).abs().max().item() for name, weight in alone.items()),
+        "sizes": sizes,
+        "total": sum(weight.numel() for name, weight in full.items() if "vision_tower" not in name),
+    }
+    open(sys.argv[1], "w").write(json.dumps(facts))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_fully_sharded_modules_train_save_and_load(launch, still_checkpoint, tmp_path):
+    facts = launch(SHARD, still_checkpoint, tmp_path / "sharded")
+    assert facts["shards"] == 5 + 2 + 2  # the tower's layers, the language model's, projector and root
+    assert facts["change"] > 1e-3
+    assert facts["difference"] < 1e-5
+    # either process holds its part of both groups
+    assert set(facts["sizes"]) == {"0.001", "0.01"}
+    assert facts["total"] / 2 <= sum(facts["sizes"].values()) < 0.51 * facts["total"]

@@ -1,0 +1,151 @@
+"""Records stream from WebDataset shards and Parquet files, in the same batches again when a run is resumed."""
+
+import io
+import json
+import shutil
+import tarfile
+
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from datasets.distributed import split_dataset_by_node
+from PIL import Image as PilImage
+from torch.utils.data import DataLoader
+
+from delta_llava.train import finetune
+from delta_llava.train.batches import StreamedBatches, stream_rows
+
+
+def add(shard, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    shard.addfile(entry, io.BytesIO(content))
+
+
+def encoded(colour):
+    file = io.BytesIO()
+    PilImage.new("RGB", (20, 30), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def conversation(text, marker="<image>\n"):
+    return [{"from": "human", "value": f"{marker}Which colour?"}, {"from": "gpt", "value": text}]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Four tar files of six records, the last of each without an image, and one for validation."""
+
+    def write(folder="shards", broken=(), names=("train-0", "train-1", "train-2", "train-3", "validation-0")):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(names):
+            with tarfile.open(tmp_path / folder / f"{name}.tar", "w") as shard:
+                for index in range(6 * number, 6 * number + 6):
+                    has_image = index % 6 != 5
+                    text = conversation(f"Number {index}.", "<image>\n" if has_image else "")
+                    if has_image:
+                        content = b"no image" if index in broken else encoded((index * 8, 0, 0))
+                        add(shard, f"{index:04}.png", content)
+                    add(shard, f"{index:04}.json", json.dumps({"id": f"r{index}", "conversations": text}).encode())
+        return str(tmp_path / folder)
+
+    return write
+
+
+def answers(rows):
+    return [row["messages"][-1]["content"][0]["text"] for row in rows]
+
+
+def test_rows_come_from_tar_files_with_their_images(shards, tiny_processor):
+    rows = list(stream_rows(shards(), "train", tiny_processor(), 4, None))
+    assert answers(rows) == [f"Number {index}." for index in range(24)]
+    assert [len(row["images"]) for row in rows] == [1, 1, 1, 1, 1, 0] * 4
+    assert rows[7]["index"] == "r7"
+    assert rows[0]["messages"][0]["content"][0] == {"type": "image", "text": None}
+
+
+def test_rows_come_from_parquet_files_with_lists_of_images(tmp_path, tiny_processor):
+    turn = {"from": Value("string"), "value": Value("string")}
+    features = Features({"id": Value("int64"), "photos": List(Image()), "conversations": List(turn)})
+    photo = {"bytes": encoded("red"), "path": None}
+    records = [
+        {"id": 1, "photos": [photo, photo], "conversations": conversation("Red.", "<image>\n<image>\n")},
+        {"id": 2, "photos": [], "conversations": conversation("None.", "")},
+    ]
+    Dataset.from_list(records, features=features).to_parquet(tmp_path / "train.parquet")
+    rows = list(stream_rows(str(tmp_path), "train", tiny_processor(), 4, None))
+    assert [(row["index"], len(row["images"])) for row in rows] == [("1", 2), ("2", 0)]
+
+
+def test_bad_streams_are_named(shards, tmp_path, tiny_processor, monkeypatch):
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"columns \['text'\].* a column of images are needed"):
+        stream_rows(str(tmp_path), "train", tiny_processor(), 4, None)
+    folder = shards(broken=[2])
+    with pytest.raises(ValueError, match=r"Record 'r5' of .*shards: the record has no image.*--skip_bad_records"):
+        list(stream_rows(folder, "train", tiny_processor(), 4, None, require_images=True))
+    with pytest.raises(ValueError, match=r"Record 'r0' of .*its first answer lies beyond max_length=10"):
+        list(stream_rows(folder, "train", tiny_processor(), 4, 10))
+    rows = stream_rows(folder, "train", tiny_processor(), 4, None)
+    with pytest.raises(ValueError, match=r"Row r2 .* image cannot be read.*--skip_bad_records"):
+        next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=False, images_only=False)))
+    with pytest.raises(ValueError, match=r"has no image\. FSDP and ZeRO-3 wait for ever"):
+        next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=True, images_only=True)))
+    warnings = []
+    monkeypatch.setattr("delta_llava.train.batches.logger.warning", warnings.append)
+    skipping = stream_rows(folder, "train", tiny_processor(), 4, None, require_images=True, skip_bad_records=True)
+    batch = next(iter(StreamedBatches(skipping, 19, [4], 0, skip_bad_records=True, images_only=True)))
+    assert {row["index"] for row in batch} == {f"r{index}" for index in range(24) if index % 6 != 5} - {"r2"}
+    assert sum("left out" in warning for warning in warnings) == 5
+    nothing = stream_rows(folder, "train", tiny_processor(), 4, 10, skip_bad_records=True)
+    with pytest.raises(ValueError, match="without one good row"):
+        next(iter(StreamedBatches(nothing, 1, [4], 0, skip_bad_records=True, images_only=False)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_draws_and_order_are_the_same_again_and_budgets_in_all_processes(shards, tiny_processor, num_workers):
+    folder = shards()
+
+    def batches(process, processes=1, count=10):
+        rows = split_dataset_by_node(stream_rows(folder, "train", tiny_processor(), 16, None), process, processes)
+        stream = StreamedBatches(rows, 3, [1, 4, 16], 0, skip_bad_records=False, images_only=False, buffer_size=4)
+        loader = iter(DataLoader(stream, batch_size=None, num_workers=num_workers, collate_fn=list))
+        return [[(row["index"], row["num_visual_tokens"]) for row in next(loader)] for _ in range(count)]
+
+    first = batches(0)
+    assert batches(0) == first
+    assert all(len({budget for _, budget in batch}) == 1 for batch in first)
+    budgets = [batch[0][1] for batch in first]
+    assert set(budgets) == {1, 4, 16}
+    halves = [batches(process, 2, count=4) for process in range(2)]
+    assert [batch[0][1] for batch in halves[0]] == [batch[0][1] for batch in halves[1]] == budgets[:4]
+    seen = [{index for batch in half for index, _ in batch} for half in halves]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == {f"r{index}" for index in range(24)}
+    epoch = [index for batch in first for index, _ in batch]
+    assert sorted(epoch[:24]) == sorted(f"r{index}" for index in range(24)) or num_workers
+    assert epoch[:6] != epoch[24:]  # another order in the next epoch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_streamed_run_resumes_to_the_same_weights_and_validates(run, shards, tmp_path, num_workers):
+    options = {
+        "json_path": None,
+        "image_folder": None,
+        "stream": shards(),
+        "num_visual_tokens": [1, 4],
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "num_eval_rows": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "dataloader_num_workers": num_workers,
+    }
+    unbroken = run(finetune, "unbroken", **options)
+    history = json.loads((unbroken / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_4_loss" in entry for entry in history) == sum("eval_1_loss" in entry for entry in history) == 3
+    shutil.copytree(unbroken, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-5")
+    (tmp_path / "broken" / "model.safetensors").unlink()
+    resumed = run(finetune, "broken", ["--resume_from_checkpoint", "latest"], **options)
+    assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()

@@ -1,0 +1,168 @@
+"""What a run would be, without training: parameters, data, steps, FLOPs, memory, and a sample with its labels."""
+
+import math
+import os
+from collections import Counter
+from itertools import groupby, islice
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from trl import ModelConfig, SFTConfig
+
+from ..costs import training_flops, training_memory
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from .batches import BudgetedRows, BudgetSampler, Collator, fit_rows
+
+
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+NUM_SAMPLES = 64
+
+
+def report(
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    model: DeltaLlavaForConditionalGeneration,
+    rows: Dataset | IterableDataset,
+    collator: Collator,
+    adapters: LoraConfig | None = None,
+):
+    """
+    Print what a run of this recipe would be, for as many processes as have been launched.
+
+    Args:
+        training_args (`SFTConfig`), model_args (`ModelConfig`): The recipe.
+        model ([`DeltaLlavaForConditionalGeneration`]): On `meta`, with `requires_grad` set as for training.
+        rows (`Dataset` or `IterableDataset`): What is trained on. Of a stream, the first rows stand for all.
+        collator ([`Collator`]): Makes the batches.
+        adapters (`LoraConfig`, *optional*): What will be added to the model.
+
+    Raises:
+        `ValueError`: The collator finds a row without labels, or too long a one, among those that are sampled.
+    """
+    if training_args.process_index != 0:
+        return
+    config = model.config
+    if adapters is not None:
+        model = get_peft_model(model, adapters)
+    trained = _print_parameters(model)
+
+    if isinstance(rows, IterableDataset):
+        sample = Dataset.from_list(list(islice(rows.remove_columns("index"), NUM_SAMPLES)))
+        rows = fit_rows(sample, collator.processor, max(config.visual_token_budgets), None, collator.chat_template)
+        print(f"\nThe stream's first {len(rows)} rows stand for all.")
+    sizes = rows.select_columns(["num_tokens", "num_images"]).with_format("numpy")[:]
+    num_images = sizes["num_images"]
+    text_tokens = sizes["num_tokens"] - num_images
+    print(
+        f"\n{len(rows):,} rows, {num_images.sum():,} images, {(num_images == 0).sum():,} rows without one;"
+        f" {text_tokens.mean():.0f} tokens of text a row, {text_tokens.max():,} at most."
+    )
+    label_share = _label_share(rows, collator, max(config.visual_token_budgets))
+
+    rows_per_gpu, world_size = training_args.per_device_train_batch_size, training_args.world_size
+    accumulated = training_args.gradient_accumulation_steps
+    rows_per_step = rows_per_gpu * world_size * accumulated
+    sampler = BudgetSampler(
+        rows,
+        rows_per_gpu * world_size,
+        config.visual_token_budgets,
+        training_args.seed,
+        group=training_args.train_sampling_strategy == "group_by_length",
+    )
+    num_steps = training_args.max_steps
+    if num_steps <= 0:
+        num_steps = math.ceil(training_args.num_train_epochs * math.ceil(len(sampler) / rows_per_step))
+    print(
+        f"{num_steps:,} steps of {rows_per_step} rows: {rows_per_gpu} on each of {world_size} processes, {accumulated}"
+        " accumulated."
+    )
+
+    sharding = _sharding(training_args)
+    cost = {
+        "trained_parts": [part for part in PARTS if part in trained and (adapters is None or part != "language_model")],
+        "gradient_checkpointing": training_args.gradient_checkpointing,
+        "lora_rank": adapters.r if adapters else None,
+    }
+    print(f"\n| visual tokens | tokens a step | padding | TFLOPs a step | GiB a GPU, at most ({sharding}) |")
+    print("|---|---|---|---|---|")
+    order = np.array([index for index, _ in sampler])
+    rows_per_gpu = min(rows_per_gpu, len(order))
+    order = order[: len(order) // rows_per_gpu * rows_per_gpu]
+    for budget in config.visual_token_budgets:
+        lengths = (text_tokens + num_images * budget)[order]
+        batches = lengths.reshape(-1, rows_per_gpu)
+        padded, longest = batches.max(axis=1).mean(), int(batches.max())
+        flops = training_flops(
+            config,
+            budget,
+            num_images=num_images.mean() * rows_per_gpu,
+            num_rows=rows_per_gpu,
+            sequence_length=padded,
+            num_labels=text_tokens.mean() * rows_per_gpu * label_share,
+            **cost,
+        )
+        memory = training_memory(
+            config,
+            budget,
+            num_images=int(num_images.max()) * rows_per_gpu,
+            num_rows=rows_per_gpu,
+            sequence_length=longest,
+            num_labels=math.ceil(text_tokens.max() * rows_per_gpu * label_share),
+            num_gpus=world_size,
+            sharding=sharding,
+            load_in_4bit=model_args.load_in_4bit,
+            **cost,
+        )
+        print(
+            f"| {budget} | {lengths.mean() * rows_per_step:,.0f} | {1 - lengths.mean() / padded:.0%} |"
+            f" {sum(flops.values()) * world_size * accumulated / 1e12:,.4g} | {memory['total'] / 2**30:,.3g} |"
+        )
+    print("The memory is computed, for the longest batch; context, fragmentation and NCCL come on top.")
+    _print_sample(rows, collator, max(config.visual_token_budgets))
+    print("\nDry run: nothing was trained, nothing was saved.")
+
+
+def _print_parameters(model) -> set[str]:
+    total, trained = Counter(), Counter()
+    for name, weight in model.named_parameters():
+        if "original_module" in name:  # peft's copy of the projector from before training
+            continue
+        part = next(part for part in PARTS if part in name)
+        total[part] += weight.numel()
+        trained[part] += weight.numel() * weight.requires_grad
+    print("\n| part | parameters | trained |")
+    print("|---|---|---|")
+    for part in PARTS:
+        print(f"| {part} | {total[part]:,} | {trained[part]:,} |")
+    print(f"| all | {total.total():,} | {trained.total():,} |")
+    return {part for part in PARTS if trained[part]}
+
+
+def _sharding(training_args: SFTConfig) -> str:
+    if training_args.deepspeed_plugin is not None:
+        return f"zero{training_args.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
+
+
+def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:
+    """Which part of the text is learnt, in rows from all over the data, which are checked by the way."""
+    indices = np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLES)).astype(int)
+    batch = collator([BudgetedRows(rows)[int(index), budget] for index in indices])
+    num_labels = int((batch["labels"] != -100).sum())
+    print(
+        f"{len(indices)} of them were made into a batch without a fault: {num_labels / len(indices):.0f} labels a row."
+    )
+    is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != collator.processor.image_token_id)
+    return num_labels / int(is_text.sum())
+
+
+def _print_sample(rows: Dataset, collator: Collator, budget: int):
+    batch = collator([BudgetedRows(rows)[0, budget]])
+    image_token_id, tokenizer = collator.processor.image_token_id, collator.processor.tokenizer
+    print(f"\nThe first row at {budget} visual tokens an image, as the model sees it and what of it is learnt:")
+    tokens = zip(batch["input_ids"][0].tolist(), (batch["labels"][0] != -100).tolist(), strict=True)
+    for (is_image, is_learnt), span in groupby(tokens, key=lambda token: (token[0] == image_token_id, token[1])):
+        ids = [token for token, _ in span]
+        text = f"<image> x {len(ids)}" if is_image else repr(tokenizer.decode(ids))
+        print(f"  {'learnt ' if is_learnt else 'context'} {text}")

@@ -1,0 +1,263 @@
+"""What a recipe says: the arguments of both stages, the checks of them, and the rows and the model that they name."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import ProcessorMixin
+from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
+
+from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from .batches import fit_rows, stream_rows
+from .data import FEATURES, load_llava_json
+from .trainer import is_complete, latest_checkpoint
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of a training stage beside those of TRL's `SFTConfig` and `ModelConfig`.
+
+    Args:
+        json_path (`str`, *optional*):
+            LLaVA's JSON file.
+        image_folder (`str`, *optional*):
+            Folder that the images of `json_path` lie in.
+        stream (`str`, *optional*):
+            Instead of both: Hub repository, or folder of Parquet files or WebDataset's tar files, to stream records and
+            images from. Then `max_steps` tells how long to train.
+        num_visual_tokens (`list[int]`, *optional*, defaults to the `visual_token_budgets` of the model):
+            Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
+        skip_bad_records (`bool`, *optional*, defaults to `False`):
+            Train without the bad records instead of stopping at them.
+        projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
+            Peak learning rate of the projector, where the language model is trained beside it.
+        num_eval_rows (`int`, *optional*, defaults to 0):
+            Rows held out of training for the validation loss, which `eval_strategy` and `eval_steps` time. Of a stream,
+            the first rows of its split `validation`.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything, tell what the run would cost, show one sample with its labels, and train nothing.
+    """
+
+    json_path: str | None = field(default=None, metadata={"help": "LLaVA's JSON file."})
+    image_folder: str | None = field(default=None, metadata={"help": "Folder of the JSON file's images."})
+    stream: str | None = field(
+        default=None, metadata={"help": "Instead of both: Hub repository or folder of shards to stream."}
+    )
+    num_visual_tokens: list[int] | None = field(
+        default=None,
+        metadata={"help": "Token budgets to train. Of several, each batch draws one. Default: those of the model."},
+    )
+    skip_bad_records: bool = field(
+        default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
+    )
+    num_eval_rows: int = field(default=0, metadata={"help": "Rows held out for the validation loss of each budget."})
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, tell the costs, train nothing."})
+
+    def __post_init__(self):
+        # `num_visual_tokens: 144` in a recipe
+        if isinstance(self.num_visual_tokens, int):
+            self.num_visual_tokens = [self.num_visual_tokens]
+
+
+def parse_recipe(arguments: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, ModelConfig]:
+    """Parse a recipe (`--config FILE`) and the command line, which wins; a dry run needs no GPU."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--dry_run" in arguments and not torch.accelerator.is_available():
+        arguments += ["--use_cpu", "true"]  # else bf16 would be refused
+    return TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
+
+
+def check_recipe(
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> tuple[DeltaLlavaConfig, str | None]:
+    """
+    Check what can be checked of a recipe before data and weights are loaded.
+
+    Args:
+        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`):
+            The recipe.
+
+    Returns:
+        `tuple[DeltaLlavaConfig, str | None]`: The model's configuration with the budgets that are to be trained, and
+        the checkpoint to resume from, if that was asked for.
+
+    Raises:
+        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from, or
+            options are missing, exclude each other or cannot be had with images.
+    """
+    strategy = training_args.train_sampling_strategy
+    if training_args.packing or training_args.padding_free or strategy not in ("random", "group_by_length"):
+        raise ValueError(
+            f"packing={training_args.packing}, padding_free={training_args.padding_free} and train_sampling_strategy="
+            f"{strategy} must be False, False and 'random' or 'group_by_length': batches of images are padded, and "
+            "shuffled together with their budgets."
+        )
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name what delta_llava.hub.assemble or stage 1 has written.")
+    if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
+        script_args.image_folder
+    ):
+        raise ValueError(
+            f"json_path={script_args.json_path}, image_folder={script_args.image_folder} and stream="
+            f"{script_args.stream}: name the first two, or the last alone."
+        )
+    if script_args.stream and training_args.max_steps <= 0:
+        raise ValueError("stream needs max_steps: a stream does not tell how many rows it has.")
+    if bool(script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
+        raise ValueError(
+            f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy}: one says what "
+            "to hold out for the validation loss, the other when to compute it; give both or neither."
+        )
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise ValueError("load_in_4bit and load_in_8bit need use_peft: quantized weights cannot be trained themselves.")
+    config = DeltaLlavaConfig.from_pretrained(model_args.model_name_or_path)
+    budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
+    for budget in budgets:
+        query_grid_size(budget, config.patch_grid_size)
+    config.visual_token_budgets = budgets
+    if config.num_visual_tokens not in budgets:
+        config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
+    return config, _checkpoint_to_resume(training_args)
+
+
+def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
+    asked = str(training_args.resume_from_checkpoint)
+    if asked.lower() in ("none", "false"):
+        return None
+    if asked.lower() not in ("latest", "true"):
+        if not is_complete(Path(asked), training_args.world_size):
+            raise ValueError(
+                f"resume_from_checkpoint={asked} is not a complete checkpoint of {training_args.world_size} processes. "
+                f"Name another, or 'latest' for the newest complete one in {training_args.output_dir}."
+            )
+        return asked
+    if checkpoint := latest_checkpoint(training_args):
+        return checkpoint
+    raise ValueError(
+        f"resume_from_checkpoint={asked}, but {training_args.output_dir} holds no complete checkpoint of "
+        f"{training_args.world_size} processes. Leave resume_from_checkpoint out to start from the beginning."
+    )
+
+
+def load_rows(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    processor: ProcessorMixin,
+    config: DeltaLlavaConfig,
+    chat_template: str | None = None,
+    require_images: bool = False,
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
+    """
+    Rows to train on and rows held out, as the recipe names them.
+
+    Args:
+        script_args (`ScriptArguments`), training_args (`SFTConfig`): The recipe.
+        processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the collator has them.
+        config ([`DeltaLlavaConfig`]): With the budgets that are to be trained.
+        require_images (`bool`, *optional*, defaults to `False`): Whether a record without an image is bad.
+
+    Returns:
+        `tuple[Dataset | IterableDataset, Dataset | None]`: What [`DeltaLlavaTrainer`] takes.
+
+    Raises:
+        `ValueError`: A record is bad, no row fits into `max_length`, or fewer rows are there than are to be held out.
+    """
+    fitting = {
+        "processor": processor,
+        "num_visual_tokens": max(config.visual_token_budgets),
+        "max_length": training_args.max_length,
+        "chat_template": chat_template,
+    }
+    num_eval_rows = script_args.num_eval_rows
+    if script_args.stream:
+        reading = {**fitting, "require_images": require_images, "skip_bad_records": script_args.skip_bad_records}
+        rows = stream_rows(script_args.stream, "train", **reading)
+        if not num_eval_rows:
+            return rows, None
+        held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("index")
+        held_out = Dataset.from_list(list(held_out.take(num_eval_rows)), features=FEATURES)
+        return rows, fit_rows(held_out, **fitting)
+
+    # One process of a machine checks and measures, and the others then find what it has cached
+    with training_args.main_process_first(local=True, desc="loading the data"):
+        dataset = load_llava_json(
+            script_args.json_path,
+            script_args.image_folder,
+            bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
+            skip_bad_records=script_args.skip_bad_records,
+            require_images=require_images,
+        )
+        dataset = fit_rows(dataset, **fitting)
+    if not num_eval_rows:
+        return dataset, None
+    if num_eval_rows >= len(dataset):
+        raise ValueError(f"num_eval_rows={num_eval_rows} leaves nothing of the {len(dataset)} rows to train on.")
+    split = dataset.train_test_split(test_size=num_eval_rows, seed=training_args.seed)
+    return split["train"], split["test"]
+
+
+def load_model(
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, config: DeltaLlavaConfig
+) -> DeltaLlavaForConditionalGeneration:
+    """
+    The model to train, in the dtype that mixed precision computes in and quantized if asked; on `meta` in a dry run.
+
+    Args:
+        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`): The recipe, whose
+            `bf16` and `fp16` decide the dtype.
+        config ([`DeltaLlavaConfig`]): What [`check_recipe`] returns.
+    """
+    dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
+    if script_args.dry_run:
+        with torch.device("meta"):
+            return DeltaLlavaForConditionalGeneration(config).to(dtype)
+    model_args.dtype = dtype  # quantized weights compute in it
+    return DeltaLlavaForConditionalGeneration.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
+    )
+
+
+def lora_config(model: DeltaLlavaForConditionalGeneration, model_args: ModelConfig) -> LoraConfig:
+    """
+    Adapters on the linear layers of the language model, with the projector trained in full and saved beside them.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]): The model to adapt.
+        model_args (`ModelConfig`): `lora_target_modules` names layers of the language model; by default all.
+
+    Raises:
+        `ValueError`: The language model has no layer of a name that `lora_target_modules` lists.
+    """
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    targets = set(model_args.lora_target_modules or linear)
+    if unknown := targets - linear:
+        raise ValueError(
+            f"lora_target_modules names {sorted(unknown)}, but the language model's linear layers are {sorted(linear)}."
+        )
+    return LoraConfig(
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        # The tower has layers of the same names, which stay as they are
+        target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(targets))})",
+        modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )
