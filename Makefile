@@ -5,12 +5,16 @@ BIN := .venv/bin
 # because they print at every import, the release because there can be but one.
 LOWEST := 5.19.0
 
-.PHONY: test lint demo backbones clean
+.PHONY: test test-slow lint demo backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
 	$(BIN)/python -m pytest
-	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py -k quantization
+	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py tests/train/test_lora.py -k "quantiz or QLoRA"
 	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest tests/test_*.py tests/hub
+
+# What takes minutes: a run killed twenty times.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow -s
 
 lint: .venv/installed
 	$(BIN)/ruff check .

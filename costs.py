@@ -9,10 +9,10 @@ python -m delta_llava.costs --config checkpoints/delta-llava-7b-144 --json
 python -m delta_llava.costs --recipe qwen2.5-7b --plot costs.png
 ```
 
-A FLOP is a multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products and
-convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention is counted in full, like attention
-without a mask, as kernels' counters do. An answer of n tokens takes the prefill, which yields the first, and n - 1
-passes of decoding; the output head is computed at the positions that are read alone, the last of each pass.
+A FLOP is a multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products
+and convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention is counted in
+full, like attention without a mask, as kernels' counters do. An answer of n tokens takes the prefill, which yields the
+first, and n - 1 passes of decoding; the output head is computed at the last position of each pass alone.
 
 There are two conventions. `exact` counts what this model computes, to the FLOP as `torch.utils.flop_counter` does for
 the eager path. `paper` counts what the paper's figure 3 must have counted, for its numbers come out: two matrices in
@@ -27,6 +27,7 @@ elsewhere is less than the keys and values of 576 patches take (0.012): both con
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,6 @@ def training_flops(
     adapters = 2 * (lora_rank or 0) * decoder.linear_widths * num_tokens
     attention = num_rows * decoder.attention_flops(sequence_length, sequence_length)
     head = 2 * decoder.head_weights * num_labels
-    head_part = "language_model" if config.tie_word_embeddings else "lm_head"
     # The layer's last product is not needed again: recomputation stops behind the last tensor that backward reads
     last = 2 * decoder.num_layers * decoder.hidden_size * decoder.intermediate_size * num_tokens
     again = linear + adapters + attention - last if gradient_checkpointing else 0
@@ -314,10 +314,8 @@ def training_flops(
         "multi_modal_projector": float(
             num_images * _projector_flops(config, num_visual_tokens) * (3 if "multi_modal_projector" in trained else 1)
         ),
-        "language_model": float(
-            linear * (3 if "language_model" in trained else 2) + 3 * adapters + 3 * attention,
-        ),
-        "lm_head": float(head * (3 if head_part in trained else 2)),
+        "language_model": float(linear * (3 if "language_model" in trained else 2) + 3 * adapters + 3 * attention),
+        "lm_head": float(head * (3 if _head_part(config) in trained else 2)),
         "recomputation": float(again + head),
     }
 
@@ -387,84 +385,107 @@ def training_memory(
     if num_gpus < 1:
         raise ValueError(f"num_gpus={num_gpus} must be 1 or more.")
     decoder = _Decoder.of(config)
+    resident, in_forward, in_backward = _model_states(
+        config, decoder, trained, num_gpus, sharding, gradient_checkpointing, lora_rank, load_in_4bit
+    )
+
+    trains_decoder = "language_model" in trained
+    trains_head = _head_part(config) in trained
+    num_tokens = num_rows * sequence_length
+    # Embeddings in float32 make a residual stream in float32
+    stream = (4 if trains_decoder and sharding == "ddp" else 2) * decoder.hidden_size
+    layer = _layer_bytes(decoder, stream, trains_decoder, lora_rank)
+    kept = num_tokens * decoder.num_layers * (stream if gradient_checkpointing else layer)
+    projector = num_images * _projector_bytes(config, num_visual_tokens)
+    if "multi_modal_projector" in trained:
+        kept += projector
+    # What the last layer gives out, its norm's float32, the normed
+    at_head = num_tokens * (2 * stream + 4 * decoder.hidden_size)
+    # Gradients of the residual stream and of the MLP's wide tensors, one of whose values may be gone by then
+    at_layer = num_tokens * (stream + (4 if trains_decoder else 6) * decoder.intermediate_size)
+    if gradient_checkpointing:
+        at_layer += num_tokens * layer
+    logits = num_labels * stream + _tile_bytes(decoder, num_labels)
+    head_gradients = 4 * decoder.hidden_size * num_labels + 4 * decoder.head_weights * trains_head
+
+    moments = [
+        in_forward + Counter(activations=kept + at_head, logits=logits),
+        in_backward + Counter(activations=kept + at_head, logits=logits + head_gradients),
+        in_backward + Counter(activations=kept + at_layer),
+    ]
+    peak = resident + max(moments, key=Counter.total)
+    memory = {name: round(peak[name]) for name in ("weights", "gradients", "optimizer", "activations", "logits")}
+    return {**memory, "total": sum(memory.values())}
+
+
+def _model_states(
+    config: DeltaLlavaConfig,
+    decoder: _Decoder,
+    trained: set[str],
+    num_gpus: int,
+    sharding: str,
+    gradient_checkpointing: bool,
+    lora_rank: int | None,
+    load_in_4bit: bool,
+) -> tuple[Counter, Counter, Counter]:
+    """Bytes of weights, gradients and optimizer that stay, and that come on top in forward and in backward."""
     counts = parameter_counts(config)
     trains_decoder = "language_model" in trained
-    trains_head = ("language_model" if config.tie_word_embeddings else "lm_head") in trained
     adapters = (lora_rank or 0) * decoder.linear_widths
     num_trained = adapters + sum(counts[part] for part in trained)
     num_quantized = decoder.linear_weights if load_in_4bit else 0
     num_frozen = sum(counts.values()) + adapters - num_trained - num_quantized
-    if lora_rank is not None and "multi_modal_projector" in trained:
-        # peft keeps the projector as it was beside the trained one, in float32
-        num_frozen += 2 * counts["multi_modal_projector"]
-    # Matrices that autocast casts, but for the head, which TRL casts in tiles
-    cast = adapters + counts["multi_modal_projector"] * ("multi_modal_projector" in trained)
-    cast_layers = decoder.linear_weights if trains_decoder else 0
-
-    # What stays, and what is there beside it during the forward pass and during the backward pass of one layer
-    block, matrix = decoder.layer_parameters, decoder.hidden_size * decoder.intermediate_size
+    num_projector = counts["multi_modal_projector"] if "multi_modal_projector" in trained else 0
+    if lora_rank is not None:
+        num_frozen += 2 * num_projector  # peft keeps what it was before training, in float32
+    quantized = NF4_BYTES * num_quantized
+    matrix, block = decoder.hidden_size * decoder.intermediate_size, decoder.layer_parameters
+    # bitsandbytes restores one matrix at a time
     dequantized = 2 * matrix if load_in_4bit else 0
-    weights, gradients = 4 * num_trained + 2 * num_frozen, 4 * num_trained
-    forward_weights, backward_weights, backward_gradients = dequantized, dequantized, 0
+    gathered = 0 if load_in_4bit else 2 * 2 * block
+
     if sharding == "ddp":
-        if num_gpus > 1:
-            gradients *= 2
-        forward_weights += 2 * (cast + cast_layers)
-        backward_weights += 2 * (cast + (cast_layers // decoder.num_layers if gradient_checkpointing else cast_layers))
-        backward_gradients = 6 * matrix if trains_decoder else 0  # one matrix's in bfloat16, and cast to float32
-    elif sharding == "fsdp2":
-        weights, gradients = weights / num_gpus, gradients / num_gpus
-        gathered = 0 if load_in_4bit else 2 * 2 * block
-        forward_weights += gathered + 2 * decoder.head_weights
-        backward_weights += gathered + 2 * decoder.head_weights
-        backward_gradients = 4 * block if trains_decoder else 0  # one block's, and a copy to be reduced and scattered
-    else:
-        lowered = 2 * (num_trained + num_frozen)
-        weights = (lowered / num_gpus if sharding == "zero3" else lowered) + 4 * num_trained / num_gpus
-        gradients = 6 * num_trained / num_gpus  # in bfloat16, and for the optimizer in float32
-        if sharding == "zero3" and not load_in_4bit:
-            forward_weights += 2 * 2 * block
-            backward_weights += 2 * 2 * block
-        backward_gradients = 2 * block if trains_decoder else 0
-    optimizer = 8 * num_trained / (1 if sharding == "ddp" else num_gpus)
-    weights += NF4_BYTES * num_quantized
+        # Autocast's copies; not of the head, which TRL casts in tiles
+        cast, cast_layers = num_projector + adapters, decoder.linear_weights if trains_decoder else 0
+        still_cast = cast_layers // decoder.num_layers if gradient_checkpointing else cast_layers
+        return (
+            Counter(
+                weights=4 * num_trained + 2 * num_frozen + quantized,
+                gradients=4 * num_trained * (2 if num_gpus > 1 else 1),
+                optimizer=8 * num_trained,
+            ),
+            Counter(weights=2 * (cast + cast_layers) + dequantized),
+            # The gradient of a matrix, in bfloat16, and cast to float32
+            Counter(weights=2 * (cast + still_cast) + dequantized, gradients=6 * matrix * trains_decoder),
+        )
+    if sharding == "fsdp2":
+        unsharded = gathered + 2 * decoder.head_weights + dequantized
+        return (
+            Counter(
+                weights=(4 * num_trained + 2 * num_frozen) / num_gpus + quantized,
+                gradients=4 * num_trained / num_gpus,
+                optimizer=8 * num_trained / num_gpus,
+            ),
+            Counter(weights=unsharded),
+            # Those of a block, and a copy to reduce and scatter
+            Counter(weights=unsharded, gradients=4 * block * trains_decoder),
+        )
+    unsharded = dequantized + (gathered if sharding == "zero3" else 0)
+    lowered = 2 * (num_trained + num_frozen) / (num_gpus if sharding == "zero3" else 1)
+    return (
+        Counter(
+            weights=lowered + 4 * num_trained / num_gpus + quantized,
+            gradients=6 * num_trained / num_gpus,  # in bfloat16, and in float32 for the optimizer
+            optimizer=8 * num_trained / num_gpus,
+        ),
+        Counter(weights=unsharded),
+        Counter(weights=unsharded, gradients=2 * block * trains_decoder),
+    )
 
-    # Embeddings in float32 make a residual stream in float32
-    stream = 4 * decoder.hidden_size if trains_decoder and sharding == "ddp" else 2 * decoder.hidden_size
-    layer = _layer_bytes(decoder, stream, trains_decoder, lora_rank)
-    num_tokens = num_rows * sequence_length
-    kept = num_tokens * decoder.num_layers * (stream if gradient_checkpointing else layer)
-    if "multi_modal_projector" in trained:
-        kept += num_images * _projector_bytes(config, num_visual_tokens)
-    at_head = num_tokens * (
-        2 * stream + 4 * decoder.hidden_size
-    )  # last layer's output, its norm in float32, and normed
-    # Gradients of the residual stream and of the MLP's three wide tensors, of which the last one's value is gone by then
-    at_layer = num_tokens * (stream + (4 if trains_decoder else 6) * decoder.intermediate_size)
-    if gradient_checkpointing:
-        at_layer += num_tokens * layer
-    tile = _tile_bytes(decoder, num_labels)
-    hidden = num_labels * stream
 
-    moments = [
-        {"weights": forward_weights, "activations": kept + at_head, "logits": hidden + tile},
-        {
-            "weights": backward_weights,
-            "activations": kept + at_head,
-            "logits": hidden + tile + 4 * decoder.hidden_size * num_labels + 4 * decoder.head_weights * trains_head,
-        },
-        {"weights": backward_weights, "gradients": backward_gradients, "activations": kept + at_layer},
-    ]
-    moment = max(moments, key=lambda moment: sum(moment.values()))
-    memory = {
-        "weights": weights + moment["weights"],
-        "gradients": gradients + moment.get("gradients", 0),
-        "optimizer": optimizer,
-        "activations": moment["activations"],
-        "logits": moment.get("logits", 0),
-    }
-    memory = {name: round(num_bytes) for name, num_bytes in memory.items()}
-    return {**memory, "total": sum(memory.values())}
+def _head_part(config: DeltaLlavaConfig) -> str:
+    """The part that the output head belongs to."""
+    return "language_model" if config.tie_word_embeddings else "lm_head"
 
 
 def _layer_bytes(decoder: _Decoder, stream: int, is_trained: bool, lora_rank: int | None) -> int:
@@ -487,11 +508,12 @@ def _layer_bytes(decoder: _Decoder, stream: int, is_trained: bool, lora_rank: in
 def _projector_bytes(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     """What autograd saves of an image in the projector, roughly for the queries, which are few."""
     size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+    queries = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     levels, patches = len(config.memory_feature_layers), config.patch_grid_size**2
     memory = patches * (levels if config.projector_variant == "paper" else 1)
     # Of keys and values alike: before GELU, before the norm in float32, before and behind the attention's own map
     projected = memory * 2 * 10 * size
-    return patches * 2 * (levels + 1) * size + projected + num_visual_tokens * (40 * size + 6 * text_size)
+    return patches * 2 * (levels + 1) * size + projected + queries * (40 * size + 6 * text_size)
 
 
 def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:

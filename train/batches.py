@@ -16,10 +16,12 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
-from .data import FEATURES, BadRecord, parse_record
+from .data import FEATURES, BadRecord, num_cores, parse_record
 
 
 logger = logging.get_logger(__name__)
+
+ROWS_WORTH_PROCESSES = 10_000  # they take longer to start than fewer rows take to measure
 
 
 def places_to_cut(
@@ -78,7 +80,6 @@ def fit_rows(
     num_visual_tokens: int,
     max_length: int | None,
     chat_template: str | None = None,
-    num_proc: int | None = None,
 ) -> Dataset:
     """
     Measure every row, so that none needs to be cut where it must not be.
@@ -91,7 +92,6 @@ def fit_rows(
         processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the [`Collator`] has them.
         num_visual_tokens (`int`): Tokens of one image: the largest budget that is to be trained.
         max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
-        num_proc (`int`, *optional*): Processes to measure with.
 
     Returns:
         `Dataset`: The rows that fit, with three more columns, by which [`BudgetedRows`] cuts and [`BudgetSampler`]
@@ -113,7 +113,7 @@ def fit_rows(
         input_columns=["messages"],
         remove_columns=dataset.column_names,
         features=Features({name: Value("int32") for name in columns}),
-        num_proc=num_proc,
+        num_proc=num_cores() if len(dataset) >= ROWS_WORTH_PROCESSES else None,
         # By hand, because a tokenizer's own fingerprint changes with its use, and the cache would never be found again
         new_fingerprint=Hasher.hash([dataset._fingerprint, tokenizer, template, num_visual_tokens, max_length]),
         desc="Counting tokens",

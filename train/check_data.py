@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", required=True, help="folder that its images lie in")
     parser.add_argument("--require_images", action="store_true", help="a record without an image is bad (stage 1)")
     parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
-    parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl beside --write_clean)")
+    parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
     parser.add_argument("--num_proc", type=int, help="processes that decode images (default: one per core)")
     options = parser.parse_args(arguments)
     if options.write_clean and Path(options.write_clean).resolve() == Path(options.json).resolve():

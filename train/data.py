@@ -562,19 +562,20 @@ def _check_images(
     table_path: Path, stats: dict[str, tuple[int, int]], num_proc: int | None
 ) -> tuple[pa.Table, int, float]:
     """Return what is known of the images of `stats` (`IMAGE_SCHEMA`), how many were decoded for that, and the time."""
+    num_decoded, seconds = 0, 0.0
     table, changed = _known_images(table_path, stats)
-    num_decoded, start = 0, time.perf_counter()
     if changed:
         with FileLock(f"{table_path}.lock"), TemporaryDirectory(dir=table_path.parent) as unfinished:
             table, changed = _known_images(table_path, stats)  # another process may have decoded them meanwhile
-            num_decoded, start = len(changed), time.perf_counter()
-            known = table.filter(pc.invert(pc.is_in(table["path"], value_set=pa.array(changed, pa.string()))))
-            decoded = pa.Table.from_batches(_decode_images(changed, num_proc), IMAGE_SCHEMA)
-            table = pa.concat_tables([known, decoded]).combine_chunks()
-            with pa.ipc.new_stream(f"{unfinished}/images.arrow", IMAGE_SCHEMA) as writer:
-                writer.write_table(table)
-            os.replace(f"{unfinished}/images.arrow", table_path)
-    seconds = time.perf_counter() - start
+            if changed:
+                start = time.perf_counter()
+                decoded = pa.Table.from_batches(_decode_images(changed, num_proc), IMAGE_SCHEMA)
+                num_decoded, seconds = len(changed), time.perf_counter() - start
+                known = table.filter(pc.invert(pc.is_in(table["path"], value_set=pa.array(changed, pa.string()))))
+                table = pa.concat_tables([known, decoded]).combine_chunks()
+                with pa.ipc.new_stream(f"{unfinished}/images.arrow", IMAGE_SCHEMA) as writer:
+                    writer.write_table(table)
+                os.replace(f"{unfinished}/images.arrow", table_path)
     return table.filter(pc.is_in(table["path"], value_set=pa.array(stats, pa.string()))), num_decoded, seconds
 
 
@@ -588,7 +589,7 @@ def _known_images(table_path: Path, stats: dict[str, tuple[int, int]]) -> tuple[
 
 def _decode_images(paths: list[str], num_proc: int | None) -> list[pa.RecordBatch]:
     tasks = [paths[start : start + _IMAGES_PER_TASK] for start in range(0, len(paths), _IMAGES_PER_TASK)]
-    num_proc = min(num_proc or _num_cores(), len(tasks))
+    num_proc = min(num_proc or num_cores(), len(tasks))
     batches = []
     with tqdm(desc="Checking images", total=len(paths), unit=" images") as progress:
 
@@ -605,15 +606,14 @@ def _decode_images(paths: list[str], num_proc: int | None) -> list[pa.RecordBatc
                 collect(pool.map(_decode_task, tasks))
         except BrokenProcessPool as error:
             raise RuntimeError(
-                f"One of the {num_proc} processes that decode images was killed, after {progress.n} of {len(paths)}: "
-                "most likely memory ran out. Try again with a smaller num_proc; if 1 is killed too, the image that "
-                f"does it is among the {_IMAGES_PER_TASK} after {paths[max(progress.n - 1, 0)]}."
+                f"One of the {num_proc} processes that decode images was killed, after {progress.n} of {len(paths)} "
+                "images: most likely memory ran out. Try again with a smaller num_proc."
             ) from error
     return batches
 
 
 def _end_with_parent():
-    # Processes of an executor outlive a parent that is killed, and those that were forked go on to hold its lock
+    # An executor's processes outlive a parent that is killed: they would wait for ever for what it sends
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -621,7 +621,8 @@ def _end_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None):
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        num_visual_tokens=config.num_visual_tokens,
     )
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
     image_size = config.vision_config.image_size

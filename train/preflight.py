@@ -150,9 +150,7 @@ def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:
     indices = np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLES)).astype(int)
     batch = collator([BudgetedRows(rows)[int(index), budget] for index in indices])
     num_labels = int((batch["labels"] != -100).sum())
-    print(
-        f"{len(indices)} of them were made into a batch without a fault: {num_labels / len(indices):.0f} labels a row."
-    )
+    print(f"{len(indices)} of them made a batch without a fault, with {num_labels / len(indices):.0f} labels a row.")
     is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != collator.processor.image_token_id)
     return num_labels / int(is_text.sum())
 

@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None):
     # Dataset
     ################
     processor = DeltaLlavaProcessor.from_pretrained(
-        model_args.model_name_or_path, num_visual_tokens=config.num_visual_tokens
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        num_visual_tokens=config.num_visual_tokens,
     )
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     template = PLAIN_TEMPLATE.read_text(encoding="utf-8")

@@ -113,12 +113,12 @@ def check_recipe(
         raise ValueError("stream needs max_steps: a stream does not tell how many rows it has.")
     if bool(script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
         raise ValueError(
-            f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy}: one says what "
-            "to hold out for the validation loss, the other when to compute it; give both or neither."
+            f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy.value}: one "
+            "says what to hold out for the validation loss, the other when to compute it; give both or neither."
         )
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit need use_peft: quantized weights cannot be trained themselves.")
-    config = DeltaLlavaConfig.from_pretrained(model_args.model_name_or_path)
+    config = DeltaLlavaConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
     for budget in budgets:
         query_grid_size(budget, config.patch_grid_size)
@@ -222,6 +222,7 @@ def load_model(
     model_args.dtype = dtype  # quantized weights compute in it
     return DeltaLlavaForConditionalGeneration.from_pretrained(
         model_args.model_name_or_path,
+        revision=model_args.model_revision,
         config=config,
         dtype=dtype,
         attn_implementation=model_args.attn_implementation,
@@ -258,6 +259,7 @@ def lora_config(model: DeltaLlavaForConditionalGeneration, model_args: ModelConf
         use_dora=model_args.use_dora,
         # The tower has layers of the same names, which stay as they are
         target_modules=rf"model\.language_model\..*\.({'|'.join(sorted(targets))})",
-        modules_to_save=["multi_modal_projector"],
+        target_parameters=model_args.lora_target_parameters,
+        modules_to_save=["multi_modal_projector", *(model_args.lora_modules_to_save or ())],
         task_type="CAUSAL_LM",
     )

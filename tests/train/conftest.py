@@ -4,23 +4,12 @@ import json
 import random
 import shutil
 
-import datasets
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from delta_llava import DeltaLlavaForConditionalGeneration
-
-
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """A cache of the tests' own, in subprocesses too."""
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 
 import datasets
 import PIL.Image
 import pytest
-from filelock import FileLock
 from PIL import Image
 
 from delta_llava.train import data
@@ -420,22 +420,52 @@ def test_a_killed_process_is_a_clear_error(load, monkeypatch):
 
 
 @by_fork
-def test_a_killed_run_holds_nothing_up(load, cache, monkeypatch):
+def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypatch):
     monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
+    records = [record(), record(image="whole.jpg")]
+    alive, inherited = multiprocessing.Pipe(duplex=False)
     with monkeypatch.context() as patch:
-        run = multiprocessing.Process(
-            target=load, args=([record(), record(image="whole.jpg")],), kwargs={"num_proc": 2}
-        )
         patch.setattr(data, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
+        run = multiprocessing.Process(target=load, args=(records,), kwargs={"num_proc": 2})
         run.start()
-        while not (cache / "decoding").exists():
-            time.sleep(0.01)
-        run.kill()
+    while not (cache / "decoding").exists():
+        time.sleep(0.01)
+    run.kill()
+    inherited.close()
+    assert alive.poll(20)  # the pipe ends with the last process that has inherited it
+    assert len(load(records, num_proc=2)) == 2
+
+
+@by_fork
+def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkeypatch, tmp_path):
+    original = data._decode_image
+
+    def decode_slowly(path):
+        with open(tmp_path / "decoded.txt", "a") as file:
+            file.write(os.path.basename(path) + "\n")
+        time.sleep(0.1)
+        return original(path)
+
+    monkeypatch.setattr(data, "_decode_image", decode_slowly)
+    runs = [multiprocessing.Process(target=load, args=([record(), record(image="whole.jpg")],)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
         run.join()
-    (lock,) = cache.glob("images-*.lock")
-    with FileLock(lock, timeout=20):
-        pass
-    assert len(load([record(), record(image="whole.jpg")], num_proc=2)) == 2
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert sorted((tmp_path / "decoded.txt").read_text().split()) == ["a.png", "whole.jpg"]
+
+
+def test_where_locks_do_not_hold_whoever_is_first_wins(load, monkeypatch):
+    write_records = data._write_records
+
+    def write_and_be_outrun(json_path, root, require_images, folder):
+        write_records(json_path, root, require_images, folder)
+        (lock,) = folder.parents[1].glob("records-*.lock")
+        shutil.copytree(folder, lock.with_suffix(""))  # as another node does in the meantime
+
+    monkeypatch.setattr(data, "_write_records", write_and_be_outrun)
+    assert len(load([record()])) == 1
 
 
 def test_every_kind_of_fault_and_note_has_a_remedy():

@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
-from delta_llava.train import finetune, pretrain
+from delta_llava.train import batches, finetune, pretrain, trainer
 
 
 def changed_parts(before, after):
@@ -147,3 +148,125 @@ def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data
     assert json.loads((tmp_path / "out" / "bad_records.jsonl").read_text())["id"] == "scene-3"
     output_dir = run(pretrain, json_path=str(tmp_path / "bad.json"), skip_bad_records=True)
     assert (output_dir / "model.safetensors").exists()
+
+
+def test_mixed_precision_trains_in_float32_and_saves_in_bfloat16(run, monkeypatch):
+    seen = {}
+
+    def training_step(self, model, *args, original=trainer.SFTTrainer.training_step, **kwargs):
+        for name, weight in model.named_parameters():
+            seen[name] = (weight.requires_grad, weight.dtype)
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", training_step)
+    for stage in (pretrain, finetune):
+        folder = run(stage, stage.__name__, bf16=True, use_cpu=True)
+        assert set(seen.values()) == {(True, torch.float32), (False, torch.bfloat16)}
+        assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(run, monkeypatch):
+    outputs = []
+
+    def watch(self, *args, original=DeltaLlavaModel._run_vision_tower, **kwargs):
+        result = original(self, *args, **kwargs)
+        outputs.append([features.requires_grad for features in result[1:]])
+        return result
+
+    monkeypatch.setattr(DeltaLlavaModel, "_run_vision_tower", watch)
+    for stage in (pretrain, finetune):
+        run(stage)
+    assert len(outputs) == 8
+    assert not any(map(any, outputs))
+
+
+def test_no_logits_are_computed_where_there_is_no_label(run, monkeypatch):
+    """TRL's promise for GPUs, where it compacts; elsewhere it goes over all positions in tiles."""
+    from trl.trainer import utils
+
+    rows, labels = [], []
+
+    def apply(hidden_states, *args, original=utils._ChunkedLogProbFunction.apply):
+        rows.append(len(hidden_states))
+        return original(hidden_states, *args)
+
+    def collate(self, batch, original=batches.Collator.__call__):
+        batch = original(self, batch)
+        labels.append(int((batch["labels"] != -100).sum()))
+        return batch
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", apply)
+    monkeypatch.setattr(batches.Collator, "__call__", collate)
+    # choose as on a GPU, but compute without Triton
+    monkeypatch.setattr(utils, "_use_triton", lambda device: sys._getframe(1).f_code.co_name == "_fused_forward")
+    run(finetune, gradient_accumulation_steps=1)
+    assert len(rows) == 2
+    assert rows == labels[:2]  # a third batch was fetched in advance
+
+
+def test_validation_is_at_every_budget_on_rows_that_are_not_trained_on(run, monkeypatch):
+    trained, validated = set(), []
+
+    def collate(self, rows, original=batches.Collator.__call__):
+        for row in rows:
+            text = str([message["content"] for message in row["messages"]]) + str(row["images"][0].size)
+            if torch.is_grad_enabled() and not evaluating:
+                trained.add(text)
+            else:
+                validated.append((text, row["num_visual_tokens"]))
+        return original(self, rows)
+
+    evaluating = []
+
+    def evaluate(self, *args, original=trainer.SFTTrainer.evaluate, **kwargs):
+        evaluating.append(1)
+        result = original(self, *args, **kwargs)
+        evaluating.clear()
+        return result
+
+    monkeypatch.setattr(batches.Collator, "__call__", collate)
+    monkeypatch.setattr(trainer.SFTTrainer, "evaluate", evaluate)
+    options = {
+        "num_eval_rows": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "max_steps": 4,
+        "num_visual_tokens": [1, 16],
+    }
+    folder = run(finetune, **options, save_strategy="steps", save_steps=4)
+    assert len(trained) == 8
+    assert len({text for text, _ in validated}) == 4
+    assert not trained & {text for text, _ in validated}
+    assert {budget for _, budget in validated} == {1, 16}
+    history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    losses = {key for entry in history for key in entry if key.endswith("_loss")}
+    assert losses == {"eval_1_loss", "eval_16_loss"}
+    with Image.open(folder / "training_curves.png") as picture:
+        assert picture.size == (900, 700)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_the_projector_may_have_its_own_learning_rate(run, monkeypatch, strategy):
+    groups = []
+
+    def create_optimizer(self, model=None, original=trainer.DeltaLlavaTrainer.create_optimizer):
+        optimizer = original(self, model)
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            groups.append((group["lr"], group["weight_decay"], {names[id(weight)] for weight in group["params"]}))
+        return optimizer
+
+    monkeypatch.setattr(trainer.DeltaLlavaTrainer, "create_optimizer", create_optimizer)
+    run(finetune, projector_learning_rate=0.003, weight_decay=0.1, train_sampling_strategy=strategy)
+    assert sorted({(rate, decay) for rate, decay, _ in groups}) == [
+        (0.003, 0.0),
+        (0.003, 0.1),
+        (0.01, 0.0),
+        (0.01, 0.1),
+    ]
+    for rate, _, names in groups:
+        assert names
+        assert all(("multi_modal_projector" in name) == (rate == 0.003) for name in names)
+    everything = [name for _, _, names in groups for name in names]
+    assert len(everything) == len(set(everything))
