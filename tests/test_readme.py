@@ -4,13 +4,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
+from trl import ModelConfig, SFTConfig
 
 from delta_llava import DeltaLlavaConfig
+from delta_llava.train import memory
+from delta_llava.train.recipe import ScriptArguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -46,12 +50,31 @@ def test_budget_table(row, tower, backbones):
 
 
 def test_paths_that_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "train/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        named = re.findall(r"[\s`(]((?:train|hub|tests|templates|backbones|demo)/[\w./-]*\w)", text)
+        named = re.findall(r"[\s`(]((?:train|hub|tests|templates|backbones|benchmarks|demo)/[\w./-]*\w)", text)
         missing = [path for path in named if not path.startswith("demo/out") and "NAME" not in path]
         missing = [path for path in missing if not (ROOT / path).exists()]
         assert named and not missing, document
+
+
+def test_options_that_documents_name_exist():
+    known = {field.name for kind in (ScriptArguments, SFTConfig, ModelConfig) for field in fields(kind)} | {"config"}
+    named = set()
+    for document in ("README.md", "train/README.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        commands = re.findall(
+            r"delta_llava\.train\.(?:pretrain|finetune) (.*?)(?:\n\n|\n```|accelerate)", text, re.DOTALL
+        )
+        said = re.findall(r"`(--\w.*?)`", text, re.DOTALL)
+        named |= set(re.findall(r"--(\w+)", " ".join(commands + said)))
+    assert len(named) > 10
+    assert named - known <= {"machine_rank"}  # accelerate's
+
+
+def test_the_memory_table_is_what_its_command_prints(capsys):
+    memory.main([])
+    assert capsys.readouterr().out.strip() in (ROOT / "train/README.md").read_text(encoding="utf-8")
 
 
 def test_card_template_renders_with_its_metadata():
