@@ -25,27 +25,32 @@ ROWS_WORTH_PROCESSES = 10_000  # they take longer to start than fewer rows take 
 
 
 def places_to_cut(
-    messages: list[dict], processor: ProcessorMixin, chat_template: str | None = None
-) -> list[tuple[int, int, int]]:
+    conversations: list[list[dict]], processor: ProcessorMixin, chat_template: str | None = None
+) -> list[list[tuple[int, int, int]]]:
     """
-    Where a conversation may end: behind each of its answers.
+    Where conversations may end: behind each of their answers.
 
     Args:
-        messages (`list[dict]`): Chat whose contents are lists of parts.
+        conversations (`list[list[dict]]`): Chats whose contents are lists of parts.
         processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the [`Collator`] has them.
 
     Returns:
-        `list[tuple[int, int, int]]`: Messages, tokens (an image counts as one) and images up to each place. The last
-        is the whole conversation, and the only one where a template does not keep the answers apart.
+        `list[list[tuple[int, int, int]]]`: Of each conversation, messages, tokens (an image counts as one) and images
+        up to each place. The last is the whole conversation, and the only one where a template does not keep the
+        answers apart.
     """
     tokens = processor.tokenizer.apply_chat_template(
-        messages,
+        conversations,
         chat_template=chat_template or processor.chat_template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    mask, num_tokens = [*tokens["assistant_masks"], 0], len(tokens["input_ids"])
+    return list(map(_places, conversations, tokens["assistant_masks"]))
+
+
+def _places(messages: list[dict], assistant_mask: list[int]) -> list[tuple[int, int, int]]:
+    mask, num_tokens = [*assistant_mask, 0], len(assistant_mask)
     ends = [position + 1 for position in range(num_tokens) if mask[position] and not mask[position + 1]]
     images = list(
         itertools.accumulate(sum(part["type"] == "image" for part in message["content"]) for message in messages)
@@ -65,7 +70,7 @@ def fit(
     The last place to cut at that leaves no more than `max_length` tokens; `None` if there is no such place.
 
     Args:
-        places (`list[tuple[int, int, int]]`): What [`places_to_cut`] returns.
+        places (`list[tuple[int, int, int]]`): A conversation's, as [`places_to_cut`] returns them.
         num_visual_tokens (`int`): Tokens of one image.
         max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
     """
@@ -102,14 +107,17 @@ def fit_rows(
     """
     columns = ("num_messages", "num_tokens", "num_images", "is_cut")
 
-    def measure(messages):
-        places = places_to_cut(messages, processor, chat_template)
-        place = fit(places, num_visual_tokens, max_length)
-        return dict(zip(columns, (*(place or (0, 0, 0)), place != places[-1]), strict=True))
+    def measure(conversations):
+        rows = []
+        for places in places_to_cut(conversations, processor, chat_template):
+            place = fit(places, num_visual_tokens, max_length)
+            rows.append((*(place or (0, 0, 0)), place != places[-1]))
+        return {name: [row[position] for row in rows] for position, name in enumerate(columns)}
 
     template, tokenizer = chat_template or processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()
     measured = dataset.map(
         measure,
+        batched=True,
         input_columns=["messages"],
         remove_columns=dataset.column_names,
         features=Features({name: Value("int32") for name in columns}),
@@ -317,7 +325,8 @@ def stream_rows(
         images = [sample[name] for name in columns] + [image for name in lists for image in sample[name] or ()]
         images = [image for image in images if image is not None]
         _, messages = parse_record({**record, "image": [f"image {i}" for i in range(len(images))]}, require_images)
-        place = fit(places_to_cut(messages, processor, chat_template), num_visual_tokens, max_length)
+        (places,) = places_to_cut([messages], processor, chat_template)
+        place = fit(places, num_visual_tokens, max_length)
         if place is None:
             raise BadRecord(f"its first answer lies beyond max_length={max_length}")
         num_messages, _, num_images = place
