@@ -17,12 +17,12 @@ first, and n - 1 passes of decoding; the output head is computed at the last pos
 There are two conventions. `exact` counts what this model computes, to the FLOP as `torch.utils.flop_counter` does for
 the eager path. `paper` counts what the paper's figure 3 must have counted, for its numbers come out: two matrices in
 each MLP of the language model, where Llama has three, and one layer of the tower behind the last one that is read,
-which LLaVA runs in vain and we cut off. With the paper's 68 text tokens, which do not contain the visual ones, that
-gives for Vicuna-7B a prefill of 6.70, 2.16, 0.85 and 0.70 TFLOPs at 576, 144, 16 and 1 visual tokens (6.72, 2.16, 0.85
-and 0.70 in the paper), 0.382 for the tower (0.382), and at 576 0.31 for the decoding of 30 tokens (0.31). The paper's
-0.28 of decoding at 4 to 16 is that of about 28 tokens: it counted answers that ended by themselves. What it counted of
-the projector we cannot tell. Its 0.024 at 576 is the released projector's last MLP alone, and its at most 0.002
-elsewhere is less than the keys and values of 576 patches take (0.012): both conventions count the whole projector.
+which LLaVA runs in vain and we cut off. The paper does not tell its prompt's length; with 68 text tokens beside the
+visual ones, the first command gives a prefill of 6.70, 2.16, 0.85 and 0.70 TFLOPs at 576, 144, 16 and 1 visual tokens
+(6.72, 2.16, 0.85 and 0.70 in the paper), 0.382 for the tower (0.382), and 0.31 for the decoding at 576 (0.31). The
+paper's 0.28 for the decoding at 4 to 16 is that of 28 tokens: its answers ended by themselves, after about 30. What it
+counted of the projector we cannot tell: its 0.024 at 576 is the released projector's last MLP alone, and its at most
+0.002 elsewhere is less than the keys and values of 576 patches take (0.012). Both conventions count the whole one.
 """
 
 import argparse
@@ -138,7 +138,10 @@ def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
         `dict[str, int]`: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and `lm_head`,
         which is 0 where it is the embeddings.
     """
-    decoder = _Decoder.of(config)
+    return _count_parameters(config, _Decoder.of(config))
+
+
+def _count_parameters(config: DeltaLlavaConfig, decoder: _Decoder) -> dict[str, int]:
     with torch.device("meta"):
         tower = AutoModel.from_config(config.vision_config)
     projector = _projector_maps(config, config.num_visual_tokens)
@@ -429,7 +432,7 @@ def _model_states(
     load_in_4bit: bool,
 ) -> tuple[Counter, Counter, Counter]:
     """Bytes of weights, gradients and optimizer that stay, and that come on top in forward and in backward."""
-    counts = parameter_counts(config)
+    counts = _count_parameters(config, decoder)
     trains_decoder = "language_model" in trained
     adapters = (lora_rank or 0) * decoder.linear_widths
     num_trained = adapters + sum(counts[part] for part in trained)

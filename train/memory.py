@@ -58,11 +58,12 @@ def recipe_memory(file: Path) -> dict[str, int]:
     if missing := needed - set(recipe):
         raise ValueError(f"{file} lacks {sorted(missing)}, without which its memory cannot be computed.")
     budgets, num_rows = recipe["num_visual_tokens"], recipe["per_device_train_batch_size"]
+    config = recipe_config(file.parent.name)
     trains_all = file.stem != "pretrain" and not uses_lora
     num_visual_tokens = max(budgets) if isinstance(budgets, list) else budgets
     return {
         machine: training_memory(
-            recipe_config(file.parent.name),
+            config,
             num_visual_tokens,
             num_images=num_rows,
             num_rows=num_rows,

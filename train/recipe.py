@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
@@ -37,8 +38,8 @@ class ScriptArguments:
         projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
             Peak learning rate of the projector, where the language model is trained beside it.
         num_eval_rows (`int`, *optional*, defaults to 0):
-            Rows held out of training for the validation loss, which `eval_strategy` and `eval_steps` time. Of a stream,
-            the first rows of its split `validation`.
+            Rows with images held out of training for the validation loss, which `eval_strategy` and `eval_steps` time.
+            Of a stream, the first ones of its split `validation`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, tell what the run would cost, show one sample with its labels, and train nothing.
     """
@@ -58,7 +59,9 @@ class ScriptArguments:
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
     )
-    num_eval_rows: int = field(default=0, metadata={"help": "Rows held out for the validation loss of each budget."})
+    num_eval_rows: int = field(
+        default=0, metadata={"help": "Rows with images held out for the validation loss of each budget."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, tell the costs, train nothing."})
 
     def __post_init__(self):
@@ -183,7 +186,8 @@ def load_rows(
         if not num_eval_rows:
             return rows, None
         held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("index")
-        held_out = Dataset.from_list(list(held_out.take(num_eval_rows)), features=FEATURES)
+        held_out = held_out.filter(lambda row: row["images"]).take(num_eval_rows)
+        held_out = Dataset.from_list(list(held_out), features=FEATURES)
         return rows, fit_rows(held_out, **fitting)
 
     # One process of a machine checks and measures, and the others then find what it has cached
@@ -198,10 +202,12 @@ def load_rows(
         dataset = fit_rows(dataset, **fitting)
     if not num_eval_rows:
         return dataset, None
-    if num_eval_rows >= len(dataset):
-        raise ValueError(f"num_eval_rows={num_eval_rows} leaves nothing of the {len(dataset)} rows to train on.")
-    split = dataset.train_test_split(test_size=num_eval_rows, seed=training_args.seed)
-    return split["train"], split["test"]
+    # Rows without images would say the same at every budget
+    candidates = np.flatnonzero(dataset.with_format("numpy")["num_images"][:])
+    if num_eval_rows >= len(candidates):
+        raise ValueError(f"num_eval_rows={num_eval_rows} leaves nothing of the {len(candidates)} rows with images.")
+    held_out = np.random.default_rng(training_args.seed).choice(candidates, num_eval_rows, replace=False)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), held_out)), dataset.select(np.sort(held_out))
 
 
 def load_model(

@@ -182,7 +182,8 @@ class DeltaLlavaTrainer(SFTTrainer):
             )
 
         group = self.args.train_sampling_strategy == "group_by_length"
-        if self._is_fully_sharded() and not group and min(self.train_dataset["num_images"]) == 0:
+        num_images = self.train_dataset.with_format("numpy")["num_images"][:]
+        if self._is_fully_sharded() and not group and (num_images == 0).any():
             raise ValueError(
                 "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step and "
                 "others have none: set train_sampling_strategy=group_by_length."
@@ -272,6 +273,10 @@ class DeltaLlavaTrainer(SFTTrainer):
                     f"At step {self.state.global_step}, {name} is not finite any more; nothing is saved. Lower "
                     f"learning_rate. {self._way_on()}"
                 )
+        if self.args.should_save:
+            # One that is written anew is incomplete meanwhile
+            state = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", TRAINER_STATE_NAME)
+            state.unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:

@@ -98,9 +98,16 @@ def wait_for(path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, tmp_path):
+@pytest.mark.timeout(3600)
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path):
     """Twenty moments between the first step and the last, drawn anew each time; about ten minutes on two cores."""
-    options = {"max_steps": 40, "save_steps": 3, "save_total_limit": 2}
+    options = {
+        "json_path": str(data[1] / "mixed.json"),
+        "train_sampling_strategy": "group_by_length",
+        "max_steps": 40,
+        "save_steps": 3,
+        "save_total_limit": 2,
+    }
     begun = time.monotonic()
     unbroken = start(run, "unbroken", **options)
     wait_for(tmp_path / "unbroken" / "checkpoint-3")

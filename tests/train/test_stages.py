@@ -113,7 +113,10 @@ BAD_RECIPES = {
     "endless stream": ({"json_path": None, "image_folder": None, "stream": "org/data", "max_steps": -1}, "max_steps"),
     "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
     "validation without rows": ({"eval_strategy": "steps"}, "num_eval_rows=0 and eval_strategy=.*steps"),
-    "validation of all rows": ({"eval_strategy": "steps", "num_eval_rows": 12}, "leaves nothing of the 12 rows"),
+    "validation of all rows": (
+        {"eval_strategy": "steps", "num_eval_rows": 12},
+        "leaves nothing of the 12 rows with images",
+    ),
     "quantized without adapters": ({"load_in_4bit": True}, "need use_peft"),
     "nothing to resume": ({"resume_from_checkpoint": True}, "no complete checkpoint"),
     "no latest to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
@@ -205,16 +208,19 @@ def test_no_logits_are_computed_where_there_is_no_label(run, monkeypatch):
     assert rows == labels[:2]  # a third batch was fetched in advance
 
 
-def test_validation_is_at_every_budget_on_rows_that_are_not_trained_on(run, monkeypatch):
+def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_on(run, data, monkeypatch):
     trained, validated = set(), []
 
     def collate(self, rows, original=batches.Collator.__call__):
         for row in rows:
-            text = str([message["content"] for message in row["messages"]]) + str(row["images"][0].size)
+            text = str([message["content"] for message in row["messages"]]) + str(
+                [image.size for image in row["images"]]
+            )
             if torch.is_grad_enabled() and not evaluating:
                 trained.add(text)
             else:
                 validated.append((text, row["num_visual_tokens"]))
+                assert row["images"]
         return original(self, rows)
 
     evaluating = []
