@@ -12,9 +12,10 @@ test: .venv/installed .venv/quantization .venv/lowest lint
 	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py tests/train/test_lora.py -k "quantiz or QLoRA"
 	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest tests/test_*.py tests/hub
 
-# What takes minutes: a run killed twenty times.
-test-slow: .venv/installed
+# What takes minutes: a run killed twenty times, and two processes under DeepSpeed, whose operations g++ compiles.
+test-slow: .venv/installed .venv/deepspeed
 	$(BIN)/python -m pytest -m slow -s
+	PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest tests/train/test_deepspeed.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -36,6 +37,11 @@ backbones: .venv/installed
 
 .venv/quantization: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
+	touch $@
+
+.venv/deepspeed: .venv/installed
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --upgrade --target $@ \
+	    deepspeed==0.19.8 einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 .venv/lowest: .venv/installed

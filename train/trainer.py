@@ -119,8 +119,9 @@ class DeltaLlavaTrainer(SFTTrainer):
     TRL's `SFTTrainer` whose batches each have a token budget, drawn from `model.config.visual_token_budgets`.
 
     Validation loss is logged for each of these budgets (`eval_144_loss`). A loss that is not a number ends the run
-    before it is learnt from or saved; so does a checkpoint that cannot be written, and either error names the last
-    complete one. SIGTERM ends the run behind a checkpoint, with exit status 143.
+    before it is learnt from (DeepSpeed steps within the backward pass: there, before it is saved). So does a checkpoint
+    that cannot be written, and either error names the last complete one. SIGTERM ends the run behind a checkpoint, with
+    exit status 143.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]): The model, whose trained weights are in float32.
@@ -311,7 +312,8 @@ class DeltaLlavaTrainer(SFTTrainer):
                 name: weight.to("cpu", self.save_dtype) if weight.is_floating_point() else weight
                 for name, weight in state_dict.items()
             }
-            model.save_pretrained(output_dir, state_dict=state_dict)
+            # Under ZeRO-3, transformers would else write names as they were before its own renamings
+            model.save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
         self.processing_class.save_pretrained(output_dir)
 
     def create_model_card(self, *args, **kwargs):

@@ -105,19 +105,19 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path
         "json_path": str(data[1] / "mixed.json"),
         "train_sampling_strategy": "group_by_length",
         "max_steps": 40,
-        "save_steps": 3,
+        "save_steps": 1,  # so that many a moment lies within the writing of a checkpoint
         "save_total_limit": 2,
     }
     begun = time.monotonic()
     unbroken = start(run, "unbroken", **options)
-    wait_for(tmp_path / "unbroken" / "checkpoint-3")
+    wait_for(tmp_path / "unbroken" / "checkpoint-1")
     first_checkpoint = time.monotonic() - begun
     assert unbroken.wait() == 0
     duration = time.monotonic() - begun
     expected = (tmp_path / "unbroken" / "model.safetensors").read_bytes()
     seed = random.randrange(10**6)
     moments = random.Random(seed)
-    incomplete = 0
+    incomplete = 0  # the newest checkpoint, at that moment
     for trial in range(20):
         killed = start(run, "killed", **options)
         time.sleep(moments.uniform(first_checkpoint, duration - 1))
