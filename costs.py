@@ -47,6 +47,7 @@ LANGUAGE_MODELS = {
     "qwen2.5-7b": "qwen2.5-7b-instruct",
 }
 CONVENTIONS = ("exact", "paper")
+KNOWN_DECODERS = ("llama", "qwen2", "qwen3")
 FLOP_PARTS = ("vision", "projector", "prefill", "decode")
 TRAINABLE_PARTS = ("multi_modal_projector", "language_model", "lm_head")
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
@@ -94,8 +95,10 @@ class _Decoder:
     @classmethod
     def of(cls, config: DeltaLlavaConfig) -> "_Decoder":
         text = config.text_config
-        if text.model_type not in ("llama", "qwen2"):
-            raise ValueError(f"The costs of text_config.model_type={text.model_type!r} are unknown: llama or qwen2.")
+        if text.model_type not in KNOWN_DECODERS:
+            raise ValueError(
+                f"The costs of text_config.model_type={text.model_type!r} are unknown, only those of {KNOWN_DECODERS}."
+            )
         with torch.device("meta"):
             model = AutoModel.from_config(text)
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -132,7 +135,7 @@ def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
     Parameters of each part.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama or Qwen2.
+        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
 
     Returns:
         `dict[str, int]`: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and `lm_head`,
@@ -160,7 +163,7 @@ def inference_costs(
     What it takes to answer one question about one image.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama or Qwen2.
+        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
         num_visual_tokens (`int`): The image's budget.
         text_tokens (`int`): Tokens of the prompt, without the visual ones.
         new_tokens (`int`): Tokens of the answer.
@@ -285,7 +288,7 @@ def training_flops(
     times. Weights with adapters are not trained, their adapters count three times.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama or Qwen2.
+        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
         num_visual_tokens (`int`): Budget of each image.
         num_images (`int`), num_rows (`int`), sequence_length (`int`):
             Size of the micro-batch on one GPU; the length is that of the padded rows with their visual tokens.

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, Qwen2Config
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 from trl.trainer import utils as trl_utils
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, costs
@@ -34,10 +34,21 @@ QWEN = Qwen2Config(
     tie_word_embeddings=True,
     pad_token_id=0,
 )
+QWEN3 = Qwen3Config(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=24,
+    pad_token_id=0,
+)
 VARIANTS = {
     "CLIP and Llama": {},
     "SigLIP": {"siglip": True},
     "Qwen2, grouped queries, tied head": {"text_config": QWEN},
+    "Qwen3, wide heads": {"text_config": QWEN3},
     "trimmed tower": {"memory_feature_layers": [1, 2], "query_feature_layer": 3},
     "paper": {"projector_variant": "paper", "projector_intermediate_size": 80},
     "No DeltaProj": {"use_delta_projection": False},
@@ -307,7 +318,7 @@ def test_what_cannot_be_trained_is_refused(changes, message):
 
 def test_a_backbone_of_unknown_costs_is_refused(tiny_config):
     config = tiny_config(text_config={"model_type": "gpt_neox", "hidden_size": 64, "num_attention_heads": 2})
-    with pytest.raises(ValueError, match=r"text_config\.model_type='gpt_neox' are unknown: llama or qwen2"):
+    with pytest.raises(ValueError, match=r"text_config\.model_type='gpt_neox' are unknown, only those of .*'qwen3'"):
         parameter_counts(config)
 
 

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,9 @@ def fit_rows(
         features=Features({name: Value("int32") for name in columns}),
         num_proc=num_cores() if len(dataset) >= ROWS_WORTH_PROCESSES else None,
         # By hand, because a tokenizer's own fingerprint changes with its use, and the cache would never be found again
-        new_fingerprint=Hasher.hash([dataset._fingerprint, tokenizer, template, num_visual_tokens, max_length]),
+        new_fingerprint=Hasher.hash(
+            [Path(__file__).read_text(), dataset._fingerprint, tokenizer, template, num_visual_tokens, max_length]
+        ),
         desc="Counting tokens",
     )
     columns = measured.with_format("numpy")[:]
@@ -257,11 +260,13 @@ class BudgetedRows(torch.utils.data.Dataset):
 
 
 def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
-    decode = Image().decode_example
-    try:
-        return [decode(image) for image in images]
-    except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
-        raise ValueError(f"{_name(row)}: an image cannot be read. {error}") from error
+    decoded = []
+    for image in images:
+        try:
+            decoded.append(Image().decode_example(image))
+        except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
+            raise ValueError(f"{_name(row)}: image {image['path']} cannot be read: {error}") from error
+    return decoded
 
 
 STREAMED_FEATURES = Features(

@@ -225,5 +225,5 @@ def test_a_vanished_image_is_named(run, data, tmp_path, monkeypatch, num_workers
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.SFTTrainer, "train", train)
-    with pytest.raises(ValueError, match=r"Row \d+ of the training data .*image cannot be read.*7\.png"):
+    with pytest.raises(ValueError, match=r"Row \d+ of the training data .*: image .*7\.png cannot be read: "):
         run(finetune, **{**ELASTIC, "dataloader_num_workers": num_workers}, image_folder=str(folder))

@@ -86,7 +86,7 @@ def test_bad_streams_are_named(shards, tmp_path, tiny_processor, monkeypatch):
     with pytest.raises(ValueError, match=r"Record 'r0' of .*its first answer lies beyond max_length=10"):
         list(stream_rows(folder, "train", tiny_processor(), 4, 10))
     rows = stream_rows(folder, "train", tiny_processor(), 4, None)
-    with pytest.raises(ValueError, match=r"Row r2 .* image cannot be read.*--skip_bad_records"):
+    with pytest.raises(ValueError, match=r"Row r2 .* image 0002.png cannot be read: .*--skip_bad_records"):
         next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=False, images_only=False)))
     with pytest.raises(ValueError, match=r"has no image\. FSDP and ZeRO-3 wait for ever"):
         next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=True, images_only=True)))
