@@ -149,3 +149,13 @@ def test_a_streamed_run_resumes_to_the_same_weights_and_validates(run, shards, t
     (tmp_path / "broken" / "model.safetensors").unlink()
     resumed = run(finetune, "broken", ["--resume_from_checkpoint", "latest"], **options)
     assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+
+
+def test_a_dry_run_looks_at_the_first_rows(run, shards, tmp_path, capsys):
+    options = {"json_path": None, "image_folder": None, "stream": shards(), "num_visual_tokens": [4], "max_steps": 7}
+    run(finetune, "dry", ["--dry_run"], **options)
+    output = capsys.readouterr().out
+    assert "The stream's first 24 rows stand for all." in output
+    assert "24 rows, 20 images, 4 rows without one" in output
+    assert "7 steps of 4 rows" in output
+    assert not (tmp_path / "dry").exists()
