@@ -41,12 +41,15 @@ def merge_adapter(
     adapter, output_dir = Path(adapter), Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir={output_dir} holds files already: name a new or an empty folder.")
-    base_model = base_model or PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    config = DeltaLlavaConfig.from_pretrained(base_model)
+    adapter_config = PeftConfig.from_pretrained(adapter)
+    base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
+    config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
     trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
     config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
 
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(base_model, config=config, dtype="auto")
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(
+        base_model, revision=revision, config=config, dtype="auto"
+    )
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
     model.save_pretrained(output_dir)
     DeltaLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)

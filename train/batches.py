@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Image, IterableDataset, List, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Json,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.fingerprint import Hasher
 from PIL.Image import Image as PilImage
 from torch.utils.data import Sampler, get_worker_info
@@ -22,6 +33,9 @@ from .data import FEATURES, BadRecord, num_cores, parse_record
 
 logger = logging.get_logger(__name__)
 
+# A sample's images in WebDataset's tar files: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.jpg` and so on
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+TAR_IMAGES = [f"{number}{suffix}" for number in ("", *(f"{n}." for n in range(10))) for suffix in IMAGE_SUFFIXES]
 ROWS_WORTH_PROCESSES = 10_000  # they take longer to start than fewer rows take to measure
 
 
@@ -138,11 +152,11 @@ def fit_rows(
         )
     if is_cut.any():
         first = int(is_cut.argmax())
-        name = _name({**dataset.select_columns("messages")[first], "index": first})
+        name = _name(dataset.select_columns("messages")[first])
         logger.warning(
             f"{is_cut.sum()} of {len(dataset)} rows are longer than max_length={max_length} at {num_visual_tokens} "
             f"visual tokens an image: {(is_cut & kept).sum()} are cut behind their last whole answer that fits, and "
-            f"{(~kept).sum()}, whose first answer does not fit, are left out. The first is {name}."
+            f"{(~kept).sum()}, whose first answer does not fit, are left out. The first: {name}."
         )
     rows = concatenate_datasets([dataset, measured.remove_columns("is_cut")], axis=1)
     return rows if kept.all() else rows.select(kept.nonzero()[0])
@@ -153,7 +167,8 @@ class BudgetSampler(Sampler[tuple[int, int]]):
     Puts the rows in a new order in each epoch, and draws one token budget for every batch.
 
     Order and budgets follow from seed, epoch and position alone: a resumed run, which skips batches, repeats them, and
-    all processes draw the same budget at the same step, so that none waits for another's longer sequences.
+    all processes draw the same budget at the same step, so that none waits for another's longer sequences. (Without
+    groups, processes that share an epoch's last, partial batch may differ.)
 
     Args:
         dataset (`Dataset`):
@@ -237,8 +252,8 @@ class BudgetedRows(torch.utils.data.Dataset):
     """
     A dataset of [`fit_rows`] read by what [`BudgetSampler`] yields.
 
-    Rows end where they were found to fit, and also tell their `index` and `num_visual_tokens`. An image that cannot be
-    read any more is a `ValueError` that names row and file.
+    Rows end where they were found to fit, and also tell their `num_visual_tokens`. An image that cannot be read any
+    more is a `ValueError` that names row and file.
     """
 
     def __init__(self, dataset: Dataset):
@@ -250,11 +265,10 @@ class BudgetedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, num_visual_tokens = key
-        row = {**self.dataset[index].to_pylist()[0], "index": index}
+        row = self.dataset[index].to_pylist()[0]
         return {
             "images": _decode(row, row["images"][: row["num_images"]]),
             "messages": row["messages"][: row["num_messages"]],
-            "index": index,
             "num_visual_tokens": num_visual_tokens,
         }
 
@@ -270,7 +284,7 @@ def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
 
 
 STREAMED_FEATURES = Features(
-    {"images": List(Image(decode=False)), "messages": FEATURES["messages"], "index": Value("string")}
+    {"images": List(Image(decode=False)), "messages": FEATURES["messages"], "id": Value("string")}
 )
 
 
@@ -287,13 +301,14 @@ def stream_rows(
     """
     Stream LLaVA's records and their images from shards.
 
-    Conversations longer than `max_length` are cut as [`fit_rows`] does.
+    Conversations longer than `max_length` are cut as [`fit_rows`] does; a warning tells of the first.
 
     Args:
         source (`str`):
             Hub repository or folder of Parquet files or of WebDataset's tar files. A sample is one of LLaVA's records
-            (`id`, `conversations`), or has one as `json`, and has its images in image columns (WebDataset's `jpg`) or
-            in a column of lists of images, in the order of their `<image>`.
+            (`id`, `conversations`), or has one as `json`, and has its images in image columns, in a column of lists of
+            images, or in a tar file as `KEY.jpg` or `KEY.0.jpg`, `KEY.1.jpg` … (any of `IMAGE_SUFFIXES`), in the order
+            of their `<image>`.
         split (`str`):
             Such as `"train"`.
         processor ([`DeltaLlavaProcessor`]), num_visual_tokens (`int`), max_length (`int`), chat_template (`str`):
@@ -304,12 +319,16 @@ def stream_rows(
             Leave out records that are bad or whose first answer is too long, each with a warning, instead of stopping.
 
     Returns:
-        `IterableDataset`: Rows with `images` (not decoded yet), `messages` and `index`, the record's id.
+        `IterableDataset`: Rows with `images` (not decoded yet), `messages` and the record's `id`.
 
     Raises:
         `ValueError`: The samples hold no records or no images; while streaming: a record is bad.
     """
-    stream = load_dataset(source, split=split, streaming=True)
+    features = None
+    if load_dataset_builder(source).name == "webdataset":
+        # Else they would be those of the first five samples, and what later ones have beside would be lost
+        features = Features({"__key__": Value("string"), "json": Json(), **dict.fromkeys(TAR_IMAGES, Image())})
+    stream = load_dataset(source, split=split, streaming=True, features=features)
     features = stream.features or {}
     columns = [name for name, feature in features.items() if isinstance(feature, Image)]
     lists = [
@@ -329,20 +348,25 @@ def stream_rows(
         record = sample["json"] if "json" in sample else sample
         images = [sample[name] for name in columns] + [image for name in lists for image in sample[name] or ()]
         images = [image for image in images if image is not None]
-        _, messages = parse_record({**record, "image": [f"image {i}" for i in range(len(images))]}, require_images)
+        if isinstance(record, dict):  # which images it names does not matter: they have come with it
+            record = {**record, "image": [f"image {number}" for number in range(len(images))]}
+        _, messages = parse_record(record, require_images)
         (places,) = places_to_cut([messages], processor, chat_template)
         place = fit(places, num_visual_tokens, max_length)
         if place is None:
             raise BadRecord(f"its first answer lies beyond max_length={max_length}")
+        if place != places[-1]:
+            logger.warning_once(f"Rows longer than max_length={max_length} are cut behind their last whole answer.")
         num_messages, _, num_images = place
-        return {"images": images[:num_images], "messages": messages[:num_messages], "index": str(record["id"])}
+        return {"images": images[:num_images], "messages": messages[:num_messages], "id": str(record["id"])}
 
     def to_rows(batch):  # a batch of one, of which no row may be left
         sample = {name: values[0] for name, values in batch.items()}
         try:
             row = to_row(sample)
         except BadRecord as error:
-            _report(f"Record {sample.get('json', sample).get('id')!r} of {source}: {error}", skip_bad_records, error)
+            name = sample["__key__"] if "__key__" in sample else sample.get("id")
+            _report(f"Record {name!r} of {source}: {error}", skip_bad_records, error)
             return {name: [] for name in STREAMED_FEATURES}
         return {name: [value] for name, value in row.items()}
 
@@ -384,7 +408,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         images_only: bool,
         buffer_size: int = 1000,
     ):
-        self.rows = rows.shuffle(seed, buffer_size=buffer_size)
+        self.rows = rows
+        self.buffer_size = buffer_size
         self.batch_size = batch_size
         self.num_visual_tokens = num_visual_tokens
         self.seed = seed
@@ -403,9 +428,9 @@ class StreamedBatches(torch.utils.data.IterableDataset):
 
     def _decoded_rows(self) -> Iterator[dict[str, Any]]:
         for epoch in itertools.count():
-            self.rows.set_epoch(epoch)
             num_rows = 0
-            for row in self.rows:
+            # Not by `set_epoch`, which all workers share, though one may be an epoch ahead
+            for row in self.rows.shuffle(self.seed + epoch, buffer_size=self.buffer_size):
                 if self.images_only and not row["images"]:
                     raise ValueError(
                         f"{_name(row)} has no image. FSDP and ZeRO-3 wait for ever when some processes have images at "
@@ -495,4 +520,4 @@ class Collator:
 
 def _name(row: dict[str, Any]) -> str:
     texts = [part["text"] for message in row["messages"] for part in message["content"] if part["text"]]
-    return f"Row {row['index']} of the training data ({' '.join(texts)[:80]!r}…)"
+    return f"The row {' '.join(texts)[:80]!r}…"

@@ -442,7 +442,7 @@ def parse_record(record: Any, require_images: bool = False) -> tuple[list[str], 
             reason = f"turn {number} from {turn['from']} contains {IMAGE_MARKER}: only human turns may"
             raise BadRecord(reason, "marker_in_answer")
         num_markers += len(others)
-        if first and len(others) == 1:
+        if len(others) == 1:
             # As LLaVA trains: the one image of a turn comes before its text
             first, others = "", [f"{first}{others[0]}".strip()]
         content = [{"type": "text", "text": first}] if first else []

@@ -48,7 +48,7 @@ def report(
     trained = _print_parameters(model)
 
     if isinstance(rows, IterableDataset):
-        sample = Dataset.from_list(list(islice(rows.remove_columns("index"), NUM_SAMPLES)))
+        sample = Dataset.from_list(list(islice(rows.remove_columns("id"), NUM_SAMPLES)))
         rows = fit_rows(sample, collator.processor, max(config.visual_token_budgets), None, collator.chat_template)
         print(f"\nThe stream's first {len(rows)} rows stand for all.")
     sizes = rows.select_columns(["num_tokens", "num_images"]).with_format("numpy")[:]

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import ProcessorMixin
+from transformers.utils import logging
 from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
@@ -16,6 +17,9 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
 from .data import FEATURES, load_llava_json
 from .trainer import is_complete, latest_checkpoint
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,7 +45,8 @@ class ScriptArguments:
             Rows with images held out of training for the validation loss, which `eval_strategy` and `eval_steps` time.
             Of a stream, the first ones of its split `validation`.
         dry_run (`bool`, *optional*, defaults to `False`):
-            Check everything, tell what the run would cost, show one sample with its labels, and train nothing.
+            Check everything, tell what the run would cost, show one sample with its labels, and train nothing. To be
+            given on the command line.
     """
 
     json_path: str | None = field(default=None, metadata={"help": "LLaVA's JSON file."})
@@ -73,7 +78,7 @@ class ScriptArguments:
 def parse_recipe(arguments: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, ModelConfig]:
     """Parse a recipe (`--config FILE`) and the command line, which wins; a dry run needs no GPU."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if "--dry_run" in arguments and not torch.accelerator.is_available():
+    if any(argument.startswith("--dry_run") for argument in arguments) and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # else bf16 would be refused
     return TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
 
@@ -97,12 +102,13 @@ def check_recipe(
             options are missing, exclude each other or cannot be had with images.
     """
     strategy = training_args.train_sampling_strategy
-    if training_args.packing or training_args.padding_free or strategy not in ("random", "group_by_length"):
+    if training_args.packing or training_args.padding_free or training_args.pad_to_multiple_of:
         raise ValueError(
-            f"packing={training_args.packing}, padding_free={training_args.padding_free} and train_sampling_strategy="
-            f"{strategy} must be False, False and 'random' or 'group_by_length': batches of images are padded, and "
-            "shuffled together with their budgets."
+            f"packing={training_args.packing}, padding_free={training_args.padding_free} and pad_to_multiple_of="
+            f"{training_args.pad_to_multiple_of} must be left out: batches of images are padded to their longest row."
         )
+    if strategy not in ("random", "group_by_length"):
+        raise ValueError(f"train_sampling_strategy={strategy} must be 'random' or 'group_by_length'.")
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name what delta_llava.hub.assemble or stage 1 has written.")
     if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
@@ -114,6 +120,8 @@ def check_recipe(
         )
     if script_args.stream and training_args.max_steps <= 0:
         raise ValueError("stream needs max_steps: a stream does not tell how many rows it has.")
+    if script_args.stream and strategy == "group_by_length":
+        logger.warning("Streamed rows come as they come: train_sampling_strategy=group_by_length has no effect.")
     if bool(script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
         raise ValueError(
             f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy.value}: one "
@@ -185,10 +193,15 @@ def load_rows(
         rows = stream_rows(script_args.stream, "train", **reading)
         if not num_eval_rows:
             return rows, None
-        held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("index")
+        held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("id")
         held_out = held_out.filter(lambda row: row["images"]).take(num_eval_rows)
-        held_out = Dataset.from_list(list(held_out), features=FEATURES)
-        return rows, fit_rows(held_out, **fitting)
+        held_out = list(held_out)
+        if len(held_out) < num_eval_rows:
+            raise ValueError(
+                f"num_eval_rows={num_eval_rows}, but the split validation of {script_args.stream} has {len(held_out)} "
+                "rows with images."
+            )
+        return rows, fit_rows(Dataset.from_list(held_out, features=FEATURES), **fitting)
 
     # One process of a machine checks and measures, and the others then find what it has cached
     with training_args.main_process_first(local=True, desc="loading the data"):
@@ -252,12 +265,16 @@ def lora_config(model: DeltaLlavaForConditionalGeneration, model_args: ModelConf
         for name, module in model.model.language_model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    targets = set(model_args.lora_target_modules or linear)
+    targets = model_args.lora_target_modules
+    if isinstance(targets, str):  # what TRL makes of a list of one
+        targets = None if targets == "all-linear" else [targets]
+    targets = set(targets or linear)
     if unknown := targets - linear:
         raise ValueError(
             f"lora_target_modules names {sorted(unknown)}, but the language model's linear layers are {sorted(linear)}."
         )
     return LoraConfig(
+        revision=model_args.model_revision,  # of the base model, for who loads the adapter
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,

@@ -1,8 +1,11 @@
 """TRL's trainer with a token budget for each batch, that ends well when it must end early."""
 
 import json
+import os
 import shutil
 import signal
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,8 +17,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -27,17 +29,39 @@ logger = logging.get_logger(__name__)
 
 def latest_checkpoint(training_args: SFTConfig) -> str | None:
     """The newest complete checkpoint in the output folder, written by as many processes as there are now."""
-    checkpoints = reversed(sort_checkpoints(training_args.output_dir, use_mtime=True))
-    return next((path for path in checkpoints if is_complete(Path(path), training_args.world_size)), None)
+    complete = [
+        path
+        for path in Path(training_args.output_dir).glob("checkpoint-*")
+        if is_complete(path, training_args.world_size)
+    ]
+    # Not by the folders' times: deleting from a folder makes it the newest
+    return str(max(complete, key=lambda path: (path / TRAINER_STATE_NAME).stat().st_mtime_ns)) if complete else None
 
 
 def is_complete(checkpoint: Path, world_size: int) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes the state last, each process its own RNG."""
+    """
+    Whether a checkpoint has all that a run needs to go on, neither half written nor half deleted.
+
+    Args:
+        checkpoint (`Path`): Folder that a Trainer has written, maybe under FSDP or DeepSpeed.
+        world_size (`int`): Number of processes, each of which writes the state of its own random numbers.
+    """
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # which the Trainer writes last
     except (OSError, ValueError):
         return False
-    return len(list(checkpoint.glob("rng_state*.pth"))) == world_size
+    random_states = list(checkpoint.glob("rng_state*.pth"))
+    has_weights, has_optimizer = (
+        any(any(checkpoint.glob(pattern)) for pattern in patterns)
+        for patterns in (("*.safetensors", "pytorch_model_fsdp*", "global_step*"), ("optimizer*", "global_step*"))
+    )
+    return (
+        len(random_states) == world_size
+        and all(map(zipfile.is_zipfile, random_states))
+        and has_weights
+        and has_optimizer
+        and (checkpoint / SCHEDULER_NAME).is_file()
+    )
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -65,17 +89,27 @@ class SaveOnSigterm(TrainerCallback):
             self.received = bool(received)
         if self.received:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # there may be no time for it
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGTERM, self.earlier_handler)
+
+
+def leave_process_group(worker_id: int):
+    """For a loader's worker: a SIGTERM to the whole group shall not end it before the trainer has done its step."""
+    os.setpgid(0, 0)
 
 
 class DrawCurves(TrainerCallback):
     """Draws `training_curves.png` into the output folder with every checkpoint and at the end."""
 
     def on_save(self, args, state, control, **kwargs):
+        file = Path(args.output_dir) / "training_curves.png"
         if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / "training_curves.png")
+            try:
+                draw_curves(state.log_history, file)
+            except OSError as error:
+                logger.warning(f"{file} could not be written: {error}")  # no reason to end a run
 
     on_train_end = on_save
 
@@ -222,6 +256,7 @@ class DeltaLlavaTrainer(SFTTrainer):
             dataset,
             collate_fn=self.data_collator,
             num_workers=num_workers,
+            worker_init_fn=leave_process_group,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
             persistent_workers=self.args.dataloader_persistent_workers and num_workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor if num_workers > 0 else None,
@@ -267,24 +302,33 @@ class DeltaLlavaTrainer(SFTTrainer):
         return loss
 
     def _save_checkpoint(self, model, trial):
-        for name, weight in self.model.named_parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            if weight.requires_grad and not local.isfinite().all():
-                raise FloatingPointError(
-                    f"At step {self.state.global_step}, {name} is not finite any more; nothing is saved. Lower "
-                    f"learning_rate. {self._way_on()}"
-                )
+        # ZeRO-3 keeps its weights elsewhere: there the losses alone are checked
+        trained = (weight for weight in self.model.parameters() if weight.requires_grad)
+        local = (weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained)
+        finite = torch.tensor([all(weight.isfinite().all() for weight in local)], device=self.args.device)
+        if not self.accelerator.gather(finite).all():
+            raise FloatingPointError(
+                f"At step {self.state.global_step}, trained weights are not finite any more; nothing is saved. Lower "
+                f"learning_rate. {self._way_on()}"
+            )
         if self.args.should_save:
             # One that is written anew is incomplete meanwhile
             state = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", TRAINER_STATE_NAME)
             state.unlink(missing_ok=True)
-        try:
+        with self._naming_what_could_not_be_written(f"checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
+
+    @contextmanager
+    def _naming_what_could_not_be_written(self, what: str):
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # that of torch.save
+                raise
             free = shutil.disk_usage(self.args.output_dir).free / 2**30
             raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written to {self.args.output_dir}, "
-                f"where {free:.1f} GiB are free: {error}. {self._way_on()}"
+                f"The {what} could not be written to {self.args.output_dir}, where {free:.1f} GiB are free: {error}. "
+                f"{self._way_on()}"
             ) from error
 
     def _way_on(self) -> str:
@@ -297,10 +341,12 @@ class DeltaLlavaTrainer(SFTTrainer):
         """Like the Trainer's for a checkpoint to resume from; otherwise the result in Hub layout, or the adapter."""
         if _internal_call:
             return super().save_model(output_dir, _internal_call)
-        output_dir = Path(output_dir or self.args.output_dir)
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            with self._naming_what_could_not_be_written("result"):
+                self._save_result(Path(output_dir or self.args.output_dir), state_dict)
+
+    def _save_result(self, output_dir: Path, state_dict: dict[str, torch.Tensor]):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):
             model.save_pretrained(output_dir, state_dict=state_dict)

@@ -85,7 +85,7 @@ def test_a_batch_has_the_budget_of_its_rows(collate, tiny_processor):
 def test_a_row_without_labels_is_an_error_that_names_it(fitted, tiny_processor):
     without_generation = Collator(tiny_processor(), chat_template="{{ messages[1]['content'][0]['text'] }}")
     rows = BudgetedRows(fitted([record(image=None, conversations=turns("Hello.", "Hi."))]))
-    with pytest.raises(ValueError, match=r"Row 0 .*Hello\. Hi\..*nothing to learn"):
+    with pytest.raises(ValueError, match=r"The row 'Hello\. Hi\.'.* nothing to learn"):
         without_generation([rows[0, 4]])
 
 
@@ -132,7 +132,7 @@ def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatc
     (warning,) = warnings
     assert f"2 of 4 rows are longer than max_length={max_length} at 4 visual tokens" in warning
     assert "1 are cut behind their last whole answer that fits, and 1, whose first answer does not fit" in warning
-    assert "Row 1 " in warning
+    assert "The first: The row 'What? What?" in warning
     # at another budget, the same rows have other lengths
     fitted([record(), late, LONG, record()], num_visual_tokens=144, max_length=max_length + 140)
     assert "at 144 visual tokens" in warnings[1]
@@ -149,7 +149,7 @@ def test_measuring_is_remembered_however_the_tokenizer_was_used(fitted, tiny_pro
 
 def test_a_row_longer_than_the_limit_is_no_batch(fitted, tiny_processor):
     rows = BudgetedRows(fitted([record()], num_visual_tokens=4))
-    with pytest.raises(ValueError, match=r"Row 0 .* tokens long at 36 visual tokens an image, but max_length=30"):
+    with pytest.raises(ValueError, match=r"The row .* tokens long at 36 visual tokens an image, but max_length=30"):
         Collator(tiny_processor(), max_length=30)([rows[0, 36]])
 
 

@@ -82,22 +82,23 @@ def test_rows_hold_lazily_decoded_images_and_messages_with_images_at_their_place
             record(),
             record(image=["a.png", "whole.jpg"], conversations=turns("<image>\nIs this\n<image>\nthat?", "No.")),
             record(conversations=turns("What?\n<image>", "A square.")),
+            record(conversations=turns("<image> \n What? ", " A square.")),
             record(id=7, image=None, conversations=turns("Hello.", "Hi.", "Bye.", "Bye.")),
             {"id": "s", "conversations": [{"from": "system", "value": "Be kind."}, *turns("Hello.", "Hi.")]},
         ]
     )
     assert rows.column_names == ["images", "messages"]
     assert [image.size for image in rows[1]["images"]] == [(30, 20), (64, 64)]
-    assert rows[3]["images"] == []
+    assert rows[4]["images"] == []
     image, text = {"type": "image", "text": None}, lambda text: {"type": "text", "text": text}
     assert rows[0]["messages"] == [
         {"role": "user", "content": [image, text("What?")]},
         {"role": "assistant", "content": [text("A square.")]},
     ]
     assert rows[1]["messages"][0]["content"] == [image, text("Is this\n"), image, text("that?")]
-    assert rows[2]["messages"] == rows[0]["messages"]
-    assert [message["role"] for message in rows[3]["messages"]] == ["user", "assistant"] * 2
-    assert rows[4]["messages"][0] == {"role": "system", "content": [text("Be kind.")]}
+    assert rows[2]["messages"] == rows[3]["messages"] == rows[0]["messages"]
+    assert [message["role"] for message in rows[4]["messages"]] == ["user", "assistant"] * 2
+    assert rows[5]["messages"][0] == {"role": "system", "content": [text("Be kind.")]}
 
 
 BAD_RECORDS = {

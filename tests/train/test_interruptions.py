@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from delta_llava.train import finetune
+from delta_llava.train import finetune, trainer
+from delta_llava.train.trainer import latest_checkpoint
 
 
 ELASTIC = {
@@ -86,6 +88,7 @@ def start(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -121,7 +124,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path
     for trial in range(20):
         killed = start(run, "killed", **options)
         time.sleep(moments.uniform(first_checkpoint, duration - 1))
-        killed.kill()
+        os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
         checkpoints = sorted((tmp_path / "killed").glob("checkpoint-*"))
         incomplete += any(not (checkpoint / "trainer_state.json").exists() for checkpoint in checkpoints)
@@ -133,12 +136,30 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path
     print(f"seed {seed}: 20 runs, {incomplete} of them killed while they wrote a checkpoint")
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_that_lacks_a_part_is_not_resumed_from(run, tmp_path, file):
+    """As a run leaves one that is killed while it deletes its oldest checkpoint, or while it writes its newest."""
+    folder = run(finetune, "run", **ELASTIC)
+    args = SimpleNamespace(output_dir=folder, world_size=1)
+    assert latest_checkpoint(args) == str(folder / "checkpoint-9")
+    # deleting from a folder makes it the newest
+    (folder / "checkpoint-2" / "config.json").unlink()
+    assert latest_checkpoint(args) == str(folder / "checkpoint-9")
+    part = folder / "checkpoint-9" / file
+    if file == "rng_state.pth":
+        part.write_bytes(part.read_bytes()[:-50])
+    else:
+        part.unlink()
+    assert latest_checkpoint(args) == str(folder / "checkpoint-8")
+    assert latest_checkpoint(SimpleNamespace(output_dir=folder, world_size=2)) is None
+
+
 def test_sigterm_ends_a_run_behind_a_checkpoint(run, unbroken, tmp_path):
     if not any(unbroken.iterdir()):
         shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
     stopped = start(run, "stopped", SLOW_STEPS)
     wait_for(tmp_path / "stopped" / "checkpoint-2" / "trainer_state.json")
-    stopped.send_signal(signal.SIGTERM)
+    os.killpg(stopped.pid, signal.SIGTERM)  # to the loader's worker too, as a shell does
     _, errors = stopped.communicate()
     assert stopped.returncode == 128 + signal.SIGTERM
     assert "SIGTERM has ended training at step" in errors
@@ -187,9 +208,25 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken, tmp_p
     assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt_from(run, tmp_path, monkeypatch):
-    from delta_llava.train import trainer
+FULL_AT_THE_END = """
+import resource, signal, sys
+from delta_llava.train import finetune, trainer
+def save_result(self, *args, original=trainer.DeltaLlavaTrainer._save_result):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    original(self, *args)
+trainer.DeltaLlavaTrainer._save_result = save_result
+finetune.main(sys.argv[1:])
+"""
 
+
+def test_a_disk_that_is_full_at_the_end_is_named(run, tmp_path):
+    _, errors = (failed := start(run, "full", FULL_AT_THE_END, save_strategy="no", max_steps=1)).communicate()
+    assert failed.returncode == 1
+    assert f"OSError: The result could not be written to {tmp_path / 'full'}, where " in errors
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt_from(run, tmp_path, monkeypatch):
     def compute_loss(self, *args, original=trainer.SFTTrainer.compute_loss, **kwargs):
         return original(self, *args, **kwargs) * (float("nan") if self.state.global_step == 5 else 1)
 
@@ -200,8 +237,6 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_learnt_from(run, tmp
 
 
 def test_weights_that_are_no_numbers_are_not_saved(run, tmp_path, monkeypatch):
-    from delta_llava.train import trainer
-
     def clip(self, model, original=trainer.SFTTrainer._clip_grad_norm):
         norm = original(self, model)
         if self.state.global_step == 3:
@@ -209,7 +244,7 @@ def test_weights_that_are_no_numbers_are_not_saved(run, tmp_path, monkeypatch):
         return norm
 
     monkeypatch.setattr(trainer.SFTTrainer, "_clip_grad_norm", clip)
-    with pytest.raises(FloatingPointError, match=r"At step 4, .* not finite .*checkpoint-2: --resume"):
+    with pytest.raises(FloatingPointError, match=r"At step 4, trained weights are not finite .*checkpoint-2: --resume"):
         run(finetune, "inf", **ELASTIC)
     assert not (tmp_path / "inf" / "checkpoint-4").exists()
 
@@ -218,12 +253,11 @@ def test_weights_that_are_no_numbers_are_not_saved(run, tmp_path, monkeypatch):
 def test_a_vanished_image_is_named(run, data, tmp_path, monkeypatch, num_workers):
     folder = tmp_path / "images"
     shutil.copytree(data[1], folder)
-    from delta_llava.train import trainer
 
     def train(self, *args, original=trainer.SFTTrainer.train, **kwargs):
         (folder / "7.png").unlink()
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.SFTTrainer, "train", train)
-    with pytest.raises(ValueError, match=r"Row \d+ of the training data .*: image .*7\.png cannot be read: "):
+    with pytest.raises(ValueError, match=r"The row 'Which colour.*: image .*7\.png cannot be read: "):
         run(finetune, **{**ELASTIC, "dataloader_num_workers": num_workers}, image_folder=str(folder))

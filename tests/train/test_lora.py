@@ -35,6 +35,24 @@ def test_adapters_and_projector_move_and_nothing_else(run, checkpoint, noise):
     assert projector.keys() == {name for name in before if "multi_modal_projector" in name}
     assert not any(torch.equal(weight, before[name]) for name, weight in projector.items())
     assert not (folder / "model.safetensors").exists()
+    one = run(finetune, "one", **LORA, lora_target_modules=["q_proj"], lora_modules_to_save=["lm_head"])
+    names = [name for name in load_file(one / "adapter_model.safetensors") if "multi_modal_projector" not in name]
+    assert {name.split(".")[-3] for name in names if "lora_" in name} == {"q_proj"}
+    assert sum(name.endswith("lm_head.weight") for name in names) == 1
+
+
+def test_an_adapter_names_the_revision_that_it_was_trained_on(run, checkpoint, tmp_path, monkeypatch):
+    folder = run(finetune, **LORA, model_revision="v2")  # a folder has no revisions, and takes any
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "v2"
+    asked = []
+
+    def from_pretrained(name, *args, original=DeltaLlavaForConditionalGeneration.from_pretrained, **kwargs):
+        asked.append((name, kwargs["revision"]))
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(DeltaLlavaForConditionalGeneration, "from_pretrained", from_pretrained)
+    merge_adapter(folder, tmp_path / "merged")
+    assert asked == [(str(checkpoint), "v2")]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["LoRA", "QLoRA"])
