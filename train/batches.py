@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ logger = logging.get_logger(__name__)
 # A sample's images in WebDataset's tar files: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.jpg` and so on
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TAR_IMAGES = [f"{number}{suffix}" for number in ("", *(f"{n}." for n in range(10))) for suffix in IMAGE_SUFFIXES]
+# transformers follows the spans of a template in one place for all threads, and `datasets` reads shards in several
+template_lock = threading.Lock()
 ROWS_WORTH_PROCESSES = 10_000  # they take longer to start than fewer rows take to measure
 
 
@@ -54,13 +57,14 @@ def places_to_cut(
         up to each place. The last is the whole conversation, and the only one where a template does not keep the
         answers apart.
     """
-    tokens = processor.tokenizer.apply_chat_template(
-        conversations,
-        chat_template=chat_template or processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    with template_lock:
+        tokens = processor.tokenizer.apply_chat_template(
+            conversations,
+            chat_template=chat_template or processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
     return list(map(_places, conversations, tokens["assistant_masks"]))
 
 
