@@ -80,7 +80,8 @@ def parse_recipe(arguments: list[str] | None = None) -> tuple[ScriptArguments, S
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if any(argument.startswith("--dry_run") for argument in arguments) and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # else bf16 would be refused
-    return TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments)
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), allow_abbrev=False)
+    return parser.parse_args_and_config(arguments)
 
 
 def check_recipe(
@@ -111,6 +112,11 @@ def check_recipe(
         raise ValueError(f"train_sampling_strategy={strategy} must be 'random' or 'group_by_length'.")
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name what delta_llava.hub.assemble or stage 1 has written.")
+    model = Path(model_args.model_name_or_path)
+    if not model.is_dir() and (model.is_absolute() or len(model.parts) > 2):  # as no repository of the Hub is named
+        raise ValueError(
+            f"model_name_or_path={model} is not a folder: name what delta_llava.hub.assemble or stage 1 has written."
+        )
     if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
         script_args.image_folder
     ):
@@ -142,6 +148,11 @@ def check_recipe(
 def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
     asked = str(training_args.resume_from_checkpoint)
     if asked.lower() in ("none", "false"):
+        if checkpoint := latest_checkpoint(training_args):
+            raise ValueError(
+                f"output_dir={training_args.output_dir} holds {Path(checkpoint).name} of an earlier run, which a new "
+                "one would delete. Go on from it by --resume_from_checkpoint latest, or name another folder."
+            )
         return None
     if asked.lower() not in ("latest", "true"):
         if not is_complete(Path(asked), training_args.world_size):

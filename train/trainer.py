@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
@@ -282,9 +282,15 @@ class DeltaLlavaTrainer(SFTTrainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""
-        output = super().train(*args, **kwargs)
+        if resume_from_checkpoint and not self._is_fully_sharded() and self.args.deepspeed_plugin is None:
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
+                # The Trainer would train one step more
+                logger.warning(f"{resume_from_checkpoint} is of the last step: nothing is left to train.")
+                return self._load_from_checkpoint(resume_from_checkpoint)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.signal.received and self.state.global_step < self.state.max_steps:
             step, steps = self.state.global_step, self.state.max_steps
             logger.warning(f"SIGTERM has ended training at step {step} of {steps}. {self._way_on()}")

@@ -113,6 +113,7 @@ BAD_RECIPES = {
     "two sources": ({"stream": "org/data", "max_steps": 2}, "stream=org/data: name the first two"),
     "endless stream": ({"json_path": None, "image_folder": None, "stream": "org/data", "max_steps": -1}, "max_steps"),
     "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
+    "no such model": ({"model_name_or_path": "runs/vicuna/stage1"}, "runs/vicuna/stage1 is not a folder: name what"),
     "validation without rows": ({"eval_strategy": "steps"}, "num_eval_rows=0 and eval_strategy=.*steps"),
     "validation of all rows": (
         {"eval_strategy": "steps", "num_eval_rows": 12},
@@ -277,3 +278,25 @@ def test_the_projector_may_have_its_own_learning_rate(run, monkeypatch, strategy
         assert all(("multi_modal_projector" in name) == (rate == 0.003) for name in names)
     everything = [name for _, _, names in groups for name in names]
     assert len(everything) == len(set(everything))
+
+
+def test_a_new_run_does_not_delete_what_an_earlier_one_has_left(run):
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    run(finetune, "run", **options)
+    with pytest.raises(ValueError, match=r"holds checkpoint-2 of an earlier run.*--resume_from_checkpoint latest"):
+        run(finetune, "run", **options)
+
+
+def test_a_finished_run_that_is_resumed_gives_its_result_again(run):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 1}
+    folder = run(finetune, "run", **options)
+    result = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
+    assert (folder / "model.safetensors").read_bytes() == result
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+
+def test_options_are_not_guessed_from_their_beginnings(run):
+    with pytest.raises(ValueError, match="--learning_rat"):
+        run(finetune, "run", ["--learning_rat", "0.1"])
