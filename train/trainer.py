@@ -217,12 +217,13 @@ class DeltaLlavaTrainer(SFTTrainer):
             )
 
         group = self.args.train_sampling_strategy == "group_by_length"
-        num_images = self.train_dataset.with_format("numpy")["num_images"][:]
-        if self._is_fully_sharded() and not group and (num_images == 0).any():
-            raise ValueError(
-                "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step and "
-                "others have none: set train_sampling_strategy=group_by_length."
-            )
+        if self._is_fully_sharded() and not group:
+            num_images = self.train_dataset.with_format("numpy")["num_images"][:]
+            if (num_images == 0).any():
+                raise ValueError(
+                    "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step "
+                    "and others have none: set train_sampling_strategy=group_by_length."
+                )
         sampler = BudgetSampler(
             self.train_dataset,
             batch_size=self._train_batch_size * self.accelerator.num_processes,
@@ -284,7 +285,7 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""
-        if resume_from_checkpoint and not self._is_fully_sharded() and self.args.deepspeed_plugin is None:
+        if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
             if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
                 # The Trainer would train one step more

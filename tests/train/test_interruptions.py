@@ -52,15 +52,22 @@ def unbroken(tmp_path_factory):
     return tmp_path_factory.mktemp("unbroken")
 
 
+@pytest.fixture
+def unbroken_weights(run, unbroken):
+    """The result of a run that nothing has ended early, which is made once."""
+    if not any(unbroken.iterdir()):
+        shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
+    return (unbroken / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("killed_run", "left", "complete"),
     [(KILLED_BETWEEN_CHECKPOINTS, [2, 4], 4), (KILLED_IN_A_CHECKPOINT, [2, 4, 6, 8], 6)],
     ids=["killed between checkpoints", "killed in a checkpoint"],
 )
-def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(run, unbroken, tmp_path, killed_run, left, complete):
-    if not any(unbroken.iterdir()):
-        shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
-
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
+    run, unbroken_weights, tmp_path, killed_run, left, complete
+):
     arguments = [sys.executable, "-c", killed_run, *run.recipe("killed", **ELASTIC)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
@@ -75,7 +82,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(run, unbroken, t
     assert not (resumed / "bad_records.jsonl").exists()
     for step in range(complete + 2, 9, 2):
         assert (resumed / f"checkpoint-{step}" / "trainer_state.json").exists()
-    assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
 
 
 def start(
@@ -154,9 +161,7 @@ def test_a_checkpoint_that_lacks_a_part_is_not_resumed_from(run, tmp_path, file)
     assert latest_checkpoint(SimpleNamespace(output_dir=folder, world_size=2)) is None
 
 
-def test_sigterm_ends_a_run_behind_a_checkpoint(run, unbroken, tmp_path):
-    if not any(unbroken.iterdir()):
-        shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
+def test_sigterm_ends_a_run_behind_a_checkpoint(run, unbroken_weights, tmp_path):
     stopped = start(run, "stopped", SLOW_STEPS)
     wait_for(tmp_path / "stopped" / "checkpoint-2" / "trainer_state.json")
     os.killpg(stopped.pid, signal.SIGTERM)  # to the loader's worker too, as a shell does
@@ -168,7 +173,7 @@ def test_sigterm_ends_a_run_behind_a_checkpoint(run, unbroken, tmp_path):
     assert f"training at step {latest} of 9" in errors
     assert f"checkpoint-{latest}: --resume_from_checkpoint latest" in errors
     resumed = run(finetune, "stopped", ["--resume_from_checkpoint", "latest"], **ELASTIC)
-    assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
 
 
 SLOW_STEPS = """
@@ -195,9 +200,7 @@ finetune.main(sys.argv[1:])
 """
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken, tmp_path):
-    if not any(unbroken.iterdir()):
-        shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken_weights, tmp_path):
     _, errors = (failed := start(run, "full", FULL_DISK)).communicate()
     assert failed.returncode == 1
     message = errors[errors.index("OSError: The checkpoint of step 4") :]
@@ -205,7 +208,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken, tmp_p
     assert "GiB are free" in message
     assert f"The last complete checkpoint is {tmp_path / 'full' / 'checkpoint-2'}" in message
     resumed = run(finetune, "full", ["--resume_from_checkpoint", "latest"], **ELASTIC)
-    assert (resumed / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
+    assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
 
 
 FULL_AT_THE_END = """
