@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -111,7 +112,22 @@ def assemble(
     )
     model.save_pretrained(output_dir, max_shard_size="5GB")
     processor.save_pretrained(output_dir)
+    write_sources(output_dir, vision_tower=vision_tower, language_model=language_model)
     return model
+
+
+def write_sources(output_dir: Path, **names: str | None):
+    """
+    Write what a checkpoint was made from to `training/sources.yaml`, where training and the model card look for it.
+
+    Args:
+        output_dir (`Path`): The checkpoint.
+        **names (`str`, *optional*): Hub repositories, or folders, of which the last name alone is written.
+    """
+    sources = {key: Path(name).resolve().name if Path(name).exists() else name for key, name in names.items() if name}
+    file = output_dir / "training" / "sources.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(sources, sort_keys=False), encoding="utf-8")
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase):

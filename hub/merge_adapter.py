@@ -10,6 +10,7 @@ in training, or where `--base_model` says.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
@@ -53,6 +54,7 @@ def merge_adapter(
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
     model.save_pretrained(output_dir)
     DeltaLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)
+    shutil.copytree(adapter / "training", output_dir / "training")
     return model
 
 

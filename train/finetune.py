@@ -20,11 +20,12 @@ from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
 from .recipe import check_recipe, load_model, load_rows, lora_config, parse_recipe
+from .record import Record
 from .trainer import DeltaLlavaTrainer
 
 
 def main(arguments: list[str] | None = None):
-    script_args, training_args, model_args = parse_recipe(arguments)
+    script_args, training_args, model_args, recipe = parse_recipe(arguments)
     config, checkpoint = check_recipe(script_args, training_args, model_args)
     training_args.assistant_only_loss = True  # as the collator does; TRL then checks the template's end of turn
 
@@ -65,6 +66,8 @@ def main(arguments: list[str] | None = None):
     ################
     # Training
     ################
+    num_rows = None if script_args.stream else len(rows)
+    record = Record("finetune", recipe, num_rows, model_args.model_name_or_path, model_args.model_revision)
     trainer = DeltaLlavaTrainer(
         model=model,
         args=training_args,
@@ -74,6 +77,7 @@ def main(arguments: list[str] | None = None):
         processing_class=processor,
         projector_learning_rate=script_args.projector_learning_rate,
         skip_bad_records=script_args.skip_bad_records,
+        callbacks=[record],
         peft_config=adapters,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -22,6 +22,7 @@ from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
 from .recipe import check_recipe, load_model, load_rows, parse_recipe
+from .record import Record
 from .trainer import DeltaLlavaTrainer
 
 
@@ -29,7 +30,7 @@ PLAIN_TEMPLATE = Path(__file__).parents[1] / "templates" / "plain.jinja"
 
 
 def main(arguments: list[str] | None = None):
-    script_args, training_args, model_args = parse_recipe(arguments)
+    script_args, training_args, model_args, recipe = parse_recipe(arguments)
     config, checkpoint = check_recipe(script_args, training_args, model_args)
     if model_args.use_peft:
         raise ValueError("use_peft has no place in stage 1, which trains the projector alone.")
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None):
     ################
     # Training
     ################
+    num_rows = None if script_args.stream else len(rows)
+    record = Record("pretrain", recipe, num_rows, model_args.model_name_or_path, model_args.model_revision)
     trainer = DeltaLlavaTrainer(
         model=model,
         args=training_args,
@@ -69,6 +72,7 @@ def main(arguments: list[str] | None = None):
         processing_class=processor,
         projector_learning_rate=script_args.projector_learning_rate,
         skip_bad_records=script_args.skip_bad_records,
+        callbacks=[record],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

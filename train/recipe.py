@@ -1,11 +1,14 @@
 """What a recipe says: the arguments of both stages, the checks of them, and the rows and the model that they name."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import ProcessorMixin
@@ -75,13 +78,38 @@ class ScriptArguments:
             self.num_visual_tokens = [self.num_visual_tokens]
 
 
-def parse_recipe(arguments: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, ModelConfig]:
-    """Parse a recipe (`--config FILE`) and the command line, which wins; a dry run needs no GPU."""
+def parse_recipe(
+    arguments: list[str] | None = None,
+) -> tuple[ScriptArguments, SFTConfig, ModelConfig, dict[str, Any]]:
+    """
+    Parse a recipe (`--config FILE`) and the command line, which wins; a dry run needs no GPU.
+
+    Returns:
+        `tuple[ScriptArguments, SFTConfig, ModelConfig, dict[str, Any]]`: The arguments, and those that were named, as
+        anyone may read them: of a path, the last name, and nothing that is secret or concerns this run alone.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if any(argument.startswith("--dry_run") for argument in arguments) and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # else bf16 would be refused
+    named = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    if "--config" in arguments[:-1]:
+        named |= set(yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8")) or ())
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), allow_abbrev=False)
-    return parser.parse_args_and_config(arguments)
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    values = {**training_args.to_dict(), **asdict(model_args), **asdict(script_args)}
+    private = {name for name in values if name.endswith("token")} | {"resume_from_checkpoint", "run_name"}
+    recipe = {name: _readable(values[name]) for name in sorted(named & values.keys() - private)}
+    return script_args, training_args, model_args, recipe
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str) and "/" in value:
+        path = Path(value)
+        # A repository of the Hub is named ORG/NAME
+        return path.name if path.is_absolute() or len(path.parts) > 2 or path.exists() else value
+    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
 
 
 def check_recipe(

@@ -100,54 +100,6 @@ def leave_process_group(worker_id: int):
     os.setpgid(0, 0)
 
 
-class DrawCurves(TrainerCallback):
-    """Draws `training_curves.png` into the output folder with every checkpoint and at the end."""
-
-    def on_save(self, args, state, control, **kwargs):
-        file = Path(args.output_dir) / "training_curves.png"
-        if state.is_world_process_zero:
-            try:
-                draw_curves(state.log_history, file)
-            except OSError as error:
-                logger.warning(f"{file} could not be written: {error}")  # no reason to end a run
-
-    on_train_end = on_save
-
-
-def draw_curves(log_history: list[dict[str, float]], file: Path):
-    """
-    Draw losses and learning rate against steps.
-
-    Args:
-        log_history (`list[dict[str, float]]`): That of a `TrainerState`.
-        file (`Path`): The picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, rates) = plt.subplots(
-        2, 1, figsize=(9, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-
-    def plot(axis, key, **style):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axis.plot(*zip(*points, strict=True), **style)
-
-    plot(losses, "loss", color="grey", label="training")
-    names = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith("_loss")}
-    for name in sorted(names, key=lambda name: int(name.split("_")[1])):
-        plot(losses, name, marker="o", markersize=3, label=f"validation, {name.split('_')[1]} visual tokens")
-    plot(rates, "learning_rate", color="grey")
-    losses.set(ylabel="loss (nats per token)")
-    losses.legend()
-    rates.set(xlabel="step", ylabel="learning rate")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-
-
 class DeltaLlavaTrainer(SFTTrainer):
     """
     TRL's `SFTTrainer` whose batches each have a token budget, drawn from `model.config.visual_token_budgets`.
@@ -187,7 +139,6 @@ class DeltaLlavaTrainer(SFTTrainer):
                 weight.data = weight.data.float()
         self.signal = SaveOnSigterm()
         self.add_callback(self.signal)
-        self.add_callback(DrawCurves)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the Trainer's, but rows come in the order and with the budgets of a [`BudgetSampler`]."""

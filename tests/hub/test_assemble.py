@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -80,6 +81,9 @@ def test_assembled_weights_are_those_of_the_parts(parts, tie):
         assert torch.equal(weight[:rows], published[f"model.{name}"]), name
     assert torch.equal(model.lm_head.weight[:300], published["lm_head.weight"])
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is tie
+    # Names that may be published: of folders the last one
+    sources = yaml.safe_load((out / "training/sources.yaml").read_text())
+    assert sources == {"vision_tower": tower.name, "language_model": language.name}
 
 
 def test_tokens_and_template_of_a_llama(parts):

@@ -49,7 +49,7 @@ def test_the_result_is_a_checkpoint_for_the_next_stage_and_for_the_hub(run, chec
         "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
-        "training_curves.png",
+        "training",
     }
     assert {path.name for path in stage_1.iterdir()} == files | {"checkpoint-1", "checkpoint-2"}
     assert {path.name for path in stage_2.iterdir()} == files
@@ -250,7 +250,7 @@ def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     losses = {key for entry in history for key in entry if key.endswith("_loss")}
     assert losses == {"eval_1_loss", "eval_16_loss"}
-    with Image.open(folder / "training_curves.png") as picture:
+    with Image.open(folder / "training/finetune.png") as picture:
         assert picture.size == (900, 700)
 
 
