@@ -86,7 +86,7 @@ def assemble(
     vision_config = AutoConfig.from_pretrained(vision_tower)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     text_config = AutoConfig.from_pretrained(language_model)
-    template, end_of_turn = _chat_template(text_config, chat_template)
+    template, end_of_turn = find_chat_template(text_config, chat_template)
 
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     add_tokens(tokenizer)
@@ -98,7 +98,7 @@ def assemble(
         patch_grid_size=config.patch_grid_size,
         chat_template=template,
     )
-    _check_image_size(processor, config)
+    check_image_size(processor, config)
 
     language = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype, use_safetensors=True)
     tower = AutoModel.from_pretrained(
@@ -168,6 +168,8 @@ def build_config(
     )
     if hasattr(tower, "use_head"):
         config.vision_config.vision_use_head = False  # SigLIP's pooling head, which nothing reads
+    # No folder of this machine shall be published
+    config.vision_config._name_or_path = config.text_config._name_or_path = ""
     # Language models like Qwen's have more embeddings than their tokenizer has tokens.
     num_embeddings = max(config.text_config.vocab_size, len(tokenizer))
     config.text_config.vocab_size = -(-num_embeddings // 64) * 64
@@ -204,8 +206,20 @@ def join(
     return model
 
 
-def _chat_template(text_config: PreTrainedConfig, chat_template: str | Path | None) -> tuple[str, str | None]:
-    """The text of the chat template, and the token that ends a turn in it (None: the tokenizer's end token)."""
+def find_chat_template(text_config: PreTrainedConfig, chat_template: str | Path | None) -> tuple[str, str | None]:
+    """
+    The chat template of a checkpoint: of the file, or the one for the language model's family.
+
+    Args:
+        text_config (`PreTrainedConfig`): Configuration of the language model.
+        chat_template (`str` or `Path`, *optional*): Jinja file.
+
+    Returns:
+        `tuple[str, str | None]`: Its text, and the token that ends a turn in it (`None`: the tokenizer's end token).
+
+    Raises:
+        ValueError: If no file is named and no template is known for the family.
+    """
     if chat_template is not None:
         return Path(chat_template).read_text(encoding="utf-8"), None
     if text_config.model_type not in FAMILIES:
@@ -217,7 +231,8 @@ def _chat_template(text_config: PreTrainedConfig, chat_template: str | Path | No
     return (TEMPLATES / name).read_text(encoding="utf-8"), end_of_turn
 
 
-def _check_image_size(processor: DeltaLlavaProcessor, config: DeltaLlavaConfig):
+def check_image_size(processor: DeltaLlavaProcessor, config: DeltaLlavaConfig):
+    """Raises a `ValueError` if the image processor makes images of another size than the vision tower takes."""
     size = getattr(processor.image_processor, "crop_size", None) or processor.image_processor.size
     expected = config.vision_config.image_size
     if (size["height"], size["width"]) != (expected, expected):

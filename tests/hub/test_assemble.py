@@ -81,7 +81,8 @@ def test_assembled_weights_are_those_of_the_parts(parts, tie):
         assert torch.equal(weight[:rows], published[f"model.{name}"]), name
     assert torch.equal(model.lm_head.weight[:300], published["lm_head.weight"])
     assert (model.lm_head.weight is model.get_input_embeddings().weight) is tie
-    # Names that may be published: of folders the last one
+    # Names that may be published: of folders the last one, here and nowhere else
+    assert tower not in (out / "config.json").read_text() and language not in (out / "config.json").read_text()
     sources = yaml.safe_load((out / "training/sources.yaml").read_text())
     assert sources == {"vision_tower": "tower", "language_model": "language"}
 
