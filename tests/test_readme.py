@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig
 from trl import ModelConfig, SFTConfig
 
@@ -60,6 +59,8 @@ def test_paths_that_documents_name_exist():
 
 def test_options_that_documents_name_exist():
     known = {field.name for kind in (ScriptArguments, SFTConfig, ModelConfig) for field in fields(kind)} | {"config"}
+    for script in (ROOT / "hub").glob("*.py"):
+        known |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text(encoding="utf-8")))
     named = set()
     for document in ("README.md", "train/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
@@ -77,35 +78,6 @@ def test_the_memory_table_is_what_its_command_prints(capsys):
     assert capsys.readouterr().out.strip() in (ROOT / "train/README.md").read_text(encoding="utf-8")
 
 
-def test_card_template_renders_with_its_metadata():
-    data = ModelCardData(
-        license="llama2",
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        base_model=["openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5"],
-        datasets=["liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"],
-    )
-    config = DeltaLlavaConfig()
-    card = ModelCard.from_template(
-        data,
-        template_path=ROOT / "model_card.md",
-        model_name="Delta-LLaVA 7B",
-        repo_id="org/delta-llava-7b-144",
-        num_patches=config.patch_grid_size**2,
-        num_visual_tokens=config.num_visual_tokens,
-        visual_token_budgets=config.visual_token_budgets,
-        valid_visual_token_counts=config.valid_visual_token_counts,
-        vision_tower="CLIP-L/14 at 336 pixels",
-        language_model="Vicuna-7B v1.5",
-        projector_variant=config.projector_variant,
-        projector_parameters=42_503_680,
-        training="Both stages of LLaVA-1.5.",
-        results="None yet.",
-    )
-    assert ModelCard(card.content).data.to_dict() == data.to_dict()
-    assert '"org/delta-llava-7b-144", trust_remote_code=True' in card.text and "42,503,680 parameters" in card.text
-
-
 def test_an_installed_package_is_whole(tmp_path):
     """What `pip install` makes of the tracked files imports, and has every file that is no code."""
     source, site = tmp_path / "source", tmp_path / "site"
@@ -113,11 +85,13 @@ def test_an_installed_package_is_whole(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(pip, check=True)
     suffixes = {".json", ".jinja", ".yaml", ".safetensors"}
-    folders = "backbones", "templates", "train", "demo"
+    folders = "backbones", "templates", "hub", "train", "demo"
     data = [path for folder in folders for path in (source / folder).rglob("*") if path.suffix in suffixes]
     missing = [path for path in data if not (site / "delta_llava" / path.relative_to(source)).is_file()]
     assert data and not missing
-    code = "import delta_llava.demo.run, delta_llava.hub.assemble, delta_llava.train.finetune as it; print(it.__file__)"
+    code = (
+        "import delta_llava.demo.run, delta_llava.hub.push_family, delta_llava.train.finetune as it; print(it.__file__)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-c", code]
     output = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout

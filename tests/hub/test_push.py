@@ -1,0 +1,485 @@
+"""A push publishes a checkpoint whole and in one step, whatever happens meanwhile, and nothing that lies beside it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from loopback_hub import RETRY_AFTER
+from safetensors.torch import load_file, save_file
+
+from delta_llava.hub import push as module
+from delta_llava.hub.assemble import write_sources
+from delta_llava.hub.push import main, push
+from delta_llava.hub.push_family import main as push_family
+from delta_llava.hub.verify import verify
+
+
+REPO = "org/delta-llava-7b"
+CODE = {"configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py"}
+FILES = CODE | {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training/finetune.json",
+    "training/finetune.png",
+    "training/finetune.yaml",
+    "training/sources.yaml",
+    "results/tokens-36.json",
+}
+RESULTS = {
+    "num_visual_tokens": 36,
+    "toolkit": "lmms-eval 0.7.3",
+    "date": "2026-11-21",
+    "commit": None,
+    "results": [
+        {
+            "task": "gqa",
+            "name": "GQA",
+            "dataset": "lmms-lab/GQA",
+            "config": "testdev_balanced_instructions",
+            "split": "testdev",
+            "metric": "exact_match",
+            "value": 61.25,
+            "prompt_variant": "default",
+            "num_samples": 12578,
+        }
+    ],
+}
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
+    """`checkpoint(name)`: a checkpoint as training leaves it, amid what must never be published."""
+
+    def make(name="checkpoint", **overrides):
+        folder = tmp_path / name
+        tiny_model(**{"visual_token_budgets": [4, 36], **overrides}).save_pretrained(folder)
+        tiny_processor(num_visual_tokens=overrides.get("num_visual_tokens", 36)).save_pretrained(folder)
+        write_sources(folder, vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5")
+        recipe = {"json_path": "llava_v1_5_mix665k.json", "learning_rate": 0.01, "per_device_train_batch_size": 2}
+        (folder / "training/finetune.yaml").write_text(yaml.safe_dump(recipe))
+        history = [
+            {"step": 1, "loss": 2.0, "learning_rate": 0.01},
+            {"step": 1, "train_runtime": 7.0, "train_loss": 2.0},
+        ]
+        log = {"num_rows": 12, "num_processes": 1, "versions": {"torch": "2.13.0"}, "log_history": history}
+        (folder / "training/finetune.json").write_text(json.dumps(log))
+        noise(1)[0].save(folder / "training/finetune.png")
+        (folder / "results").mkdir()
+        results = folder / f"results/tokens-{overrides.get('num_visual_tokens', 36)}.json"
+        results.write_text(json.dumps({**RESULTS, "num_visual_tokens": overrides.get("num_visual_tokens", 36)}))
+        (folder / "checkpoint-1").mkdir()
+        never = (
+            ".env",
+            "optimizer.pt",
+            "training_args.bin",
+            "checkpoint-1/model.safetensors",
+            "run.log",
+            "training/x.pt",
+        )
+        for name in never:
+            (folder / name).write_text("never sent")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def unverified(monkeypatch):
+    """Without the look from outside, which takes a process of its own; what was looked at."""
+    seen = []
+    monkeypatch.setattr(module, "verify", lambda *arguments: seen.append(arguments))
+    return seen
+
+
+def visible(hub):
+    """What readers see of the repository: files by branch."""
+    if REPO not in hub.repositories:
+        return {}
+    branches = {name: hub.files(REPO, name) for name in hub.refs(REPO) if not name.endswith(".incoming")}
+    for files in branches.values():
+        files.pop(".gitattributes")
+    return branches
+
+
+def default_budgets(files):
+    return [json.loads(files[name])["num_visual_tokens"] for name in ("config.json", "processor_config.json")]
+
+
+def fresh_process(hub, code, **options):
+    """Runs code in a new interpreter that knows the Hub but not `delta_llava`; returns its last line."""
+    variables = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **hub.environment}
+    command = [sys.executable, "-c", "import sys; sys.modules['delta_llava'] = None\n" + code]
+    completed = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, **options)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return completed.stdout.splitlines()[-1]
+
+
+def test_a_push_is_one_verified_commit_of_all_that_belongs_to_a_checkpoint(loopback_hub, checkpoint, tmp_path, capfd):
+    folder = checkpoint()
+    main(["--checkpoint", str(folder), "--repo_id", REPO])
+    (files,) = visible(loopback_hub).values()
+    assert files.keys() == FILES
+    assert all(files[name] == (folder / name).read_bytes() for name in FILES - {"README.md"})
+    assert not any(b"never sent" in content or str(tmp_path).encode() in content for content in files.values())
+    commit, _first = loopback_hub.log(REPO)
+    output = capfd.readouterr()
+    assert f'from_pretrained("{REPO}", revision="{commit}", trust_remote_code=True)' in output.out
+    assert "never sent: .env, checkpoint-1, optimizer.pt, run.log, training/x.pt, training_args.bin" in output.out
+    assert re.search(rf"Verified {REPO} at {commit}: \d+ tensors .* with 36 visual tokens", output.out)
+    assert loopback_hub.environment["HF_TOKEN"] not in output.out + output.err
+
+    card = files["README.md"].decode()
+    assert (
+        "base_model:\n- openai/clip-vit-large-patch14-336\n- lmsys/vicuna-7b-v1.5" in card and "license: llama2" in card
+    )
+    assert f'"{REPO}"' in card and "61.25" in card
+
+    loopback_hub.requests.clear()
+    main(["--checkpoint", str(folder), "--repo_id", REPO])
+    assert all(request.startswith("GET") for request in loopback_hub.requests)
+    assert loopback_hub.log(REPO)[0] == commit
+    output = capfd.readouterr().out
+    assert f"Nothing to send. To verify what is there: python -m delta_llava.hub.verify --checkpoint {folder}" in output
+    assert f"{REPO} stands at commit {commit}." in output
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(loopback_hub, checkpoint, unverified, capfd, monkeypatch):
+    folder = checkpoint()
+    main(["--checkpoint", str(folder), "--repo_id", REPO, "--dry_run"])
+    output = capfd.readouterr().out
+    assert set(re.findall(r"^send +(\S+) +[\d,]+ bytes$", output, flags=re.MULTILINE)) == FILES
+    assert "pipeline_tag: image-text-to-text" in output
+    push(folder, REPO)
+    (folder / "generation_config.json").write_text("{}")
+    capfd.readouterr()
+    loopback_hub.requests.clear()
+    main(["--checkpoint", str(folder), "--repo_id", REPO, "--dry_run"])
+    assert re.findall(r"^send +(\S+)", capfd.readouterr().out, flags=re.MULTILINE) == ["generation_config.json"]
+    assert all(request.startswith("GET") for request in loopback_hub.requests)
+
+    loopback_hub.requests.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    main(["--checkpoint", str(folder), "--repo_id", REPO, "--dry_run"])
+    assert set(re.findall(r"^send +(\S+)", capfd.readouterr().out, flags=re.MULTILINE)) == FILES
+    assert not loopback_hub.requests
+
+
+def test_a_branch_of_a_budget_is_one_commit_off_main_with_another_default_and_card(
+    loopback_hub, checkpoint, unverified
+):
+    folder = checkpoint()
+    push(folder, REPO)
+    published = push(folder, REPO, revision="tokens-4")
+    main_files, branch_files = (visible(loopback_hub)[branch] for branch in ("main", "tokens-4"))
+    changed = {name for name in FILES if main_files[name] != branch_files[name]}
+    assert changed == {"config.json", "processor_config.json", "README.md"}
+    assert default_budgets(main_files) == [36, 36] and default_budgets(branch_files) == [4, 4]
+    assert 'revision="tokens-4"' in branch_files["README.md"].decode()
+    assert loopback_hub.log(REPO, "tokens-4") == [published.commit, *loopback_hub.log(REPO)]
+    assert set(loopback_hub.refs(REPO)) == {"main", "tokens-4"}
+    assert unverified[-1] == (folder, REPO, published.commit, 4)
+    assert push(folder, REPO, revision="tokens-4") == (published.commit, False)
+    with pytest.raises(ValueError, match=r"Branch tokens-16 is for 16 visual tokens.*trained for \[4, 36\]"):
+        push(folder, REPO, revision="tokens-16")
+
+
+def test_files_of_an_earlier_push_go_and_those_of_others_stay(loopback_hub, checkpoint, unverified):
+    folder = checkpoint()
+    weights = load_file(folder / "model.safetensors")
+    names, half = sorted(weights), len(weights) // 2
+    (folder / "model.safetensors").rename(folder / "whole")
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate((names[:half], names[half:]))}
+    for shard, part in shards.items():
+        save_file({name: weights[name] for name in part}, folder / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    push(folder, REPO)
+    HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="assets/picture.png", repo_id=REPO)
+    for name in (*shards, "model.safetensors.index.json"):
+        (folder / name).unlink()
+    (folder / "whole").rename(folder / "model.safetensors")
+    push(folder, REPO)
+    assert visible(loopback_hub)["main"].keys() == FILES | {"assets/picture.png"}
+
+
+@pytest.mark.parametrize("how", ["reset", "reset_after", 500])
+@pytest.mark.parametrize("scene", ["first push", "next push", "new branch", "next push to a branch"])
+def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the_next_run_finishes(
+    loopback_hub, checkpoint, unverified, naps, scene, how
+):
+    folder, branch = checkpoint(), "tokens-4" if "branch" in scene else None
+
+    def prepare():
+        loopback_hub.repositories.clear()
+        (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\n")
+        set_weight(folder, 0.0)
+        if scene != "first push":
+            push(folder, REPO)
+        if scene == "next push to a branch":
+            push(folder, REPO, branch)
+        if scene.startswith("next"):
+            (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\nseed: 1\n")
+            set_weight(folder, 1.0)
+        loopback_hub.requests.clear()
+        return visible(loopback_hub)
+
+    prepare()
+    push(folder, REPO, branch)
+    new, num_requests = visible(loopback_hub), len(loopback_hub.requests)
+    interrupted = 0
+    for number in range(1, num_requests + 1):
+        old = prepare()
+        # All that follows fails too, as when the machine has gone: what the client tries again is no help
+        loopback_hub.fail(at=number, how=how, times=1 if how == "reset_after" else 100)
+        try:
+            push(folder, REPO, branch)
+        except OSError:
+            interrupted += 1
+        loopback_hub.recover()
+        state = visible(loopback_hub)
+        if scene == "first push" and state not in ({}, new):
+            assert state == {"main": {}}, number
+        else:
+            assert state in (old, new), number
+        push(folder, REPO, branch)
+        assert visible(loopback_hub) == new, number
+        assert not any(name.endswith(".incoming") for name in loopback_hub.refs(REPO))
+    assert interrupted == num_requests or how == "reset_after"
+
+
+def set_weight(folder, value):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("how", [401, 403, 404, 409, 412, 429, 500, "reset", "stall"])
+def test_a_refused_push_says_so_and_how_to_go_on(loopback_hub, checkpoint, unverified, naps, monkeypatch, how):
+    monkeypatch.setattr(module, "MAX_SILENCE", 0.2)
+    folder = checkpoint()
+    push(folder, REPO)
+    before = visible(loopback_hub)
+    (folder / "generation_config.json").write_text("{}")
+    loopback_hub.requests.clear()
+    push(folder, REPO, dry_run=True)
+    loopback_hub.fail(at=len(loopback_hub.requests) + 1, how=how, times=100)
+    with pytest.raises(SystemExit) as error:
+        main(["--checkpoint", str(folder), "--repo_id", REPO])
+    assert "Run the same command again to go on." in str(error.value)
+    assert how in ("reset", "stall") or str(how) in str(error.value)
+    if how == 429:
+        assert RETRY_AFTER + 1 in naps
+    loopback_hub.recover()
+    assert visible(loopback_hub) == before
+
+
+def test_a_push_does_not_overwrite_what_somebody_else_has_pushed_meanwhile(
+    loopback_hub, checkpoint, unverified, monkeypatch
+):
+    folder = checkpoint()
+    push(folder, REPO)
+    (folder / "generation_config.json").write_text("{}")
+
+    def meanwhile(api, repo_id, commit, additions, compare=module._changes):
+        changes = compare(api, repo_id, commit, additions)
+        api.upload_file(path_or_fileobj=b"theirs", path_in_repo="generation_config.json", repo_id=REPO)
+        return changes
+
+    monkeypatch.setattr(module, "_changes", meanwhile)
+    with pytest.raises(OSError, match="412"):
+        push(folder, REPO)
+    assert visible(loopback_hub)["main"]["generation_config.json"] == b"theirs"
+
+
+def test_a_private_repository_is_private_from_the_first_commit_on(loopback_hub, checkpoint, monkeypatch):
+    folder = checkpoint()
+    published = push(folder, REPO, private=True)  # which its verification reads with the same login
+    assert published.is_new
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(token=False).model_info(REPO)
+    push(folder, "org/public")
+    loopback_hub.requests.clear()
+    with pytest.raises(ValueError, match="org/public is public"):
+        push(folder, "org/public", private=True)
+    assert all(request.startswith("GET") for request in loopback_hub.requests)
+
+
+def test_verification_names_what_differs(loopback_hub, checkpoint, unverified, capfd):
+    folder = checkpoint()
+    commit = push(folder, REPO).commit
+    set_weight(folder, 3.0)
+    with pytest.raises(RuntimeError, match=f"{REPO} at {commit} could not be verified"):
+        verify(folder, REPO, commit)
+    assert "tensors differ: lm_head.weight" in capfd.readouterr().err
+    set_weight(folder, float(load_file_bytes(loopback_hub)["lm_head.weight"][0, 0]))
+    with pytest.raises(RuntimeError):
+        verify(folder, REPO, commit, num_visual_tokens=4)
+    assert "The published model answers {'num_visual_tokens': 36" in capfd.readouterr().err
+
+
+def load_file_bytes(hub):
+    from safetensors.torch import load
+
+    return load(visible(hub)["main"]["model.safetensors"])
+
+
+def test_a_new_commit_is_not_served_from_a_stale_cache_and_a_pinned_one_stays(loopback_hub, checkpoint, unverified):
+    folder = checkpoint()
+    old = push(folder, REPO).commit
+    load = f"""
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({REPO!r}, revision=REVISION, trust_remote_code=True)
+print(getattr(type(model), "mark", None), float(model.lm_head.weight[0, 0]))
+"""
+    value = float(load_file(folder / "model.safetensors")["lm_head.weight"][0, 0])
+    assert fresh_process(loopback_hub, load.replace("REVISION", "None")) == f"None {value}"
+    code = folder / "modeling_delta_llava.py"
+    marked = "class DeltaLlavaForConditionalGeneration(", '    mark = "new"\n'
+    text = re.sub(rf"({re.escape(marked[0])}.*?:\n)", rf"\1{marked[1]}", code.read_text(), count=1)
+    code.write_text(text)
+    set_weight(folder, 2.0)
+    new = push(folder, REPO).commit
+    # All in one cache, which has the old commit
+    assert fresh_process(loopback_hub, load.replace("REVISION", "None")) == "new 2.0"
+    assert fresh_process(loopback_hub, load.replace("REVISION", repr(old))) == f"None {value}"
+    assert fresh_process(loopback_hub, load.replace("REVISION", repr(new))) == "new 2.0"
+
+
+def test_a_pipeline_answers_from_a_repository_at_each_branch_s_budget_and_then_offline(
+    loopback_hub, checkpoint, unverified, noise, tmp_path
+):
+    folder = checkpoint()
+    for revision in (None, "tokens-4"):
+        push(folder, REPO, revision)
+    noise(1)[0].save(tmp_path / "image.png")
+    code = f"""
+from transformers import pipeline
+budgets = []
+for revision in (None, "tokens-4"):
+    pipe = pipeline("image-text-to-text", model={REPO!r}, revision=revision, trust_remote_code=True)
+    pipe.model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: budgets.append(args[2]))
+    chat = [dict(role="user", content=[dict(type="image", url="image.png"), dict(type="text", text="What is it?")])]
+    assert pipe(text=chat, generate_kwargs=dict(max_new_tokens=2))
+print(budgets)
+"""
+    assert fresh_process(loopback_hub, code, cwd=tmp_path) == "[36, 4]"
+    num_requests = len(loopback_hub.requests)
+    loopback_hub.environment["HF_HUB_OFFLINE"] = "1"
+    assert fresh_process(loopback_hub, code, cwd=tmp_path) == "[36, 4]"
+    assert len(loopback_hub.requests) == num_requests
+
+
+def break_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def misshape(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = torch.zeros(2, 2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja is not there"),
+        (lambda folder: (folder / "modeling_delta_llava.py").unlink(), "modeling_delta_llava.py is not there"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "holds neither"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "holds both"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_adapter"),
+        (lambda folder: break_config(folder, auto_map={}), "auto_map of .* must be"),
+        (lambda folder: break_config(folder, num_visual_tokens=4), "num_visual_tokens is 4 in the config, 36"),
+        (misshape, r"mismatched keys: .*lm_head\.weight"),
+        (lambda folder: break_config(folder, projector_variant="paper"), "missing keys: .*multi_modal_projector"),
+        (
+            lambda folder: (folder / "training/finetune.yaml").write_text("stream: org/x\nkey: hf_" + "a" * 34),
+            "training/finetune.yaml holds what looks like an access token",
+        ),
+        (lambda folder: (folder / "training/sources.yaml").write_text("language_model: mine"), "base_model"),
+    ],
+)
+def test_what_would_not_serve_others_is_refused_before_anything_is_sent(
+    loopback_hub, checkpoint, unverified, damage, message
+):
+    folder = checkpoint()
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        push(folder, REPO)
+    assert not loopback_hub.requests
+
+
+FAMILY = {
+    "collection": {"title": "Delta-LLaVA", "description": "Few visual tokens."},
+    "checkpoints": {
+        "lmsys/vicuna-7b-v1.5": {"seven-36": [36], "seven-elastic": [4, 36], "seven-4": [4]},
+        "lmsys/vicuna-13b-v1.5": {"thirteen-36": [36]},
+    },
+}
+
+
+def test_a_family_is_pushed_as_far_as_it_exists_and_gathered_in_a_collection(
+    loopback_hub, checkpoint, unverified, tmp_path, capsys
+):
+    checkpoint("seven-36", visual_token_budgets=[36])
+    checkpoint("seven-elastic")
+    family = tmp_path / "family.yaml"
+    family.write_text(yaml.safe_dump(FAMILY, sort_keys=False))
+    arguments = ["--checkpoints", str(tmp_path), "--namespace", "org", "--family", str(family)]
+    push_family([*arguments, "--dry_run"])
+    assert all(request.startswith("GET") for request in loopback_hub.requests)
+    push_family(arguments)
+    output = capsys.readouterr().out
+    assert "missing on disk: seven-4, thirteen-36" in output
+    assert loopback_hub.refs("org/seven-36").keys() == {"main"}
+    assert loopback_hub.refs("org/seven-elastic").keys() == {"main", "tokens-4"}
+    assert default_budgets(loopback_hub.files("org/seven-elastic", "tokens-4")) == [4, 4]
+    (collection,) = HfApi().list_collections(owner="org")
+    items = [item.item_id for item in HfApi().get_collection(collection.slug).items]
+    assert collection.title == "Delta-LLaVA" and items == ["org/seven-36", "org/seven-elastic"]
+
+    # What comes later joins the same collection, and nothing is sent twice
+    checkpoint("seven-4", visual_token_budgets=[4], num_visual_tokens=4)
+    commits = {name: loopback_hub.log(name)[0] for name in items}
+    push_family(arguments)
+    assert commits == {name: loopback_hub.log(name)[0] for name in items}
+    (collection,) = HfApi().list_collections(owner="org")
+    assert [item.item_id for item in HfApi().get_collection(collection.slug).items] == [*items, "org/seven-4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "budgets", "message"),
+    [
+        ("seven-4", [4, 36], r"seven-4 was trained for \[4, 36\] visual tokens, but seven-4 is for \[4\]"),
+        ("thirteen-36", [36], "was made of lmsys/vicuna-7b-v1.5 .*, but thirteen-36 is of lmsys/vicuna-13b-v1.5"),
+    ],
+)
+def test_a_family_member_under_a_wrong_name_is_refused_before_anything_is_sent(
+    loopback_hub, checkpoint, unverified, tmp_path, name, budgets, message
+):
+    checkpoint("seven-36", visual_token_budgets=[36])
+    checkpoint(name, visual_token_budgets=budgets)
+    (tmp_path / "family.yaml").write_text(yaml.safe_dump(FAMILY))
+    with pytest.raises(ValueError, match=message):
+        push_family(["--checkpoints", str(tmp_path), "--namespace", "org", "--family", str(tmp_path / "family.yaml")])
+    assert not loopback_hub.requests
+
+
+def test_the_family_s_file_lists_what_its_tables_know():
+    family = yaml.safe_load((module.Path(module.__file__).parent / "checkpoints.yaml").read_text())
+    assert family["checkpoints"].keys() == family["licenses"].keys()
+    for listed in family["checkpoints"].values():
+        for name, budgets in listed.items():
+            assert name.endswith("-elastic") if len(budgets) > 1 else name.endswith(f"-{budgets[0]}")
