@@ -1,0 +1,780 @@
+"""Converting: small checkpoints of every layout, written as others write them, come out with the same logits."""
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2Config,
+    SeedOssConfig,
+    SiglipVisionConfig,
+)
+
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaProjector
+from delta_llava.hub import convert as hub
+from delta_llava.hub.convert import convert, main
+
+
+CODE_FILES = {"configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py"}
+SIZE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+PUBLISHED_BEGINNINGS = {
+    "refinement_block.attention_input.": "combined_block.ntb.patch_embed.conv.",
+    "refinement_block.attention.input_norm.": "combined_block.ntb.norm_mhsa.",
+    "refinement_block.attention.norm.": "combined_block.ntb.e_mhsa.norm.",
+    "refinement_block.attention.q_proj.": "combined_block.ntb.e_mhsa.q.",
+    "refinement_block.attention.k_proj.": "combined_block.ntb.e_mhsa.k.",
+    "refinement_block.attention.v_proj.": "combined_block.ntb.e_mhsa.v.",
+    "refinement_block.attention.out_proj.": "combined_block.ntb.e_mhsa.proj.",
+    "refinement_block.convolution_input.": "combined_block.ntb.projection.conv.",
+    "refinement_block.convolution.grouped.": "combined_block.ntb.mhca.group_conv3x3.",
+    "refinement_block.convolution.norm.": "combined_block.ntb.mhca.norm.",
+    "refinement_block.convolution.pointwise.": "combined_block.ntb.mhca.projection.",
+    "refinement_block.mlp.0.": "combined_block.ntb.mlp.conv1.",
+    "refinement_block.mlp.2.": "combined_block.ntb.mlp.conv2.",
+    "query_projection.": "q_proj_1.",
+    "key_projection.": "k_proj_1.",
+    "value_projection.": "v_proj_1.",
+    "attention.": "clip_attn.",
+    "mlp.": "mlp.",
+}
+
+
+def published(projector):
+    """The projector's weights under the names that the published code gives them."""
+    weights = {}
+    for name, weight in projector.state_dict().items():
+        ours, theirs = next(pair for pair in PUBLISHED_BEGINNINGS.items() if name.startswith(pair[0]))
+        weights[theirs + name.removeprefix(ours)] = weight
+    return weights
+
+
+def save_weights(weights, folder, suffix=".safetensors", num_shards=1):
+    """As transformers saves them: in one file, or in several with an index."""
+    folder.mkdir(exist_ok=True)
+    stem = {".safetensors": "model", ".bin": "pytorch_model"}[suffix]
+    names, weight_map = sorted(weights), {}
+    for shard in range(num_shards):
+        file = f"{stem}-{shard + 1:05}-of-{num_shards:05}{suffix}" if num_shards > 1 else stem + suffix
+        part = {name: weights[name].contiguous() for name in names[shard::num_shards]}
+        save_file(part, folder / file) if suffix == ".safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    if num_shards > 1:
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture
+def tower_config():
+    """Six layers, of which the last is read by nothing."""
+    return CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, image_size=48, patch_size=4
+    )
+
+
+@pytest.fixture
+def source(tiny_model, tower_config):
+    """What was published: a model with the whole tower behind it."""
+
+    def make(text_config=None):
+        model = tiny_model(vision_config=tower_config, text_config=text_config or LlamaConfig(**SIZE))
+        config = tower_config.to_dict()
+        text_half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        clip = CLIPModel(CLIPConfig(vision_config=config, text_config=text_half, projection_dim=8)).eval()
+        clip.vision_model.load_state_dict(model.model.vision_tower.state_dict(), strict=False)
+        return model, clip
+
+    return make
+
+
+@pytest.fixture
+def tower_folder(tmp_path):
+    """Saves a CLIP model, as its repository has it."""
+
+    def save(clip):
+        clip.save_pretrained(tmp_path / "tower")
+        CLIPImageProcessor(
+            size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, do_convert_rgb=True
+        ).save_pretrained(tmp_path / "tower")
+        return str(tmp_path / "tower")
+
+    return save
+
+
+@pytest.fixture
+def whole(source, tower_folder, tiny_tokenizer, tmp_path):
+    """Saves a whole checkpoint of the LLaVA code base; returns its model, its folder and its weights."""
+
+    def save(text_config=None, tower_inside=True, model_type="llava_llama", settings=(), **files):
+        model, clip = source(text_config)
+        tower = tower_folder(clip)
+        text = model.config.text_config.to_diff_dict()
+        folder = tmp_path / "whole"
+        folder.mkdir(exist_ok=True)
+        config = {
+            **text,
+            "model_type": model_type,
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "_name_or_path": "lmsys/vicuna-7b-v1.5",
+            "torch_dtype": "float32",
+            "max_length": 4096,
+            "mm_vision_tower": tower,
+            "mm_projector_type": "delatallava",
+            "mm_hidden_size": 32,
+            "mm_vision_select_layer": -2,
+            "mm_vision_select_feature": "patch",
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_start_end": False,
+            "image_aspect_ratio": "pad",
+            "scale_factor": 2,
+            "tokenizer_padding_side": "right",
+            "use_mm_proj": True,
+            **dict(settings),
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        tiny_tokenizer(image_token=None, pad_token="<unk>").save_pretrained(folder)
+        language = {f"model.{name}": w for name, w in model.model.language_model.state_dict().items()}
+        weights = {
+            **language,
+            **{f"model.mm_projector.{name}": w for name, w in published(model.model.multi_modal_projector).items()},
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+        }
+        if not model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = model.lm_head.weight.detach()
+        if tower_inside:
+            for name, weight in clip.vision_model.state_dict().items():
+                weights[f"model.vision_tower.vision_tower.vision_model.{name}"] = weight
+            position_ids = torch.arange(145)[None]  # as older transformers saved them
+            weights["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = position_ids
+        save_weights(weights, folder, **files)
+        return model, folder, weights
+
+    return save
+
+
+def load(folder):
+    """The converted model, of which nothing may be missing or too much."""
+    model, info = DeltaLlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def assert_no_path(path, folder):
+    """Nothing that is published names a path of the machine that it was made on."""
+    for file in folder.rglob("*"):
+        assert file.is_dir() or str(path).encode() not in file.read_bytes(), file
+
+
+@torch.no_grad()
+def assert_same_logits(converted, source, processor, noise, num_visual_tokens=36):
+    """On an image and a question, of the tokens that the source knows; `<image>` is a new token with a new id."""
+    inputs = processor(images=noise(1), text="USER: <image> What?", return_tensors="pt")
+    budget = inputs.pop("num_visual_tokens")
+    assert budget.tolist() == [num_visual_tokens]
+    ours = converted(**inputs).logits
+    embeddings = source.get_input_embeddings()
+    images = source.get_image_features(inputs["pixel_values"], budget).pooler_output[0]
+    is_image = inputs["input_ids"] == processor.image_token_id
+    embedded = embeddings(inputs["input_ids"].masked_fill(is_image, 0))
+    embedded[is_image] = images
+    hidden = source.model.language_model(
+        inputs_embeds=embedded, attention_mask=inputs["attention_mask"]
+    ).last_hidden_state
+    theirs = source.lm_head(hidden)
+    assert ours.shape[-1] == 320 and theirs.shape[-1] == 300
+    assert torch.equal(ours[..., :300], theirs)
+    # New tokens are the mean of the old ones
+    torch.testing.assert_close(
+        converted.get_input_embeddings().weight[300:], embeddings.weight.mean(0).expand(20, -1), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(ours[..., 300:], theirs.mean(-1, keepdim=True).expand(*theirs.shape[:-1], 20))
+
+
+@pytest.mark.parametrize("tower_inside", [True, False])
+@pytest.mark.parametrize(
+    "files", [{}, {"num_shards": 3}, {"suffix": ".bin"}, {"suffix": ".bin", "num_shards": 3}], ids=str
+)
+def test_a_whole_checkpoint_keeps_every_logit(whole, tmp_path, noise, tower_inside, files):
+    model, folder, weights = whole(tower_inside=tower_inside, **files)
+    out = tmp_path / "out"
+    conversion = convert(folder, out)
+    converted, processor = load(out), AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert_same_logits(converted, model, processor, noise)
+
+    assert converted.config.num_visual_tokens == 36 and converted.config.visual_token_budgets == [36]  # (12 / 2)²
+    assert converted.config.vision_config.num_hidden_layers == 5
+    # Every tensor of every file is accounted for, once
+    stored = [tensor.name for tensor in [*conversion.used.values(), *conversion.left] if tensor.file.parent == folder]
+    assert sorted(stored) == sorted(weights)
+    assert conversion.used.keys() == converted.state_dict().keys() and not conversion.fresh
+    reasons = {tensor.name: reason for tensor, reason in conversion.left.items()}
+    assert "computed" in reasons["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    beginning = "model.vision_tower.vision_tower." if tower_inside else ""
+    assert "behind the tower's layer 5" in reasons[f"{beginning}vision_model.encoder.layers.5.mlp.fc1.weight"]
+    assert ("text_projection.weight" in reasons) is not tower_inside
+
+
+def test_the_folder_is_a_hub_repository(whole, tmp_path):
+    _, folder, _ = whole()
+    out = tmp_path / "out"
+    convert(folder, out)
+    assert CODE_FILES == {path.name for path in out.glob("*.py")}
+    assert {path.suffix for path in out.iterdir() if path.is_file()} == {".json", ".jinja", ".py", ".safetensors"}
+    config = json.loads((out / "config.json").read_text())
+    assert len(config["auto_map"]) == 5 and config["architectures"] == ["DeltaLlavaForConditionalGeneration"]
+    assert AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).dtype == torch.float32
+    # What LLaVA's code base wrote among the language model's fields stays behind, and so do this machine's paths
+    assert "mm_" not in json.dumps(config) and "max_length" not in json.dumps(config)
+    assert_no_path(tmp_path, out)
+    with safe_open(out / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    sources = yaml.safe_load((out / "training/sources.yaml").read_text())
+    assert sources == {"vision_tower": "tower", "language_model": "lmsys/vicuna-7b-v1.5", "converted_from": "whole"}
+
+
+def test_it_is_the_checkpoint_that_saving_the_model_writes(whole, tmp_path):
+    _, folder, _ = whole()
+    convert(folder, tmp_path / "out", max_shard_size=100_000)
+    load(tmp_path / "out").save_pretrained(tmp_path / "again", max_shard_size=100_000)
+    saved = {path.name for path in (tmp_path / "again").iterdir()}
+    assert saved <= {path.name for path in (tmp_path / "out").iterdir()}
+    for name in ("config.json", "generation_config.json"):
+        ours, theirs = (json.loads((tmp_path / where / name).read_text()) for where in ("out", "again"))
+        assert ours == theirs
+    ours, theirs = (
+        json.loads((tmp_path / where / "model.safetensors.index.json").read_text()) for where in ("out", "again")
+    )
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys() and len(set(ours["weight_map"].values())) > 3
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [("llava_qwen2", Qwen2Config), ("llava_qwen", Qwen2Config), ("llava_seed_oss", SeedOssConfig)],
+)
+def test_other_language_models(whole, tmp_path, templates, noise, model_type, config, tie):
+    text_config = config(**SIZE, bos_token_id=1, eos_token_id=2, tie_word_embeddings=tie)
+    model, folder, _ = whole(text_config, model_type=model_type)
+    template = templates / "chatml.jinja" if model_type == "llava_seed_oss" else None
+    if template:
+        with pytest.raises(ValueError, match=r"type 'seed_oss'.*--chat_template"):
+            convert(folder, tmp_path / "out")
+    convert(folder, tmp_path / "out", chat_template=template)
+    converted = load(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert converted.config.text_config.model_type == config.model_type
+    assert (converted.lm_head.weight is converted.get_input_embeddings().weight) is tie
+    assert processor.chat_template == (templates / "chatml.jinja").read_text()
+    assert_same_logits(converted, model, processor, noise)
+
+
+def test_a_tied_head_that_is_stored_too(whole, tmp_path):
+    text_config = LlamaConfig(**SIZE, tie_word_embeddings=True)
+    model, folder, weights = whole(text_config)
+    weights["lm_head.weight"] = model.lm_head.weight.detach().clone()
+    save_weights(weights, folder)
+    conversion = convert(folder, tmp_path / "out")
+    assert "tied to the embeddings" in {tensor.name: why for tensor, why in conversion.left.items()}["lm_head.weight"]
+    weights["lm_head.weight"][0, 0] += 1
+    save_weights(weights, folder)
+    with pytest.raises(ValueError, match=r"lm_head\.weight in model\.safetensors differs from model\.embed_tokens"):
+        convert(folder, tmp_path / "again")
+
+
+def test_images_are_padded_where_training_padded_them(whole, tmp_path, noise):
+    _, folder, _ = whole()
+    convert(folder, tmp_path / "padded")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"image_aspect_ratio": "square"}))
+    convert(folder, tmp_path / "cropped")
+    image = noise(1, size=(48, 96))[0]
+    pixels = {}
+    for name in ("padded", "cropped"):
+        processor = AutoProcessor.from_pretrained(tmp_path / name, trust_remote_code=True)
+        pixels[name] = processor(images=image, text="<image>", return_tensors="pt")["pixel_values"][0]
+        assert pixels[name].shape == (3, 48, 48)
+    # A frame in the mean colour above and below, and the whole width in between
+    assert pixels["padded"][:, :8].abs().max() < 0.02 and pixels["padded"][:, -8:].abs().max() < 0.02
+    assert pixels["cropped"][:, :8].abs().mean() > 0.2
+
+
+@pytest.fixture
+def stage1(source, tower_folder, tiny_tokenizer, tmp_path):
+    """Saves what stage 1 of the LLaVA code base leaves, and the language model and the tower that it had."""
+
+    def save(prefix="model.mm_projector."):
+        model, clip = source()
+        tower = tower_folder(clip)
+        language = AutoModelForCausalLM.from_config(model.config.text_config)
+        language.model.load_state_dict(model.model.language_model.state_dict())
+        language.lm_head.load_state_dict(model.lm_head.state_dict())
+        language.save_pretrained(tmp_path / "vicuna")
+        tiny_tokenizer(image_token=None, pad_token=None).save_pretrained(tmp_path / "vicuna")
+        folder = tmp_path / "stage1"
+        folder.mkdir()
+        projector = published(model.model.multi_modal_projector)
+        torch.save({prefix + name: weight for name, weight in projector.items()}, folder / "mm_projector.bin")
+        settings = {"model_type": "llava_llama", "mm_vision_tower": tower, "scale_factor": 4}
+        (folder / "config.json").write_text(json.dumps(settings))
+        return model, folder, str(tmp_path / "vicuna"), tower
+
+    return save
+
+
+@pytest.mark.parametrize("prefix", ["model.mm_projector.", "mm_projector."])
+def test_a_stage_1_projector_and_its_language_model(stage1, tmp_path, noise, prefix):
+    model, folder, language_model, _ = stage1(prefix)
+    convert(folder, tmp_path / "out", language_model=language_model)
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert_same_logits(load(tmp_path / "out"), model, processor, noise, num_visual_tokens=9)
+    assert processor.tokenizer.pad_token == "<pad>"
+    sources = yaml.safe_load((tmp_path / "out/training/sources.yaml").read_text())
+    assert sources == {"vision_tower": "tower", "language_model": "vicuna", "converted_from": "stage1"}
+    assert_no_path(tmp_path, tmp_path / "out")
+
+
+def test_a_projector_file_alone(stage1, tmp_path, noise):
+    model, folder, language_model, tower = stage1()
+    file, out = folder / "mm_projector.bin", tmp_path / "out"
+    with pytest.raises(ValueError, match="does not tell its vision tower: name it by --vision_tower"):
+        convert(file, out, language_model=language_model)
+    with pytest.raises(ValueError, match=r"mm_projector\.bin .*name the language model .* by --language_model"):
+        convert(file, out, vision_tower=tower)
+    with pytest.raises(ValueError, match=r"no scale_factor in a config\.json: .*--num_visual_tokens"):
+        convert(file, out, language_model=language_model, vision_tower=tower)
+    convert(file, out, language_model=language_model, vision_tower=tower, num_visual_tokens=[16])
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert_same_logits(load(out), model, processor, noise, num_visual_tokens=16)
+
+
+class Attack:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda weights, file: file.write_bytes(pickle.dumps(weights))])
+def test_a_file_that_could_run_code_is_refused(stage1, tmp_path, save):
+    _, folder, language_model, _ = stage1()
+    file = folder / "mm_projector.bin"
+    weights = torch.load(file, weights_only=True)
+    save({**weights, "model.mm_projector.mlp.0.weight": Attack(tmp_path / "attacked")}, file)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} (is refused.*weights_only=True|cannot be read)"):
+        convert(folder, tmp_path / "out", language_model=language_model)
+    assert not (tmp_path / "attacked").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def llava_hf(tower_config, tiny_tokenizer, tmp_path):
+    """Saves a LLaVA-1.5 of transformers."""
+
+    def save(vision_config=tower_config, **saving):
+        torch.manual_seed(0)
+        config = LlavaConfig(vision_config=vision_config, text_config=LlamaConfig(**SIZE), image_token_index=299)
+        model = LlavaForConditionalGeneration(config).eval()
+        model.save_pretrained(tmp_path / "llava", **saving)
+        image_processor = CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+        tokenizer = tiny_tokenizer(image_token=None, pad_token="</s>")
+        LlavaProcessor(image_processor, tokenizer, patch_size=4).save_pretrained(tmp_path / "llava")
+        return model, tmp_path / "llava"
+
+    return save
+
+
+def in_new_naming(name):
+    return name if name.startswith("lm_head") else f"model.{name.replace('language_model.model', 'language_model')}"
+
+
+def in_old_naming(name):
+    """As in the files of llava-hf: the tower's weights one level deeper."""
+    return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("naming", ["as saved", "old", "new"])
+@torch.no_grad()
+def test_llava_of_transformers_gives_its_tower_and_language_model(llava_hf, tmp_path, noise, naming, num_shards):
+    model, folder = llava_hf()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if naming == "old":
+        weights = {in_old_naming(name): weight for name, weight in weights.items()}
+    elif naming == "new":
+        weights = {in_new_naming(name.replace("language_model.lm_head", "lm_head")): w for name, w in weights.items()}
+    save_weights(weights, folder, num_shards=num_shards)
+    out = tmp_path / "out"
+    conversion = convert(folder, out, seed=1)
+    converted, processor = load(out), AutoProcessor.from_pretrained(out, trust_remote_code=True)
+
+    pixels = processor(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
+    theirs = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    _, query, memory = converted.model._run_vision_tower(pixels)
+    assert converted.config.memory_feature_layers == [3, 4, 5] and converted.config.query_feature_layer == 5
+    assert torch.equal(query, theirs[5][:, 1:])
+    assert torch.equal(memory, torch.cat([theirs[layer][:, 1:] for layer in (3, 4, 5)], dim=-1))
+    tokens = torch.arange(280)[None]
+    assert torch.equal(converted(tokens).logits[..., :300], model(tokens).logits)
+
+    assert {tensor.name.split(".weight")[0].split(".bias")[0].rpartition(".")[0] for tensor in conversion.left} >= {
+        ("model." if naming == "new" else "") + "multi_modal_projector"
+    }
+    assert len([why for why in conversion.left.values() if "a fresh one stands in its place" in why]) == 4
+    assert_no_path(tmp_path, out)
+    fresh = {name for name in converted.state_dict() if "multi_modal_projector" in name}
+    assert set(conversion.fresh) == fresh
+    convert(folder, tmp_path / "same", seed=1)
+    convert(folder, tmp_path / "other", seed=2)
+    same, other = load(tmp_path / "same").state_dict(), load(tmp_path / "other").state_dict()
+    name = "model.multi_modal_projector.mlp.0.weight"
+    assert torch.equal(same[name], converted.state_dict()[name]) and not torch.equal(same[name], other[name])
+
+
+def test_the_head_of_a_siglip_tower_is_left(llava_hf, tower_config, tmp_path):
+    size = {name: getattr(tower_config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    _, folder = llava_hf(SiglipVisionConfig(**size, num_attention_heads=4, image_size=48, patch_size=4))
+    conversion = convert(folder, tmp_path / "out", num_visual_tokens=[16, 36])
+    assert load(tmp_path / "out").config.vision_feature_select_strategy == "full"
+    assert conversion.config.visual_token_budgets == [16, 36] and conversion.config.num_visual_tokens == 36
+    assert any("head.probe" in tensor.name and "pooling head" in why for tensor, why in conversion.left.items())
+
+
+def test_llava_of_transformers_has_its_own_parts(llava_hf, tmp_path):
+    _, folder = llava_hf()
+    with pytest.raises(ValueError, match="holds its own parts: leave language_model=x/y and vision_tower=None out"):
+        convert(folder, tmp_path / "out", language_model="x/y")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_weights(weights, folder, suffix=".bin")
+    with pytest.raises(ValueError, match=r"holds no weights that can be read here: one of \['\.safetensors'\]"):
+        convert(folder, tmp_path / "out")
+
+
+@pytest.fixture
+def large_files(tmp_path):
+    """A folder that pytest does not keep."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def drawn(name, shape):
+    """As the parity figures' weights and inputs are drawn, from their names."""
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if name.startswith("input."):
+        return values
+    return 1 + 0.1 * values if name.endswith("weight") and "norm" in name else 0.05 * values
+
+
+@torch.inference_mode()
+def test_a_full_size_projector_keeps_the_parity_figures(fixtures, tiny_tokenizer, large_files):
+    """The published projector's own widths, between a tower and a language model that are small in all but width."""
+    tower = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=8, num_hidden_layers=8, num_attention_heads=8, image_size=336, patch_size=14
+    )
+    CLIPVisionModel(tower).half().save_pretrained(large_files / "tower")
+    size, crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
+    CLIPImageProcessor(size=size, crop_size=crop_size).save_pretrained(large_files / "tower")
+    slim = {"hidden_size": 4096, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZE | slim)).save_pretrained(large_files / "language")
+    tiny_tokenizer().save_pretrained(large_files / "language")
+    with torch.device("meta"):
+        projector = DeltaProjector(DeltaLlavaConfig())
+    shapes = {name: tuple(weight.shape) for name, weight in published(projector).items()}
+    weights = {f"model.mm_projector.{name}": drawn(name, shape) for name, shape in shapes.items()}
+    torch.save(weights, large_files / "mm_projector.bin")
+    options = {"vision_tower": str(large_files / "tower"), "language_model": str(large_files / "language")}
+    convert(large_files / "mm_projector.bin", large_files / "out", num_visual_tokens=[144], **options)
+
+    projector = load(large_files / "out").model.multi_modal_projector
+    figures = load_file(fixtures / "released_delta_projector.safetensors")
+    query_features = drawn("input.query_features", (1, 576, 1024))
+    memory_features = drawn("input.memory_features", (1, 576, 4096))
+    for budget in (16, 144):
+        ours = projector(query_features, memory_features, budget)[0][:, ::64]
+        theirs = figures[f"visual_tokens_{budget}"]
+        assert torch.linalg.vector_norm(ours - theirs) <= 1e-5 * torch.linalg.vector_norm(theirs)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' account of a process's memory")
+def test_memory_holds_a_shard_and_not_the_checkpoint(whole, large_files):
+    # No tensor has more than 9 of the 100 MB
+    text_config = LlamaConfig(**SIZE | {"hidden_size": 768, "intermediate_size": 2816, "num_hidden_layers": 3})
+    _, folder, weights = whole(text_config, num_shards=6)
+    assert sum(weight.numel() * weight.element_size() for weight in weights.values()) > 90e6
+    pickled = shutil.copytree(folder, large_files / "pickled", ignore=shutil.ignore_patterns("model*"))
+    save_weights(weights, pickled, suffix=".bin", num_shards=6)
+    code = f"""
+from delta_llava.hub.convert import convert
+
+def memory(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) * 1024
+
+before = memory("VmRSS")
+for folder in {str(folder)!r}, {str(pickled)!r}:
+    convert(folder, folder + "-converted", max_shard_size="20MB")
+print(memory("VmHWM") - before)
+"""
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(completed.stdout.splitlines()[-1]) < 60e6
+    assert len(list((large_files / "whole-converted").glob("*.safetensors"))) > 4
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """`hub_cache(name, folder)`: lays a folder where a repository of the Hub is cached, and there is no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def lay(name, folder, revision="main"):
+        repository = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        commit = f"{len(name):040}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+
+    return lay
+
+
+def test_cached_repositories_are_converted_offline(whole, hub_cache, tmp_path, noise):
+    settings = {"mm_vision_tower": "openai/clip-tiny", "_name_or_path": "./checkpoints/vicuna"}
+    model, folder, _ = whole(tower_inside=False, num_shards=2, settings=settings)
+    hub_cache("openai/clip-tiny", tmp_path / "tower")
+    hub_cache("someone/llava-delta-7b", folder, revision="tokens-36")
+    out = tmp_path / "out"
+    convert("someone/llava-delta-7b", out, revision="tokens-36")
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert_same_logits(load(out), model, processor, noise)
+    sources = yaml.safe_load((out / "training/sources.yaml").read_text())
+    names = {"vision_tower": "openai/clip-tiny", "language_model": "someone/llava-delta-7b"}
+    assert sources == names | {"converted_from": "someone/llava-delta-7b"}
+    assert_no_path(tmp_path, out)
+    assert_no_path("checkpoints/vicuna", out)
+
+
+def test_weights_are_fetched_in_one_format(whole, tmp_path, monkeypatch):
+    _, folder, weights = whole()
+    save_weights(weights, folder, suffix=".bin", num_shards=2)
+    fetched = []
+
+    def download(name, revision, allow_patterns):
+        cache = tmp_path / "fetched"
+        for file in filter_repo_objects([path.name for path in folder.iterdir()], allow_patterns=allow_patterns):
+            cache.mkdir(exist_ok=True)
+            shutil.copy(folder / file, cache)
+            fetched.append((revision, file))
+        return str(cache)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    convert("someone/llava-delta-7b", tmp_path / "out", revision="v2")
+    names = {file for _, file in fetched}
+    assert "model.safetensors" in names and not any(name.endswith(".bin") for name in names)
+    assert {revision for revision, _ in fetched} == {"v2"}
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_all_weights_get_the_dtype_of_the_embeddings_or_the_one_asked_for(whole, tmp_path, dtype):
+    _, folder, weights = whole()
+    for name, weight in weights.items():
+        if name == "lm_head.weight" or re.match(r"model\.(layers|embed_tokens)\.", name):
+            weights[name] = weight.half()
+    save_weights(weights, folder)
+    convert(folder, tmp_path / "out", dtype=dtype)
+    expected = torch.float16 if dtype == "auto" else torch.bfloat16
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {expected}
+    old, new = weights["model.embed_tokens.weight"], saved["model.language_model.embed_tokens.weight"]
+    assert torch.equal(new[:300], old.to(expected))
+    torch.testing.assert_close(new[300], old.float().mean(0).to(expected))
+    assert DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto").dtype == expected
+
+
+def test_a_weight_that_the_dtype_cannot_hold_is_named(whole, tmp_path):
+    _, folder, weights = whole()
+    save_weights(weights | {"model.mm_projector.mlp.2.bias": torch.full((64,), 1e6)}, folder)
+    with pytest.raises(ValueError, match=r"multi_modal_projector\.mlp\.2\.bias does not fit into torch\.float16"):
+        convert(folder, tmp_path / "out", dtype="float16")
+    with pytest.raises(ValueError, match="dtype=int8 must be 'auto' or one of"):
+        convert(folder, tmp_path / "out", dtype="int8")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model.norm.weight": None, "model.mm_projector.mlp.2.bias": None},
+            r"no tensor was found for model\.multi_modal_projector\.mlp\.2\.bias, model\.language_model\.norm\.weight",
+        ),
+        (
+            {"model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias": None},
+            r"no tensor was found for model\.vision_tower\.pre_layrnorm\.bias\.$",
+        ),
+        (
+            {"model.norm.weight": torch.ones(65)},
+            r"model\.norm\.weight in model\.safetensors has shape \(65,\) instead of \(64,\)",
+        ),
+        (
+            {"lm_head.weight": torch.ones(299, 64)},
+            r"lm_head\.weight in model\.safetensors has shape \(299, 64\) instead of \(300, 64\)",
+        ),
+        ({"model.norm.weight": torch.ones(64, dtype=torch.int64)}, r"has dtype torch\.int64 instead of one of"),
+        ({"model.image_newline": torch.ones(64)}, r"has no place for model\.image_newline in model\.safetensors"),
+        (
+            {"model.vision_tower.vision_tower.vision_model.encoder.layers.6.mlp.fc1.bias": torch.ones(64)},
+            r"has no place for model\.vision_tower\..*layers\.6\.mlp\.fc1\.bias",
+        ),
+        ({"model.mm_projector.mlp.4.bias": torch.ones(64)}, r"has no place for model\.mm_projector\.mlp\.4\.bias"),
+        ({"model.mm_projector.readout.bias": torch.ones(64)}, r"'readout\.bias' is no weight of the published"),
+        (
+            {"model.vision_tower.vision_tower.pre_layrnorm.bias": torch.ones(32)},
+            r"pre_layrnorm\.bias in model\.safetensors and .* are the same weight",
+        ),
+        ({"model.norm.weight": torch.ones(64).to(torch.int8)}, r"model\.norm\.weight in .* dtype I8.*quantized"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_tensor_that_is_missing_misshapen_or_unknown_is_named(whole, tmp_path, change, message):
+    _, folder, weights = whole()
+    weights = {name: weight for name, weight in {**weights, **change}.items() if weight is not None}
+    save_weights(weights, folder)
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        ("tokenpacker", ["q_proj_1.weight", "ln_q_1.weight", "clip_attn.in_proj_weight", "mlp.0.weight"]),
+    ],
+)
+def test_another_projector_is_named(whole, stage1, tmp_path, kind, names):
+    _, folder, weights = whole(settings={"mm_projector_type": kind})
+    other = {f"model.mm_projector.{name}": torch.ones(2) for name in names}
+    save_weights({name: w for name, w in weights.items() if "mm_projector" not in name} | other, folder)
+    message = rf"does not hold Delta-LLaVA's projector.*mm_projector_type is '{kind}'.*{names[0]}"
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out")
+    _, folder, language_model, _ = stage1()
+    torch.save(other, folder / "mm_projector.bin")
+    with pytest.raises(ValueError, match=rf"does not hold Delta-LLaVA's projector.*{names[0]}"):
+        convert(folder, tmp_path / "out", language_model=language_model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"scale_factor": None}, {}, r"no scale_factor .*--num_visual_tokens"),
+        ({"scale_factor": 5}, {}, "scale_factor=5 .* does not divide the vision tower's grid of 12x12"),
+        ({}, {"num_visual_tokens": [9]}, r"num_visual_tokens=\[9\] contradicts scale_factor=2 .* makes 36 tokens"),
+        ({"scale_factor": None}, {"num_visual_tokens": [25]}, r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"),
+        ({"image_aspect_ratio": "anyres"}, {}, "image_aspect_ratio='anyres' .* no counterpart here, only 'square' and"),
+        ({"mm_vision_select_feature": "cls_patch"}, {}, "mm_vision_select_feature='cls_patch' .* only 'patch'"),
+        ({"mm_use_im_start_end": True}, {}, r"mm_use_im_start_end .*--chat_template"),
+        ({"model_type": "llava_mpt_9"}, {}, "model_type='llava_mpt_9' .* no language model that"),
+        ({"mm_vision_tower": "/gone/clip"}, {}, "vision_tower=/gone/clip is not a folder here"),
+    ],
+)
+def test_a_setting_that_cannot_be_kept_is_named(whole, tmp_path, settings, options, message):
+    _, folder, _ = whole(settings=settings)
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_no_checkpoint_or_not_whole_is_named(whole, tmp_path):
+    _, folder, _ = whole(num_shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"index\.json names model-00002-of-00003\.safetensors, but"):
+        convert(folder, tmp_path / "out")
+    (folder / "model-00002-of-00003.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors cannot be read"):
+        convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"is of no known layout: .*model_type='clip'"):
+        convert(tmp_path / "tower", tmp_path / "out")
+    with pytest.raises(ValueError, match="checkpoint=/no/such/folder is not a folder here"):
+        convert("/no/such/folder", tmp_path / "out")
+    with pytest.raises(ValueError, match="holds files already"):
+        convert(folder, folder)
+
+
+def test_an_interrupted_conversion_leaves_no_checkpoint_and_can_be_repeated(whole, tmp_path, noise, monkeypatch):
+    model, folder, _ = whole()
+    out = tmp_path / "out"
+    out.mkdir()
+    done = []
+
+    def save_two(shard, file, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(file)
+        save_file(shard, file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save_file", save_two)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, out, max_shard_size=100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "write_sources", lambda *args, **names: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, out, max_shard_size=100_000)
+    assert not list(out.iterdir())
+    for left in (out, tmp_path / "out.incomplete"):
+        with pytest.raises(ValueError, match=r"model_type.*config\.json"):
+            AutoModelForImageTextToText.from_pretrained(left, trust_remote_code=True)
+    convert(folder, out)
+    assert not (tmp_path / "out.incomplete").exists() and len(list(out.glob("*.safetensors"))) == 1
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert_same_logits(load(out), model, processor, noise)
+    assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<image>") == processor.image_token_id
+
+
+def test_command_line(whole, tmp_path, capsys):
+    model, folder, _ = whole(settings={"_name_or_path": "/home/someone/vicuna"})
+    main(["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), "--language_model", "lmsys/vicuna-7b"])
+    printed = capsys.readouterr().out
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq in model.safetensors" in printed
+    assert re.search(r"left +16 tensors +0\.0 MB  layer behind the tower's layer 5", printed)
+    projector = model.model.multi_modal_projector.state_dict().values()
+    megabytes = sum(4 * weight.numel() for weight in projector) / 1e6
+    assert re.search(rf"projector +{len(projector)} tensors +{megabytes:.1f} MB  float32", printed)
+    assert "whole checkpoint of the LLaVA code base" in printed and "[36] visual tokens per image" in printed
+    sources = yaml.safe_load((tmp_path / "out/training/sources.yaml").read_text())
+    assert sources["language_model"] == "lmsys/vicuna-7b"
