@@ -19,10 +19,13 @@ stands in evaluation results, `results/*.json`, one file for each number of visu
   ]
 }
 ```
+
+Every key must be there, and no other. A file has each task, dataset, split, metric and prompt variant once.
 """
 
 import json
 import math
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from jinja2 import Environment, StrictUndefined, UndefinedError, meta
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from transformers import TrainingArguments
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
@@ -39,6 +43,7 @@ from ..configuration_delta_llava import DeltaLlavaConfig
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 FAMILY = Path(__file__).parent / "checkpoints.yaml"
 TEXT_TOKENS, NEW_TOKENS = 68, 30  # of the paper's figure 3
+LOG = {"num_rows", "num_processes", "versions", "log_history"}
 RESULT_FILE = {"num_visual_tokens": int, "toolkit": str, "date": str, "commit": (str, type(None)), "results": list}
 RESULT = {
     "task": str,
@@ -79,26 +84,29 @@ def build_card(
         `ModelCard`: With metadata.
 
     Raises:
-        ValueError: A field is unfilled (the message says what to give), or a file of results is not as described above.
+        ValueError: A field is unfilled (the message says what to give), a record cannot be read, a file of results is
+            not as described above, or the checkpoint was not trained for the budget.
     """
     checkpoint = Path(checkpoint)
     config = DeltaLlavaConfig.from_pretrained(checkpoint)
     num_visual_tokens = num_visual_tokens or config.num_visual_tokens
+    if num_visual_tokens not in config.visual_token_budgets:
+        raise ValueError(
+            f"num_visual_tokens={num_visual_tokens} is none of {config.visual_token_budgets}, which {checkpoint} was "
+            "trained for."
+        )
     family = yaml.safe_load(FAMILY.read_text(encoding="utf-8"))
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
     results = _results(checkpoint, config)
-    language_model = sources["language_model"]
-    license = license or family["licenses"].get(language_model)
-    if not license:
-        raise ValueError(f"The license of {language_model} is unknown: name it as the Hub does, by --license.")
+    license = _license(sources["language_model"], family["licenses"], license)
 
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["delta-llava", "vision-language", "visual-token-compression"],
-        base_model=list(filter(_is_repository, sources.values())),
+        base_model=list(dict.fromkeys(filter(_is_repository, sources.values()))),
         datasets=datasets or _datasets(stages, family["datasets"], "converted_from" in sources),
         model_name=repo_id.rpartition("/")[2],
         eval_results=[
@@ -109,7 +117,8 @@ def build_card(
                 dataset_config=result["config"],
                 dataset_split=result["split"],
                 metric_type=result["metric"],
-                metric_name=f"{result['metric']}, {num_visual_tokens} visual tokens, prompt {result['prompt_variant']}",
+                metric_name=f"{result['name']}, {result['metric']}, {num_visual_tokens} visual tokens, prompt "
+                f"{result['prompt_variant']}",  # the Hub has one name for all results on a split
                 metric_value=result["value"],
                 source_name=results[num_visual_tokens]["toolkit"],
                 source_url=f"{constants.ENDPOINT}/{repo_id}/blob/{revision or 'main'}/"
@@ -137,16 +146,24 @@ def build_card(
 
 
 def _render(data: ModelCardData, fields: dict[str, Any]) -> ModelCard:
-    template = TEMPLATE.read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, autoescape=False)
-    for name in sorted(meta.find_undeclared_variables(environment.parse(template)) - {"card_data", "revision"}):
-        if fields.get(name) in (None, ""):
-            raise ValueError(f"The card's field {name} is unfilled.")
+    """Fill the template, once so that what is undefined, None or empty is an error: `from_template` leaves it out."""
+    loader = FileSystemLoader(TEMPLATE.parent, encoding="utf-8")
+    environment = Environment(loader=loader, undefined=StrictUndefined, finalize=_filled)
     try:
-        environment.from_string(template).render(card_data="", **fields)
+        environment.get_template(TEMPLATE.name).render(card_data=data.to_yaml(), **fields)
     except UndefinedError as error:
-        raise ValueError(f"The card has an unfilled field: {error}.") from error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(TEMPLATE)]
+        raise ValueError(
+            f"{TEMPLATE.name}, line {frames[-1].lineno}, has an unfilled field, which build_card must give: {error}. "
+            f"The line: {frames[-1].line}"
+        ) from error
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **fields)
+
+
+def _filled(value: Any) -> Any:
+    if value is None or (isinstance(value, (str, list, tuple, dict)) and not value):
+        raise UndefinedError(f"it is {value!r}")
+    return value
 
 
 def _is_repository(name: str) -> bool:
@@ -159,7 +176,7 @@ def _is_repository(name: str) -> bool:
 
 def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
     file = checkpoint / "training" / "sources.yaml"
-    sources = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    sources = _read(file) if file.exists() else {}
     if base_model:
         if len(base_model) != 2:
             raise ValueError(f"base_model={base_model} must name two: the vision tower and the language model.")
@@ -173,32 +190,63 @@ def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
     return sources
 
 
+def _license(language_model: str, known: dict[str, str], license: str | None) -> str:
+    if license and license != known.get(language_model, license):
+        raise ValueError(f"license={license}, but that of {language_model} is {known[language_model]}.")
+    license = license or known.get(language_model)
+    if not license:
+        raise ValueError(f"The license of {language_model} is unknown: name it as the Hub does, by --license.")
+    if license == "other":
+        raise ValueError("license=other would need a name and a link, which the card has no place for.")
+    return license
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A record, in YAML or JSON."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold names and values, but holds {content!r}.")
+    return content
+
+
 def _stages(checkpoint: Path) -> list[dict[str, Any]]:
     """Recipe and log of every stage behind the checkpoint, in their order."""
     files = [file for file in (checkpoint / "training").glob("*.yaml") if file.name != "sources.yaml"]
     stages = []
-    for file in sorted(files, key=lambda file: (not file.stem.startswith("pretrain"), file.stem)):
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for file in sorted(files, key=lambda file: (not file.stem.startswith("pretrain"), len(file.stem), file.stem)):
+        # A recipe names what it changes
+        defaults = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
+        recipe = {name: getattr(TrainingArguments, name) for name in defaults} | _read(file)
+        log = _read(file.with_suffix(".json"))
+        if missing := LOG - log.keys():
+            raise ValueError(f"{file.with_suffix('.json')} lacks {sorted(missing)}.")
         data = recipe.get("stream") or recipe.get("json_path")
-        if data is None:
+        if not data:
             raise ValueError(f"{file} names neither json_path nor stream: it is no recipe of delta_llava.train.")
-        log = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        losses = [entry["loss"] for entry in log["log_history"] if "loss" in entry]
+        history = log["log_history"]
         stages.append(
             {
                 "name": file.stem,
                 "recipe": recipe,
                 "data": data,
                 "num_rows": log["num_rows"],
-                "num_steps": max((entry.get("step", 0) for entry in log["log_history"]), default=0),
-                "batch_size": recipe.get("per_device_train_batch_size", 8)
-                * recipe.get("gradient_accumulation_steps", 1)
-                * log["num_processes"],
-                "loss": losses[-1] if losses else None,
+                "num_processes": log["num_processes"],
+                "num_steps": max((entry.get("step", 0) for entry in history), default=0),
+                "loss": _last(history, "loss"),
+                "seconds": _last(history, "train_runtime"),
                 "versions": log["versions"],
+                "has_curves": file.with_suffix(".png").exists(),
             }
         )
     return stages
+
+
+def _last(log_history: list[dict[str, float]], name: str) -> float | None:
+    return next((entry[name] for entry in reversed(log_history) if name in entry), None)
 
 
 def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str] | None:
@@ -207,14 +255,14 @@ def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted:
     if unknown or (is_converted and not stages):
         told = f"of {unknown}" if unknown else "that the converted weights were trained on"
         raise ValueError(f"The data sets {told} are unknown: name them as ORG/NAME, by --datasets.")
-    return list(names.values()) or None
+    return list(dict.fromkeys(names.values())) or None
 
 
 def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, Any]]:
     """Files of evaluation results by their number of visual tokens, the largest first."""
     results = {}
     for file in sorted((checkpoint / "results").glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = _read(file)
         _check_fields(content, RESULT_FILE, str(file))
         budget = content["num_visual_tokens"]
         if budget not in config.valid_visual_token_counts:
@@ -223,49 +271,68 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
             )
         if budget in results:
             raise ValueError(f"{file} and {results[budget]['file']} both have results at {budget} tokens: keep one.")
+        seen = {}
         for index, result in enumerate(content["results"]):
-            _check_fields(result, RESULT, f"{file}, results[{index}]")
+            where = f"{file}, results[{index}]"
+            _check_fields(result, RESULT, where)
             if not math.isfinite(result["value"]):
-                raise ValueError(f"{file}, results[{index}]: value is {result['value']}, but must be finite.")
+                raise ValueError(f"{where}: value is {result['value']}, but must be finite.")
+            if result["num_samples"] < 1:
+                raise ValueError(f"{where}: num_samples is {result['num_samples']}, but must be 1 or more.")
+            if (first := seen.setdefault(_what(result), index)) != index:
+                raise ValueError(f"{where}: measures what results[{first}] measures: keep one.")
         results[budget] = {**content, "file": file.name}
     return dict(sorted(results.items(), reverse=True))
 
 
 def _check_fields(found: Any, expected: dict[str, Any], where: str):
     if not isinstance(found, dict) or found.keys() != expected.keys():
-        raise ValueError(f"{where}: found {list(found)}, but exactly {list(expected)} are expected.")
+        names = list(found) if isinstance(found, dict) else repr(found)
+        raise ValueError(f"{where}: found {names}, but exactly {list(expected)} are expected.")
     for name, kind in expected.items():
-        if not isinstance(found[name], kind) or isinstance(found[name], bool):
-            raise ValueError(f"{where}: {name} is {found[name]!r}, which is of a wrong type.")
+        value = found[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{where}: {name} is {value!r}, which is of a wrong type.")
+        if value in ("", []):
+            raise ValueError(f"{where}: {name} is empty.")
+        if isinstance(value, str) and set("|\r\n") & set(value):
+            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without a '|', for the card's table.")
+
+
+def _what(result: dict[str, Any]) -> tuple:
+    """All of a result that tells what was measured."""
+    return tuple(result[name] for name in ("task", "name", "dataset", "config", "split", "metric", "prompt_variant"))
 
 
 def _result_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each task, split, metric and prompt, with its value at each budget that it was measured at."""
+    """One row for everything that was measured, with its value at each budget that it was measured at."""
     rows = {}
     for budget, content in results.items():
         for result in content["results"]:
-            told = {name: result[name] for name in ("name", "split", "metric", "prompt_variant", "num_samples")}
-            rows.setdefault(tuple(told.values()), {**told, "values": {}})["values"][budget] = result["value"]
+            row = rows.setdefault((*_what(result), result["num_samples"]), {**result, "values": {}})
+            row["values"][budget] = result["value"]
     return list(rows.values())
 
 
 def _costs(config: DeltaLlavaConfig, num_visual_tokens: int) -> dict[str, Any]:
-    """Parameters of each part, and FLOPs and bytes of one answer at this budget and at all patches."""
-    if config.text_config.model_type not in costs.KNOWN_DECODERS:
-        return {"parameters": None, "unknown": config.text_config.model_type}
-    budgets = sorted({num_visual_tokens, config.patch_grid_size**2})
-    flops = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
-    largest = max(flops[budgets[-1]][part] for part in costs.FLOP_PARTS)
-    exponent, unit = (12, "TFLOPs") if largest > 1e11 else (9, "GFLOPs") if largest > 1e8 else (6, "MFLOPs")
+    """Parameters of each part, and FLOPs and bytes of one answer, at this budget and at all patches."""
+    budgets = sorted({num_visual_tokens, config.patch_grid_size**2}, reverse=True)
+    try:
+        answers = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
+    except ValueError as error:  # a kind of backbone that it does not know
+        return {"parameters": None, "unknown": str(error)}
+    smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
+    flops = next(unit for unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")) if smallest >= unit[0] / 1e3)
+    cache = (2**20, "MiB") if answers[num_visual_tokens]["kv_cache_bytes"] >= 2**20 else (2**10, "KiB")
     return {
         "parameters": costs.parameter_counts(config),
-        "unit": unit,
-        "parts": costs.FLOP_PARTS,
+        "flops_unit": flops[1],
+        "kv_cache_unit": cache[1],
         "rows": {
             budget: {
-                "flops": {part: values[part] / 10**exponent for part in costs.FLOP_PARTS},
-                "kv_cache_megabytes": values["kv_cache_bytes"] / 1e6,
+                "flops": [answer[part] / flops[0] for part in costs.FLOP_PARTS],
+                "kv_cache": answer["kv_cache_bytes"] / cache[0],
             }
-            for budget, values in flops.items()
+            for budget, answer in answers.items()
         },
     }

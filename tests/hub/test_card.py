@@ -6,6 +6,7 @@ import re
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoConfig
 
 from delta_llava import costs
 from delta_llava.hub import card as module
@@ -43,10 +44,12 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
     for stage, data, steps in (("pretrain", "blip_laion_cc_sbu_558k.json", 11), ("finetune", "org/stream", 22)):
         recipe = {"json_path" if data.endswith("json") else "stream": data, "learning_rate": 0.002}
         recipe |= {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5, "num_visual_tokens": [4, 36]}
+        recipe |= {"max_steps": steps} if "stream" in recipe else {}
         write(folder / f"training/{stage}.yaml", recipe)
-        history = [{"step": steps, "loss": 1.25}, {"step": steps, "train_loss": 9.0}]
+        history = [{"step": steps, "loss": 1.25}, {"step": steps, "train_runtime": 9000.0, "train_loss": 9.0}]
         log = {"num_processes": 7, "versions": {"torch": "2.13.0"}, "log_history": history}
         write(folder / f"training/{stage}.json", {"num_rows": None if "stream" in recipe else 558128, **log})
+        noise(1)[0].save(folder / f"training/{stage}.png")
     for budget, value in ((36, 61.25), (4, 50.5)):
         results = [{**RESULT, "value": value}]
         write(folder / f"results/tokens-{budget}.json", {**RESULTS, "num_visual_tokens": budget, "results": results})
@@ -54,11 +57,14 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
     return folder
 
 
+def section(card, heading):
+    return card.text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def table(card, heading):
-    """Rows of the first table under a heading, as lists of cells."""
-    text = card.text.partition(f"## {heading}")[2]
-    rows = re.findall(r"^\| (.*) \|\s*$", text.partition("\n## ")[0], flags=re.MULTILINE)
-    return [[cell.strip() for cell in row.split("|")] for row in rows]
+    """Rows of the tables under a heading, as lists of cells."""
+    rows = re.findall(r"^\|(.*)\|$", section(card, heading), flags=re.MULTILINE)
+    return [[cell.strip() for cell in row.split("|")] for row in rows if set(row) != set("-|")]
 
 
 def test_metadata_are_the_records_and_survive_the_file(checkpoint):
@@ -75,47 +81,68 @@ def test_metadata_are_the_records_and_survive_the_file(checkpoint):
     (index,) = data["model-index"]
     (result,) = index["results"]  # those of its own budget alone
     assert index["name"] == "delta-llava-7b-elastic"
-    assert result["metrics"][0]["value"] == 61.25 and "36 visual tokens" in result["metrics"][0]["name"]
+    assert result["metrics"][0]["value"] == 61.25
+    assert result["metrics"][0]["name"] == "GQA, exact_match, 36 visual tokens, prompt default"
     assert result["source"]["url"].endswith(f"{REPO}/blob/main/results/tokens-36.json")
 
 
 def test_the_text_is_that_of_its_branch_and_budget(checkpoint):
     card = build_card(checkpoint, REPO, revision="tokens-4", num_visual_tokens=4)
     assert card.data.to_dict()["model-index"][0]["results"][0]["metrics"][0]["value"] == 50.5
-    assert card.text.count('revision="tokens-4"') == 3 and '"num_visual_tokens": 4}' in card.text
-    config = module.DeltaLlavaConfig.from_pretrained(checkpoint)
-    header, *rows = table(card, "What it costs")
-    assert [row[0] for row in rows] == ["4", "144 (all patches)"]
-    for row, budget in zip(rows, (4, 144), strict=True):
-        values = costs.inference_costs(config, budget, 68, 30)
-        shown = dict(zip(header, row, strict=True))
-        for part in costs.FLOP_PARTS:
-            assert float(shown[part]) == pytest.approx(values[part] / 1e6, abs=5e-4)
-        assert shown["keys and values"] == f"{values['kv_cache_bytes'] / 1e6:.3g} MB"
+    assert card.text.count(', revision="tokens-4", trust_remote_code=True') == 3
+    assert card.text.count('"num_visual_tokens": 4}') == 2
     header, row = table(card, "Results")
     assert header[-2:] == ["36", "4"] and row[-2:] == ["61.25", "50.5"]
     stages = {name: values for name, *values in table(card, "Training")}
     assert stages["rows"] == ["558,128", "streamed"]
-    assert stages["steps of a batch"] == ["11 of 105", "22 of 105"]
+    assert stages["length"] == ["11 steps, epochs: 3", "22 steps"]  # what a recipe leaves out is the trainer's default
+    assert stages["batch"] == ["105 rows: 3 per device x 5 accumulated x 7 processes"] * 2
     assert stages["last loss"] == ["1.2500", "1.2500"] and stages["visual tokens"] == ["4, 36", "4, 36"]
-    assert "Copyright (c) Meta\nPlatforms" in card.text
+    assert stages["hours since the last start"] == ["2.5", "2.5"] and stages["peak learning rate"] == ["0.002"] * 2
+    links = set(re.findall(r"\]\(((?:training|results)/\S+)\)", card.text))
+    assert links == {
+        *(f"training/{stage}.{suffix}" for stage in ("pretrain", "finetune") for suffix in ("yaml", "json", "png")),
+        "results/tokens-36.json",
+        "results/tokens-4.json",
+    }
 
 
-def test_its_snippets_run(checkpoint, monkeypatch, tmp_path, capsys):
-    card = build_card(checkpoint, str(checkpoint))
+@pytest.mark.parametrize("tower", ["tiny", "clip-vit-large-patch14-336"])
+def test_costs_are_those_that_the_command_beside_them_prints(checkpoint, backbones, capsys, tower):
+    if tower != "tiny":  # of the full size, without weights
+        module.DeltaLlavaConfig(
+            vision_config=AutoConfig.from_pretrained(backbones / tower),
+            text_config=AutoConfig.from_pretrained(backbones / "vicuna-7b-v1.5"),
+            visual_token_budgets=[4, 36],
+            num_visual_tokens=36,
+        ).save_pretrained(checkpoint)
+    header, rule, *rows = re.findall(r"^\|.*\|$", section(build_card(checkpoint, REPO), "What it costs"), re.MULTILINE)
+    command = re.search(r"python -m delta_llava.costs --config FOLDER (.*?)`", build_card(checkpoint, REPO).text)[1]
+    costs.main(["--config", str(checkpoint), *command.split()])
+    printed = capsys.readouterr().out.splitlines()
+    if tower == "tiny":
+        assert "GFLOPs | KV cache, KiB" in header
+        assert not any(float(cell) == 0 for row in rows for cell in row.strip("|").split("|"))
+    else:
+        assert len(rows) == 2 and {header, rule, *rows} < set(printed)
+
+
+@pytest.mark.parametrize(("revision", "budget"), [(None, 36), ("tokens-4", 4)])
+def test_its_snippets_run(checkpoint, monkeypatch, tmp_path, capsys, revision, budget):
+    card = build_card(checkpoint, str(checkpoint), revision, budget)
     snippets = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
     assert len(snippets) == 2
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for snippet in snippets:
         exec(snippet, namespace)
-    assert capsys.readouterr().out.strip()
+    assert capsys.readouterr().out.strip() and namespace["inputs"]["num_visual_tokens"].tolist() == [budget]
 
 
 def test_a_checkpoint_without_training_or_results_says_so(checkpoint):
     for file in [
         *checkpoint.glob("training/*tune.*"),
-        *checkpoint.glob("training/pre*"),
+        *checkpoint.glob("training/pretrain.*"),
         *checkpoint.glob("results/*"),
     ]:
         file.unlink()
@@ -149,11 +176,77 @@ def test_an_unfilled_field_is_refused_and_the_arguments_fill_it(checkpoint):
     assert (card.data.base_model, card.data.license, card.data.datasets) == tuple(given.values())
 
 
-@pytest.mark.parametrize("field", ["{{ more }}", "{{ config.more }}", "{% for row in more %}{% endfor %}"])
-def test_a_field_that_nobody_fills_is_refused(checkpoint, monkeypatch, tmp_path, field):
-    (tmp_path / "card.md").write_text(module.TEMPLATE.read_text() + field)
+def test_a_license_that_is_not_the_language_models_is_refused(checkpoint):
+    notice = (
+        "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. "
+        "All Rights Reserved."
+    )
+    text = section(build_card(checkpoint, REPO, license="llama2"), "License")
+    assert notice in text and "https://ai.meta.com/llama/license/" in text
+    with pytest.raises(ValueError, match=r"license=mit, but that of lmsys/vicuna-7b-v1.5 is llama2"):
+        build_card(checkpoint, REPO, license="mit")
+    base_model = ["org/tower", "org/language"]
+    assert notice not in build_card(checkpoint, REPO, base_model=base_model, license="mit").text
+    with pytest.raises(ValueError, match="license=other"):
+        build_card(checkpoint, REPO, base_model=base_model, license="other")
+
+
+def test_a_budget_that_was_not_trained_has_no_card(checkpoint):
+    with pytest.raises(ValueError, match=r"num_visual_tokens=9 is none of \[4, 36\]"):
+        build_card(checkpoint, REPO, num_visual_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("sources.yaml", "a: [", "sources.yaml cannot be read"),
+        ("finetune.yaml", "- a", "finetune.yaml must hold names and values"),
+        ("finetune.json", "{", "finetune.json cannot be read"),
+        ("finetune.json", None, "finetune.json cannot be read"),
+        ("finetune.json", '{"num_rows": 1}', r"finetune.json lacks \['log_history', 'num_processes', 'versions'\]"),
+    ],
+)
+def test_a_record_that_is_missing_or_broken_is_named(checkpoint, file, content, message):
+    if content is None:
+        (checkpoint / "training" / file).unlink()
+    else:
+        (checkpoint / "training" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_card(checkpoint, REPO)
+
+
+def test_what_a_run_has_not_left_is_not_made_up(checkpoint):
+    (checkpoint / "training/finetune.png").unlink()
+    log = {"num_rows": None, "num_processes": 1, "versions": {"torch": "2.13.0"}, "log_history": []}
+    write(checkpoint / "training/finetune.json", log)
+    write(checkpoint / "training/finetune.yaml", {"stream": "org/stream", "use_peft": True})
+    card = build_card(checkpoint, REPO)
+    stages = {name: values[1] for name, *values in table(card, "Training")}
+    assert stages["last loss"] == "not logged" and stages["hours since the last start"] == "not finished"
+    assert stages["trained"] == "projector and LoRA" and stages["visual tokens"] == "the model's"
+    assert "training/pretrain.png" in card.text and "training/finetune.png" not in card.text
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "{{ more }}",
+        "{{ config.more }}",
+        "{% for row in more %}{% endfor %}",
+        "{% if more %}{% endif %}",
+        "{{ revision }}",  # None
+        "{{ stages[0].recipe.nothing }}",
+        "{{ stages[0].versions }}",
+    ],
+)
+def test_a_field_that_nobody_fills_is_refused_by_name(checkpoint, monkeypatch, tmp_path, field):
+    write(checkpoint / "training/pretrain.yaml", {"json_path": "blip_laion_cc_sbu_558k.json", "nothing": ""})
+    log = {"num_rows": 1, "num_processes": 1, "versions": {}, "log_history": []}
+    write(checkpoint / "training/pretrain.json", log)
+    (tmp_path / "card.md").write_text(module.TEMPLATE.read_text() + f"More: {field}\n")
     monkeypatch.setattr(module, "TEMPLATE", tmp_path / "card.md")
-    with pytest.raises(ValueError, match="unfilled"):
+    num_lines = len((tmp_path / "card.md").read_text().splitlines())
+    with pytest.raises(ValueError, match=rf"card.md, line {num_lines}, .* The line: More: {re.escape(field)}$"):
         build_card(checkpoint, REPO)
 
 
@@ -166,6 +259,11 @@ def test_a_field_that_nobody_fills_is_refused(checkpoint, monkeypatch, tmp_path,
         ({"extra": 1}, "but exactly"),
         ({"results": [{**RESULT, "value": float("nan")}]}, r"results\[0\]: value is nan"),
         ({"results": [{**RESULT, "value": "61.25"}]}, r"results\[0\]: value is '61.25'"),
+        ({"results": [RESULT, {**RESULT, "value": 1}]}, r"results\[1\]: measures what results\[0\] measures"),
+        ({"results": []}, "results is empty"),
+        ({"results": [3]}, r"results\[0\]: found 3"),
+        ({"results": [{**RESULT, "num_samples": 0}]}, r"results\[0\]: num_samples is 0"),
+        ({"results": [{**RESULT, "prompt_variant": "a | b"}]}, r"results\[0\]: prompt_variant is 'a \| b'"),
         ({"results": [{key: RESULT[key] for key in RESULT if key != "split"}]}, r"results\[0\]: found"),
     ],
 )
@@ -175,6 +273,28 @@ def test_results_that_are_not_as_they_must_be_are_refused_by_name(checkpoint, ch
         build_card(checkpoint, REPO)
 
 
+def test_all_that_was_measured_is_shown_once(checkpoint):
+    """Also what differs in its prompt, its name or its samples alone."""
+    others = [{**RESULT, "prompt_variant": "short", "value": 7}, {**RESULT, "task": "b", "name": "B", "value": 8}]
+    write(checkpoint / "results/tokens-36.json", {**RESULTS, "results": [RESULT, *others]})
+    fewer = {**RESULTS, "num_visual_tokens": 4, "results": [{**RESULT, "num_samples": 12, "value": 9}]}
+    write(checkpoint / "results/tokens-4.json", fewer)
+    card = build_card(checkpoint, REPO)
+    _, *rows = table(card, "Results")
+    assert [row[-3:] for row in rows] == [
+        ["12,578", "61.25", "-"],
+        ["12,578", "7", "-"],
+        ["12,578", "8", "-"],
+        ["12", "-", "9"],
+    ]
+    names = {result.metric_name: result.metric_value for result in ModelCard(str(card)).data.eval_results}
+    assert names == {
+        f"{name}, exact_match, 36 visual tokens, prompt {prompt}": value
+        for name, prompt, value in (("GQA", "default", 61.25), ("GQA", "short", 7), ("B", "default", 8))
+    }
+
+
 def test_costs_of_an_unknown_language_model_are_not_guessed(checkpoint, monkeypatch):
     monkeypatch.setattr(costs, "KNOWN_DECODERS", ("qwen2",))
-    assert "does not know language models of type llama" in build_card(checkpoint, REPO).text
+    text = section(build_card(checkpoint, REPO), "What it costs")
+    assert "Not computed. The costs of text_config.model_type='llama' are unknown" in text and "|" not in text
