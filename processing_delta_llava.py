@@ -75,6 +75,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
         self.image_token_id = image_token_ids[0]
         tokenizer.padding_side = "left"
+        # from_pretrained hands a budget to the tokenizer too, which would save it and let it win over the processor's
+        tokenizer.init_kwargs.pop("num_visual_tokens", None)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 

@@ -1,4 +1,4 @@
-"""
+r"""
 Joins a vision tower and a causal language model into an untrained Delta-LLaVA in Hub layout, ready for stage 1.
 
 ```

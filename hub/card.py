@@ -3,7 +3,7 @@ The card of a published checkpoint: `model_card.md`, filled from the checkpoint'
 
 Nothing in it is typed. What the model is made of stands in `config.json` and `training/sources.yaml`, how it was
 trained in `training/` (`delta_llava.train` writes it), what it costs `delta_llava.costs` computes, and what it reaches
-stands in evaluation results, `results/*.json`, one file for each number of visual tokens:
+stands in evaluation results, `results/tokens-*.json`, one file for each number of visual tokens:
 
 ```
 {
@@ -11,18 +11,22 @@ stands in evaluation results, `results/*.json`, one file for each number of visu
   "toolkit": "lmms-eval 0.7.3",
   "date": "2026-11-21",
   "commit": "<what was evaluated, if it is on the Hub>" or null,
+  "weights": {"model-00001-of-00003.safetensors": "<SHA-256 of the file, in hexadecimal>", ...},
   "results": [
     {
       "task": "gqa", "name": "GQA", "dataset": "lmms-lab/GQA", "config": "testdev_balanced_instructions" or null,
-      "split": "testdev", "metric": "exact_match", "value": 61.9, "prompt_variant": "default", "num_samples": 12578
+      "split": "testdev", "metric": "exact_match", "value": 61.9, "unit": "percent" or "points",
+      "prompt_variant": "default", "num_samples": 12578
     }
   ]
 }
 ```
 
-Every key must be there, and no other. A file has each task, dataset, split, metric and prompt variant once.
+Every key must be there, and no other. A file has each task, dataset, split, metric and prompt variant once, and is
+about the weights that lie beside it: results of others are refused.
 """
 
+import hashlib
 import json
 import math
 import traceback
@@ -30,21 +34,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
-from transformers import TrainingArguments
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
+from .verify import weight_files
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 FAMILY = Path(__file__).parent / "checkpoints.yaml"
 TEXT_TOKENS, NEW_TOKENS = 68, 30  # of the paper's figure 3
-LOG = {"num_rows", "num_processes", "versions", "log_history"}
-RESULT_FILE = {"num_visual_tokens": int, "toolkit": str, "date": str, "commit": (str, type(None)), "results": list}
+LOG = {"num_rows", "num_processes", "batch_size", "versions", "log_history"}
+UNITS = ("percent", "points")
+RESULT_FILE = {"num_visual_tokens": int, "toolkit": str, "date": str, "commit": (str, type(None))}
+RESULT_FILE |= {"weights": dict, "results": list}
 RESULT = {
     "task": str,
     "name": str,
@@ -53,6 +59,7 @@ RESULT = {
     "split": str,
     "metric": str,
     "value": (int, float),
+    "unit": str,
     "prompt_variant": str,
     "num_samples": int,
 }
@@ -66,6 +73,7 @@ def build_card(
     base_model: list[str] | None = None,
     datasets: list[str] | None = None,
     license: str | None = None,
+    family: str | Path = FAMILY,
 ) -> ModelCard:
     """
     Fill the card of a checkpoint.
@@ -78,7 +86,8 @@ def build_card(
         base_model (`list[str]`, *optional*): `ORG/NAME` of tower and language model, where `training/sources.yaml` does
             not tell.
         datasets (`list[str]`, *optional*): `ORG/NAME` of the data sets, where the recipes do not tell.
-        license (`str`, *optional*): The language model's, where `hub/checkpoints.yaml` does not tell.
+        license (`str`, *optional*): The language model's, where `family` does not tell.
+        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): With licenses and data sets by name.
 
     Returns:
         `ModelCard`: With metadata.
@@ -95,7 +104,9 @@ def build_card(
             f"num_visual_tokens={num_visual_tokens} is none of {config.visual_token_budgets}, which {checkpoint} was "
             "trained for."
         )
-    family = yaml.safe_load(FAMILY.read_text(encoding="utf-8"))
+    family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
+    if wrong := [name for name in datasets or () if not _is_repository(name)]:
+        raise ValueError(f"datasets={wrong} must be named as ORG/NAME.")
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
     results = _results(checkpoint, config)
@@ -107,6 +118,7 @@ def build_card(
         pipeline_tag="image-text-to-text",
         tags=["delta-llava", "vision-language", "visual-token-compression"],
         base_model=list(dict.fromkeys(filter(_is_repository, sources.values()))),
+        base_model_relation="finetune",  # of two, the Hub would think that they were merged
         datasets=datasets or _datasets(stages, family["datasets"], "converted_from" in sources),
         model_name=repo_id.rpartition("/")[2],
         eval_results=[
@@ -121,7 +133,7 @@ def build_card(
                 f"{result['prompt_variant']}",  # the Hub has one name for all results on a split
                 metric_value=result["value"],
                 source_name=results[num_visual_tokens]["toolkit"],
-                source_url=f"{constants.ENDPOINT}/{repo_id}/blob/{revision or 'main'}/"
+                source_url=f"https://huggingface.co/{repo_id}/blob/{revision or 'main'}/"
                 f"results/{results[num_visual_tokens]['file']}",
             )
             for result in results.get(num_visual_tokens, {"results": ()})["results"]
@@ -134,6 +146,7 @@ def build_card(
         "num_visual_tokens": num_visual_tokens,
         "config": config,
         "sources": sources,
+        "is_assembled": (checkpoint / "training" / "sources.yaml").exists(),
         "stages": stages,
         "results": results,
         "result_rows": _result_rows(results),
@@ -215,33 +228,31 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _stages(checkpoint: Path) -> list[dict[str, Any]]:
     """Recipe and log of every stage behind the checkpoint, in their order."""
-    files = [file for file in (checkpoint / "training").glob("*.yaml") if file.name != "sources.yaml"]
+    folder = checkpoint / "training"
     stages = []
-    for file in sorted(files, key=lambda file: (not file.stem.startswith("pretrain"), len(file.stem), file.stem)):
-        # A recipe names what it changes
-        defaults = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
-        recipe = {name: getattr(TrainingArguments, name) for name in defaults} | _read(file)
-        log = _read(file.with_suffix(".json"))
-        if missing := LOG - log.keys():
-            raise ValueError(f"{file.with_suffix('.json')} lacks {sorted(missing)}.")
-        data = recipe.get("stream") or recipe.get("json_path")
-        if not data:
-            raise ValueError(f"{file} names neither json_path nor stream: it is no recipe of delta_llava.train.")
-        history = log["log_history"]
-        stages.append(
-            {
-                "name": file.stem,
-                "recipe": recipe,
-                "data": data,
-                "num_rows": log["num_rows"],
-                "num_processes": log["num_processes"],
-                "num_steps": max((entry.get("step", 0) for entry in history), default=0),
-                "loss": _last(history, "loss"),
-                "seconds": _last(history, "train_runtime"),
-                "versions": log["versions"],
-                "has_curves": file.with_suffix(".png").exists(),
-            }
-        )
+    for stage in ("pretrain", "finetune"):
+        for file in sorted(folder.glob(f"{stage}*.yaml"), key=lambda file: (len(file.stem), file.stem)):
+            recipe, log = _read(file), _read(file.with_suffix(".json"))
+            if missing := LOG - log.keys():
+                raise ValueError(f"{file.with_suffix('.json')} lacks {sorted(missing)}.")
+            data = recipe.get("stream") or recipe.get("json_path")
+            if not data:
+                raise ValueError(f"{file} names neither json_path nor stream: it is no recipe of delta_llava.train.")
+            history = log["log_history"]
+            if not history or "train_runtime" not in history[-1]:
+                raise ValueError(f"{file.with_suffix('.json')} tells of a run that has not ended.")
+            stages.append(
+                {
+                    "name": file.stem,
+                    "recipe": recipe,
+                    "data": data,
+                    "num_steps": history[-1]["step"],
+                    "loss": _last(history, "loss"),
+                    "seconds": history[-1]["train_runtime"],
+                    "has_curves": file.with_suffix(".png").exists(),
+                    **{name: log[name] for name in ("num_rows", "num_processes", "batch_size", "versions")},
+                }
+            )
     return stages
 
 
@@ -250,7 +261,8 @@ def _last(log_history: list[dict[str, float]], name: str) -> float | None:
 
 
 def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str] | None:
-    names = {stage["data"]: known.get(stage["data"], stage["data"]) for stage in stages}
+    # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
+    names = {stage["data"]: known.get(stage["data"].partition(".")[0], stage["data"]) for stage in stages}
     unknown = sorted(data for data, name in names.items() if not _is_repository(name))
     if unknown or (is_converted and not stages):
         told = f"of {unknown}" if unknown else "that the converted weights were trained on"
@@ -260,8 +272,8 @@ def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted:
 
 def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, Any]]:
     """Files of evaluation results by their number of visual tokens, the largest first."""
-    results = {}
-    for file in sorted((checkpoint / "results").glob("*.json")):
+    results, weights = {}, None
+    for file in sorted((checkpoint / "results").glob("tokens-*.json")):
         content = _read(file)
         _check_fields(content, RESULT_FILE, str(file))
         budget = content["num_visual_tokens"]
@@ -271,12 +283,17 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
             )
         if budget in results:
             raise ValueError(f"{file} and {results[budget]['file']} both have results at {budget} tokens: keep one.")
+        weights = weights or _digests(checkpoint)
+        if content["weights"] != weights:
+            raise ValueError(f"{file} is about other weights than those in {checkpoint}: evaluate these.")
         seen = {}
         for index, result in enumerate(content["results"]):
             where = f"{file}, results[{index}]"
             _check_fields(result, RESULT, where)
             if not math.isfinite(result["value"]):
                 raise ValueError(f"{where}: value is {result['value']}, but must be finite.")
+            if result["unit"] not in UNITS:
+                raise ValueError(f"{where}: unit is {result['unit']!r}, but must be one of {UNITS}.")
             if result["num_samples"] < 1:
                 raise ValueError(f"{where}: num_samples is {result['num_samples']}, but must be 1 or more.")
             if (first := seen.setdefault(_what(result), index)) != index:
@@ -285,14 +302,25 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
     return dict(sorted(results.items(), reverse=True))
 
 
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights."""
+    digests = {}
+    for name in weight_files(checkpoint):
+        with open(checkpoint / name, "rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
 def _check_fields(found: Any, expected: dict[str, Any], where: str):
     if not isinstance(found, dict) or found.keys() != expected.keys():
-        names = list(found) if isinstance(found, dict) else repr(found)
-        raise ValueError(f"{where}: found {names}, but exactly {list(expected)} are expected.")
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: found {found!r} instead of {list(expected)}.")
+        unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+        raise ValueError(f"{where}: unknown are {unknown}, missing are {missing}.")
     for name, kind in expected.items():
         value = found[name]
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} is {value!r}, which is of a wrong type.")
+            raise ValueError(f"{where}: {name} is {value!r}, but must be of type {kind}.")
         if value in ("", []):
             raise ValueError(f"{where}: {name} is empty.")
         if isinstance(value, str) and set("|\r\n") & set(value):
@@ -301,7 +329,9 @@ def _check_fields(found: Any, expected: dict[str, Any], where: str):
 
 def _what(result: dict[str, Any]) -> tuple:
     """All of a result that tells what was measured."""
-    return tuple(result[name] for name in ("task", "name", "dataset", "config", "split", "metric", "prompt_variant"))
+    return tuple(
+        result[name] for name in ("task", "name", "dataset", "config", "split", "metric", "unit", "prompt_variant")
+    )
 
 
 def _result_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -315,8 +345,8 @@ def _result_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _costs(config: DeltaLlavaConfig, num_visual_tokens: int) -> dict[str, Any]:
-    """Parameters of each part, and FLOPs and bytes of one answer, at this budget and at all patches."""
-    budgets = sorted({num_visual_tokens, config.patch_grid_size**2}, reverse=True)
+    """Parameters of each part, and FLOPs and bytes of one answer at each trained budget and at all patches."""
+    budgets = sorted({*config.visual_token_budgets, config.patch_grid_size**2}, reverse=True)
     try:
         answers = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
     except ValueError as error:  # a kind of backbone that it does not know

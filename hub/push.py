@@ -1,4 +1,4 @@
-"""
+r"""
 Publishes a checkpoint on the Hub: one atomic commit of weights, code, processor, recipes, logs and card, then verified.
 
 ```
@@ -17,23 +17,36 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, is_offline_mode
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    cached_assets_path,
+    get_session,
+    hf_hub_download,
+    is_offline_mode,
+    set_client_factory,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
+from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .card import build_card
-from .verify import verify
+from .card import FAMILY, build_card
+from .verify import verify, weight_files
 
 
+CODE_FILES = ("configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py")
 REQUIRED_FILES = (
     "config.json",
     "generation_config.json",
@@ -41,117 +54,166 @@ REQUIRED_FILES = (
     "chat_template.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
-    "configuration_delta_llava.py",
-    "modeling_delta_llava.py",
-    "processing_delta_llava.py",
+    *CODE_FILES,
 )
-RECORDS = ("training/*.yaml", "training/*.json", "training/*.png", "results/*.json")
+STAGES = [f"training/{stage}*.{kind}" for stage in ("pretrain", "finetune") for kind in ("yaml", "json", "png")]
+RECORDS = ("training/sources.yaml", *STAGES, "results/tokens-*.json")
 # Nothing else is ever sent, or deleted from a repository: no optimizer state, no pickle, no log of other making
 OURS = (*REQUIRED_FILES, *RECORDS, SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "README.md")
-TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+TOKEN = re.compile(rb"(hf|api_org)_[\w.-]{30,}")
 MAX_SILENCE = 120  # seconds that the Hub may leave a request without a byte; huggingface_hub would wait for ever
 
 
-class Published(NamedTuple):
-    """The commit (`str`) that a branch stands at now, and whether this push has made it (`bool`)."""
+@dataclass(frozen=True)
+class Prepared:
+    """
+    What a branch of a repository is to hold.
 
-    commit: str
-    is_new: bool
+    Args:
+        checkpoint (`Path`), repo_id (`str`), branch (`str`): From where to where.
+        num_visual_tokens (`int`): Default budget of the branch.
+        card (`ModelCard`): Of the branch.
+        files (`dict[str, Path | bytes]`): All files by their names in the repository, the card among them.
+    """
+
+    checkpoint: Path
+    repo_id: str
+    branch: str
+    num_visual_tokens: int
+    card: ModelCard
+    files: dict[str, Path | bytes]
 
 
-def push(
+def prepare(
     checkpoint: str | Path,
     repo_id: str,
     revision: str | None = None,
-    private: bool = False,
-    dry_run: bool = False,
     base_model: list[str] | None = None,
     datasets: list[str] | None = None,
     license: str | None = None,
-) -> Published | None:
+    family: str | Path = FAMILY,
+) -> Prepared:
     """
-    Publish a checkpoint, and verify what was published as a stranger would load it.
+    Check a checkpoint and gather what is to be published of it, without a network.
 
     Args:
         checkpoint (`str` or `Path`): Folder that training, `merge_adapter`, `convert` or `assemble` has written.
-        repo_id (`str`): `ORG/NAME`, created where it does not exist.
+        repo_id (`str`): `ORG/NAME`.
         revision (`str`, *optional*, defaults to `main`): Branch. `tokens-36` gets 36 visual tokens as its default.
-        private (`bool`, *optional*, defaults to `False`): Whether the repository is to be private.
-        dry_run (`bool`, *optional*, defaults to `False`): Print what would be sent, and send nothing.
         base_model (`list[str]`, *optional*), datasets (`list[str]`, *optional*), license (`str`, *optional*):
             For the card, where the checkpoint's own records do not tell.
-
-    Returns:
-        `Published`: Where the branch stands; `None` for a dry run.
+        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): With licenses and data sets by name.
 
     Raises:
         ValueError: The checkpoint is not whole, holds an access token or was not trained for the branch's number of
-            visual tokens, its card has an unfilled field, or a repository that was to be private is public.
-        OSError: The Hub refuses or cannot be reached, or somebody else has pushed meanwhile. Readers see the old state
-            or, if the Hub's last answer was lost, the new one: a push that is run again goes on from there.
-        RuntimeError: What was published is not what was sent, or does not load. It stays, to be looked at.
+            visual tokens, or its card has an unfilled field.
     """
     checkpoint, branch = Path(checkpoint), revision or "main"
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id={repo_id} must be ORG/NAME.")
     num_visual_tokens = _check_checkpoint(checkpoint, branch)
     card = build_card(
         checkpoint,
         repo_id,
-        revision=revision,
+        revision=None if branch == "main" else branch,
         num_visual_tokens=num_visual_tokens,
         base_model=base_model,
         datasets=datasets,
         license=license,
+        family=family,
     )
     files = _files(checkpoint, num_visual_tokens) | {"README.md": str(card).encode()}
-    _check_secrets(files)
-    additions = [CommitOperationAdd(name, content) for name, content in files.items()]  # reads and hashes them all
+    for name, content in files.items():
+        if not name.endswith(".safetensors") and TOKEN.search(_bytes(content)):
+            raise ValueError(f"{name} holds what looks like an access token of the Hub: take it out, and revoke it.")
+    return Prepared(checkpoint, repo_id, branch, num_visual_tokens, card, files)
+
+
+def push(
+    prepared: Prepared, private: bool = False, dry_run: bool = False, home: str | Path | None = None
+) -> str | None:
+    """
+    Publish a checkpoint, and verify what was published as a stranger would load it.
+
+    A new branch begins as one commit off `main`; a later push is one commit on the branch itself.
+
+    Args:
+        prepared (`Prepared`): What [`prepare`] returns.
+        private (`bool`, *optional*, defaults to `False`): Whether the repository is to be private.
+        dry_run (`bool`, *optional*, defaults to `False`): Print what would be sent, and send nothing.
+        home (`str` or `Path`, *optional*): As for [`~delta_llava.hub.verify.verify`].
+
+    Returns:
+        `str`: The commit that the branch stands at; `None` for a dry run.
+
+    Raises:
+        ValueError: A repository that was to be private is public, or holds a model of another type.
+        OSError: The Hub refuses or cannot be reached, or somebody else has pushed meanwhile. Readers see the old state
+            or, if the Hub's last answer was lost, the new one: a push that is run again goes on from there.
+        RuntimeError: What was published is not what was sent, or does not load. It stays, to be looked at.
+    """
+    repo_id, branch = prepared.repo_id, prepared.branch
+    print(f"{prepared.checkpoint} to {repo_id}, branch {branch}, {prepared.num_visual_tokens} visual tokens by default")
+    additions = [CommitOperationAdd(name, content) for name, content in prepared.files.items()]
+    if dry_run and is_offline_mode():
+        print("Offline: what the repository holds is not known.")
+        _print_changes(prepared, additions)
+        print(f"\nREADME.md:\n\n{prepared.card}")
+        return None
     with talking_to_the_hub(repo_id):
         api = HfApi()
-        branches = {} if dry_run and is_offline_mode() else _branches(api, repo_id)
+        branches = _branches(api, repo_id)
         if not (branches or dry_run):
             api.create_repo(repo_id, private=private or None, exist_ok=True)
             branches = _branches(api, repo_id)
         if private and branches and not api.repo_info(repo_id).private:
             raise ValueError(f"{repo_id} is public: make it private in its settings, or push without --private.")
         changes = _changes(api, repo_id, branches.get(branch, branches.get("main")), additions)
-        print(f"{checkpoint} to {repo_id}, branch {branch}, {num_visual_tokens} visual tokens by default")
-        _print(checkpoint, additions, changes)
+        _print_changes(prepared, changes)
+        if branch not in ("main", *branches) and len(changes) >= len(additions):
+            print(f"main of {repo_id} does not hold this checkpoint: push without --revision too.")
         if dry_run:
-            print(f"\nREADME.md:\n\n{card}")
+            print(f"\nREADME.md:\n\n{prepared.card}")
             return None
-        message = f"Delta-LLaVA with {num_visual_tokens} visual tokens by default"
-        published = _commit(api, repo_id, branch, branches, changes, message)
-        differing = _changes(api, repo_id, published.commit, additions)
+        message = f"Delta-LLaVA with {prepared.num_visual_tokens} visual tokens by default"
+        commit = _commit(api, repo_id, branch, branches, changes, message)
+        differing = _changes(api, repo_id, commit, additions)
 
     if differing:
         names = [change.path_in_repo for change in differing]
-        raise RuntimeError(f"{repo_id} at {published.commit} is not what was sent: {names} differ.")
-    if not published.is_new:
-        print(
-            "Nothing to send. To verify what is there: python -m delta_llava.hub.verify "
-            f"--checkpoint {checkpoint} --repo_id {repo_id} --revision {published.commit} "
-            f"--num_visual_tokens {num_visual_tokens}"
-        )
-        return published
-    verify(checkpoint, repo_id, published.commit, num_visual_tokens)
-    if others := sorted(name for name in branches if name.startswith("tokens-") and branch == "main"):
+        raise RuntimeError(f"{repo_id} at {commit} is not what was sent: {names} differ.")
+    verified = cached_assets_path("delta_llava", namespace="verified", subfolder=repo_id.replace("/", "--")) / commit
+    if verified.exists():
+        print(f"{commit} has been verified before.")
+    else:
+        verify(prepared.checkpoint, repo_id, commit, prepared.num_visual_tokens, home)
+        verified.touch()
+    print(f'To pin it: from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True)')
+    if changes and branch == "main" and (others := sorted(name for name in branches if name.startswith("tokens-"))):
         print(f"Branches {', '.join(others)} still hold what they held: push them too.")
-    return published
+    return commit
 
 
 @contextmanager
-def talking_to_the_hub(repo_id: str) -> Iterator[None]:
+def talking_to_the_hub(what: str) -> Iterator[None]:
     """Ends a request that is met with silence, and tells after any failure of one how to go on (`OSError`)."""
-    hooks = get_session().event_hooks
-    if _limit_silence not in hooks["request"]:
-        get_session().event_hooks = {**hooks, "request": [*hooks["request"], _limit_silence]}
+    session = get_session()
+    if _limit_silence not in session.event_hooks["request"]:
+        hooks = {**session.event_hooks, "request": [*session.event_hooks["request"], _limit_silence]}
+        set_client_factory(lambda: type(session)(event_hooks=hooks, follow_redirects=True, timeout=None))
     try:
         yield
-    except (HTTPError, RuntimeError) as error:  # huggingface_hub's uploads hide the reason behind a RuntimeError
-        reason = error.__cause__ if isinstance(error, RuntimeError) else error
+    except (HTTPError, OSError, RuntimeError) as error:
+        # Uploads hide it behind a RuntimeError
+        reason = error.__cause__ or error if isinstance(error, RuntimeError) else error
+        if isinstance(reason, HfHubHTTPError) and reason.response.status_code in (401, 403):
+            advice = "Log in by `hf auth login`, with a token that may write there, and run the same command again."
+        else:
+            advice = "Run the same command again to go on."
         raise OSError(
-            f"{type(reason).__name__}: {reason}\nReaders of {repo_id} see the old state, or the new one if its commit "
-            "was the last thing done. Run the same command again to go on."
+            f"{type(reason).__name__}: {reason}\nReaders of {what} see the old state, or the new one if its commit "
+            f"was the last thing done. {advice}"
         ) from error
 
 
@@ -161,21 +223,23 @@ def _limit_silence(request):
             request.extensions["timeout"][part] = MAX_SILENCE
 
 
-def _print(
-    checkpoint: Path,
-    additions: list[CommitOperationAdd],
-    changes: list[CommitOperationAdd | CommitOperationDelete],
-):
+def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | CommitOperationDelete]):
     sent = [change for change in changes if isinstance(change, CommitOperationAdd)]
     for addition in sent:
         print(f"send    {addition.path_in_repo:44}{addition.upload_info.size:>15,} bytes")
     for change in changes[len(sent) :]:
         print(f"delete  {change.path_in_repo}")
-    print(f"{len(additions) - len(sent)} of {len(additions)} files are there already")
-    files = {Path(addition.path_in_repo) for addition in additions}
+    print(f"{len(sent)} of {len(prepared.files)} files are to be sent")
+    files = set(map(Path, prepared.files))
     folders = {file.parent for file in files}
-    beside = {path.relative_to(checkpoint) for folder in folders for path in (checkpoint / folder).iterdir()}
-    print(f"never sent: {', '.join(sorted(map(str, beside - folders - files))) or 'nothing'}", flush=True)
+    beside = {
+        path.relative_to(prepared.checkpoint) for name in folders for path in (prepared.checkpoint / name).iterdir()
+    }
+    print(f"never sent: {', '.join(sorted(map(str, beside - folders - files))) or 'nothing'}")
+    for name in CODE_FILES:
+        if _bytes(prepared.files[name]) != (Path(__file__).parents[1] / name).read_bytes():
+            print(f"{name} is another than that of this package: it is published as it is.")
+    print(end="", flush=True)
 
 
 def _check_checkpoint(checkpoint: Path, branch: str) -> int:
@@ -188,6 +252,10 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
     auto_map = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("auto_map")
     if auto_map != AUTO_MAP:
         raise ValueError(f"auto_map of {checkpoint / 'config.json'} is {auto_map}, but must be {AUTO_MAP}.")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        # Code of another repository could change behind a pinned commit
+        if others := re.findall(r'"Auto\w+": \[?\s*"([^"]*--[^"]*)"', (checkpoint / name).read_text(encoding="utf-8")):
+            raise ValueError(f"{checkpoint / name} takes code from another repository: {others}.")
     processor = DeltaLlavaProcessor.from_pretrained(checkpoint)
     for name, theirs in (
         ("num_visual_tokens", processor.num_visual_tokens),
@@ -197,9 +265,13 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
             raise ValueError(
                 f"{checkpoint}: {name} is {getattr(config, name)} in the config, {theirs} in the processor."
             )
-    for name in _weights(checkpoint):
+    for name in weight_files(checkpoint):
         if not (checkpoint / name).is_file():
             raise ValueError(f"{checkpoint} lacks {name}, which holds some of its weights.")
+        try:
+            safe_open(checkpoint / name, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{checkpoint / name} cannot be read: {error}.") from error
     # On meta no weight is read, but each name and shape is compared
     _, info = DeltaLlavaForConditionalGeneration.from_pretrained(
         checkpoint, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True
@@ -208,7 +280,7 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
         found = ", ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys)
         raise ValueError(f"The weights in {checkpoint} are not those of its config: {found}.")
 
-    match = re.fullmatch(r"tokens-(\d+)", branch)
+    match = re.fullmatch(r"tokens-([1-9]\d*)", branch)
     num_visual_tokens = int(match[1]) if match else config.num_visual_tokens
     if num_visual_tokens not in config.visual_token_budgets:
         raise ValueError(
@@ -218,22 +290,11 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
     return num_visual_tokens
 
 
-def _weights(checkpoint: Path) -> list[str]:
-    index, single = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
-    if index.exists() == single.exists():
-        found = "both" if single.exists() else "neither"
-        raise ValueError(f"{checkpoint} must hold {single.name} or {index.name}, and holds {found}.")
-    if single.exists():
-        return [single.name]
-    return [index.name, *sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-
-
 def _files(checkpoint: Path, num_visual_tokens: int) -> dict[str, Path | bytes]:
     """What is to be published but for the card, with another default budget where that is not the checkpoint's own."""
-    names = [*REQUIRED_FILES, *_weights(checkpoint)]
-    names += [
-        path.relative_to(checkpoint).as_posix() for pattern in RECORDS for path in sorted(checkpoint.glob(pattern))
-    ]
+    names = [*REQUIRED_FILES, *weight_files(checkpoint)]
+    for pattern in (SAFE_WEIGHTS_INDEX_NAME, *RECORDS):
+        names += sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.glob(pattern))
     files = {name: checkpoint / name for name in names}
     for name in ("config.json", "processor_config.json"):
         values = json.loads(files[name].read_text(encoding="utf-8"))
@@ -243,13 +304,7 @@ def _files(checkpoint: Path, num_visual_tokens: int) -> dict[str, Path | bytes]:
     return files
 
 
-def _check_secrets(files: dict[str, Path | bytes]):
-    for name, content in files.items():
-        if not name.endswith(".safetensors") and TOKEN.search(_content(content)):
-            raise ValueError(f"{name} holds what looks like an access token of the Hub: take it out, and revoke it.")
-
-
-def _content(content: Path | bytes) -> bytes:
+def _bytes(content: Path | bytes) -> bytes:
     return content if isinstance(content, bytes) else content.read_bytes()
 
 
@@ -267,7 +322,13 @@ def _changes(
     """What makes a commit (`None`: an empty repository) hold these files, and of ours no others; additions first."""
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit) if commit else ()
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    is_there_config = "config.json" in remote
     changes = [addition for addition in additions if not _is_same(addition, remote.pop(addition.path_in_repo, None))]
+    if is_there_config and any(change.path_in_repo == "config.json" for change in changes):
+        file = hf_hub_download(repo_id, "config.json", revision=commit)
+        model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
+        if model_type != DeltaLlavaConfig.model_type:
+            raise ValueError(f"{repo_id} holds a model of type {model_type}, which a push would replace: name another.")
     for name in remote:
         # Weights of an earlier push in other shards, say; what was not made here is left alone
         if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in OURS):
@@ -291,16 +352,15 @@ def _commit(
     branches: dict[str, str],
     changes: list[CommitOperationAdd | CommitOperationDelete],
     message: str,
-) -> Published:
+) -> str:
     staging = f"{branch}.incoming"
     if staging in branches:  # of a push that was interrupted
         api.delete_branch(repo_id, branch=staging)
     head = branches.get(branch)
     if head is not None:
         if not changes:
-            return Published(head, is_new=False)
-        commit = api.create_commit(repo_id, changes, commit_message=message, revision=branch, parent_commit=head).oid
-        return Published(commit, is_new=True)
+            return head
+        return api.create_commit(repo_id, changes, commit_message=message, revision=branch, parent_commit=head).oid
     # A new branch appears with its commit: begun at main under its own name, it would have main's default for a while
     commit = branches["main"]
     if changes:
@@ -309,7 +369,7 @@ def _commit(
     api.create_branch(repo_id, branch=branch, revision=commit)
     if changes:
         api.delete_branch(repo_id, branch=staging)
-    return Published(commit, is_new=True)
+    return commit
 
 
 def main(arguments: list[str] | None = None):
@@ -322,19 +382,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--base_model", nargs="+", help="ORG/NAME of tower and language model, for the card")
     parser.add_argument("--datasets", nargs="+", help="ORG/NAME of the data sets trained on, for the card")
     parser.add_argument("--license", help="the language model's, as the Hub names it, for the card")
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    where = {name: options.pop(name) for name in ("private", "dry_run")}
     try:
-        published = push(**vars(options))
-    except OSError as error:
+        push(prepare(**options), **where)
+    except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    if published:
-        print_pinned(options.repo_id, published)
-
-
-def print_pinned(repo_id: str, published: Published):
-    """Print a commit, and how to load exactly that one."""
-    print(f"{repo_id} stands at commit {published.commit}. To pin it:")
-    print(f'from_pretrained("{repo_id}", revision="{published.commit}", trust_remote_code=True)')
 
 
 if __name__ == "__main__":

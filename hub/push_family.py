@@ -10,16 +10,18 @@ What is missing is printed; what the Hub has already is not sent twice.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi
 
 from ..configuration_delta_llava import DeltaLlavaConfig
-from .push import print_pinned, push, talking_to_the_hub
+from .card import FAMILY
+from .push import prepare, push, talking_to_the_hub
 
 
-FAMILY = Path(__file__).parent / "checkpoints.yaml"
+FIELDS = {"checkpoints", "collection", "licenses", "datasets"}
 
 
 def push_family(
@@ -44,39 +46,53 @@ def push_family(
 
     Raises:
         ValueError: A checkpoint was trained for other budgets than the family lists, or made of another language
-            model; nothing has been sent then. Else as for [`~delta_llava.hub.push.push`].
+            model, or cannot be published; nothing has been sent then. Else as for [`~delta_llava.hub.push.push`].
     """
-    family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
-    there, missing = {}, []
-    for language_model, listed in family["checkpoints"].items():
+    if not Path(checkpoints).is_dir():
+        raise ValueError(f"checkpoints={checkpoints} is not a folder.")
+    content = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
+    if unlike := content.keys() ^ FIELDS:
+        raise ValueError(f"{family} must have exactly {sorted(FIELDS)}: see {sorted(unlike)}.")
+    prepared, missing = {}, []
+    for language_model, listed in content["checkpoints"].items():
         for name, budgets in listed.items():
             folder = Path(checkpoints) / name
-            if not folder.is_dir():
+            if not (folder / "config.json").is_file():
                 missing.append(name)
                 continue
-            there[name] = folder, DeltaLlavaConfig.from_pretrained(folder)
-            trained, sources = there[name][1].visual_token_budgets, folder / "training/sources.yaml"
+            config = DeltaLlavaConfig.from_pretrained(folder)
+            trained = config.visual_token_budgets
             if sorted(trained) != sorted(budgets):
                 raise ValueError(f"{folder} was trained for {trained} visual tokens, but {name} is for {budgets}.")
+            sources = folder / "training" / "sources.yaml"
             made_of = yaml.safe_load(sources.read_text(encoding="utf-8"))["language_model"]
             if made_of != language_model:
-                raise ValueError(f"{folder} was made of {made_of} ({sources}), but {name} is of {language_model}.")
+                raise ValueError(
+                    f"{sources} says {made_of}, but {name} is made of {language_model}. If that is another name of "
+                    "the same model, as of a local folder, change it there."
+                )
+            default = config.num_visual_tokens
+            others = sorted((budget for budget in budgets if budget != default), reverse=True)
+            prepared[name] = [
+                prepare(folder, f"{namespace}/{name}", revision, family=family)
+                for revision in (None, *(f"tokens-{budget}" for budget in others))
+            ]
+    print(f"missing in {checkpoints}, or not finished: {', '.join(missing) or 'none'}\n", flush=True)
 
-    for name, (folder, config) in there.items():
-        default = config.num_visual_tokens
-        others = [budget for budget in reversed(config.visual_token_budgets) if budget != default]
-        for revision in (None, *(f"tokens-{budget}" for budget in others)):
-            published = push(folder, f"{namespace}/{name}", revision, private=private, dry_run=dry_run)
-            if published:
-                print_pinned(f"{namespace}/{name}", published)
-            print(flush=True)
-    if there and not dry_run:
-        with talking_to_the_hub(family["collection"]["title"]):
+    for branches in prepared.values():
+        # The branches of a repository have the same weights: they are downloaded once for its verifications
+        with tempfile.TemporaryDirectory() as home:
+            for branch in branches:
+                push(branch, private, dry_run, home)
+                print(flush=True)
+    if prepared and not dry_run:
+        about = content["collection"]
+        with talking_to_the_hub(f"the collection {about['title']}"):
             api = HfApi()
-            collection = api.create_collection(
-                **family["collection"], namespace=namespace, private=private, exists_ok=True
-            )
-            for name in there:
+            collection = api.create_collection(**about, namespace=namespace, private=private, exists_ok=True)
+            if (collection.description, collection.private) != (about["description"], private):
+                api.update_collection_metadata(collection.slug, description=about["description"], private=private)
+            for name in prepared:
                 api.add_collection_item(collection.slug, f"{namespace}/{name}", item_type="model", exists_ok=True)
         print(f"collection: {collection.url}")
     return missing
@@ -90,10 +106,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--dry_run", action="store_true", help="print what would be sent, and send nothing")
     parser.add_argument("--family", default=FAMILY, help="YAML file (default: hub/checkpoints.yaml)")
     try:
-        missing = push_family(**vars(parser.parse_args(arguments)))
-    except OSError as error:
+        push_family(**vars(parser.parse_args(arguments)))
+    except (OSError, RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    print(f"missing on disk: {', '.join(missing) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -235,3 +235,13 @@ def test_what_servers_ask(tiny_processor, noise):
     (offset,) = inputs["text_replacement_offsets"][0]
     assert offset["replacement"] == "<image>" * 4 and offset["span"] == (2, 9) and offset["new_span"] == (2, 30)
     assert set(processor(images=noise(1), text="<image>")) == set(processor.model_input_names)
+
+
+def test_a_saved_budget_is_the_processor_s_alone(tiny_processor, noise, tmp_path):
+    tiny_processor().save_pretrained(tmp_path / "first")
+    DeltaLlavaProcessor.from_pretrained(tmp_path / "first", num_visual_tokens=4).save_pretrained(tmp_path / "second")
+    assert "num_visual_tokens" not in (tmp_path / "second/tokenizer_config.json").read_text()
+    processor = DeltaLlavaProcessor.from_pretrained(tmp_path / "second")
+    assert processor.num_visual_tokens == 4
+    processor.num_visual_tokens = 16
+    assert processor(images=noise(1), text="<image>")["num_visual_tokens"] == [16]

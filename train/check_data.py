@@ -1,8 +1,9 @@
-"""
+r"""
 Check LLaVA's training data before it is trained on: every record and every image, and how to mend what is wrong.
 
 ```
-python -m delta_llava.train.check_data --json llava_v1_5_mix665k.json --images LLaVA-Tuning --write_clean clean.json
+python -m delta_llava.train.check_data --json llava_v1_5_mix665k.json --images LLaVA-Tuning \
+    --write_clean llava_v1_5_mix665k.clean.json
 ```
 
 Bad records stop a training; notes are harmless here. Training on the same file and images finds all of it checked.

@@ -1,4 +1,4 @@
-"""
+r"""
 Stage 2: teach the projector and the language model to follow instructions about images. The tower is frozen.
 
 ```
@@ -11,7 +11,7 @@ accelerate launch -m delta_llava.train.finetune \
 ```
 
 On one device `python -m delta_llava.train.finetune` does. One checkpoint for several token budgets:
-`--num_visual_tokens 1 4 16 36 144`. After an interruption: `--resume_from_checkpoint latest`.
+`--num_visual_tokens 1 4 16 36 64 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
 from transformers import LlavaImageProcessor
@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None):
     processor = DeltaLlavaProcessor.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        num_visual_tokens=config.num_visual_tokens,
     )
+    processor.num_visual_tokens = config.num_visual_tokens
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
     image_size = config.vision_config.image_size
     processor.image_processor = LlavaImageProcessor(
@@ -82,6 +82,7 @@ def main(arguments: list[str] | None = None):
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    record.finish(trainer)
 
 
 if __name__ == "__main__":

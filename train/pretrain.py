@@ -1,4 +1,4 @@
-"""
+r"""
 Stage 1: teach the projector to speak to the language model, on images and their captions. Tower and LLM are frozen.
 
 One GPU, or one CPU with `bf16: false` in the recipe:
@@ -13,7 +13,7 @@ python -m delta_llava.train.pretrain \
 ```
 
 Several GPUs: `accelerate launch -m delta_llava.train.pretrain` with the same arguments. One checkpoint for several
-token budgets: `--num_visual_tokens 1 4 16 36 144`. After an interruption: `--resume_from_checkpoint latest`.
+token budgets: `--num_visual_tokens 1 4 16 36 64 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
 from pathlib import Path
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None):
     processor = DeltaLlavaProcessor.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        num_visual_tokens=config.num_visual_tokens,
     )
+    processor.num_visual_tokens = config.num_visual_tokens
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
     collator = Collator(processor, training_args.max_length, template)
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None):
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    record.finish(trainer)
 
 
 if __name__ == "__main__":

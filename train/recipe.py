@@ -91,13 +91,14 @@ def parse_recipe(
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if any(argument.startswith("--dry_run") for argument in arguments) and not torch.accelerator.is_available():
         arguments += ["--use_cpu", "true"]  # else bf16 would be refused
-    named = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")}
+    said = (argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--"))
+    named = {name.replace("-", "_").removeprefix("no_") for name in said}
     if "--config" in arguments[:-1]:
         named |= set(yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8")) or ())
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), allow_abbrev=False)
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     values = {**training_args.to_dict(), **asdict(model_args), **asdict(script_args)}
-    private = {name for name in values if name.endswith("token")} | {"resume_from_checkpoint", "run_name"}
+    private = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name"}
     recipe = {name: _readable(values[name]) for name in sorted(named & values.keys() - private)}
     return script_args, training_args, model_args, recipe
 
@@ -105,11 +106,15 @@ def parse_recipe(
 def _readable(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, dict):
+        return {name: _readable(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_readable(item) for item in value]
     if isinstance(value, str) and "/" in value:
         path = Path(value)
         # A repository of the Hub is named ORG/NAME
         return path.name if path.is_absolute() or len(path.parts) > 2 or path.exists() else value
-    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def check_recipe(
@@ -145,6 +150,8 @@ def check_recipe(
         raise ValueError(
             f"model_name_or_path={model} is not a folder: name what delta_llava.hub.assemble or stage 1 has written."
         )
+    if model.is_dir() and model.resolve() == Path(training_args.output_dir).resolve():
+        raise ValueError(f"output_dir={training_args.output_dir} holds the model to start from: name another folder.")
     if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
         script_args.image_folder
     ):

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 
@@ -20,11 +20,11 @@ PACKAGES = ("delta-llava", "torch", "transformers", "trl", "accelerate", "peft",
 
 class Record(TrainerCallback):
     """
-    Writes `pretrain.yaml` (the recipe), `pretrain.json` (the log) and `pretrain.png` (the curves) into `training/` of
-    the output folder, or the same of `finetune`, with every checkpoint and at the end.
+    Writes `pretrain.yaml` (the recipe), `pretrain.png` (the curves, with every checkpoint) and, when the result is
+    saved, `pretrain.json` (the log) into `training/` of the output folder, or the same of `finetune`.
 
     What the model's own folder holds from earlier stages is copied beside them. A stage that it has seen already gets a
-    number: `finetune-2.yaml`.
+    number: `finetune-2.yaml`. A resumed run keeps the recipe that it began with.
 
     Args:
         stage (`str`): `pretrain` or `finetune`.
@@ -43,6 +43,7 @@ class Record(TrainerCallback):
     ):
         self.stage, self.recipe, self.num_rows = stage, recipe, num_rows
         self.model_name_or_path, self.revision = model_name_or_path, revision
+        self.versions = {package: importlib.metadata.version(package) for package in PACKAGES}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -51,29 +52,40 @@ class Record(TrainerCallback):
         if not model.is_dir():
             model = Path(snapshot_download(str(model), revision=self.revision, allow_patterns=f"{FOLDER}/*"))
         earlier, folder = model / FOLDER, Path(args.output_dir, FOLDER)
-        if earlier.is_dir():
-            shutil.copytree(earlier, folder, dirs_exist_ok=True)
         times = sum(file.stem.split("-")[0] == self.stage for file in earlier.glob("*.yaml"))
         self.file = folder / (f"{self.stage}-{times + 1}" if times else self.stage)
-        folder.mkdir(parents=True, exist_ok=True)
+        if state.global_step > 0 and self.file.with_suffix(".yaml").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, whose weights will be replaced
+        if (earlier / "sources.yaml").is_file():
+            shutil.copytree(earlier, folder)
+        else:
+            logger.warning(f"{earlier} holds no record of what the model was made of: it will be missing in the card.")
+            folder.mkdir(parents=True)
         self.file.with_suffix(".yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
 
     def on_save(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+        if state.is_world_process_zero:
+            try:
+                draw_curves(state.log_history, self.file.with_suffix(".png"))
+            except OSError as error:
+                logger.warning(f"{self.file}.png could not be written: {error}")  # no reason to end a run
+
+    on_train_end = on_save
+
+    def finish(self, trainer: Trainer):
+        """Write the log, once the weights that it tells of are saved."""
+        args, state = trainer.args, trainer.state
+        if not state.is_world_process_zero or not state.log_history:  # none if nothing was left to train
             return
         log = {
             "num_rows": self.num_rows,
             "num_processes": args.world_size,
-            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+            "batch_size": state.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "versions": self.versions,
             "log_history": state.log_history,
         }
-        try:
-            self.file.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-            draw_curves(state.log_history, self.file.with_suffix(".png"))
-        except OSError as error:
-            logger.warning(f"{self.file}.json and .png could not be written: {error}")  # no reason to end a run
-
-    on_train_end = on_save
+        self.file.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
 def draw_curves(log_history: list[dict[str, float]], file: Path):

@@ -37,6 +37,7 @@ def loopback_hub(monkeypatch, tmp_path_factory):
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(home / "assets"))
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     for module in (transformers.utils.hub, transformers.dynamic_module_utils):

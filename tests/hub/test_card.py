@@ -1,5 +1,6 @@
 """A card says what the checkpoint's records say, all of it, and nothing else."""
 
+import hashlib
 import json
 import re
 
@@ -23,6 +24,7 @@ RESULT = {
     "split": "testdev",
     "metric": "exact_match",
     "value": 61.25,
+    "unit": "percent",
     "prompt_variant": "default",
     "num_samples": 12578,
 }
@@ -32,6 +34,12 @@ RESULTS = {"num_visual_tokens": 36, "toolkit": "lmms-eval 0.7.3", "date": "2026-
 def write(file, content):
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(content) if file.suffix == ".json" else yaml.safe_dump(content, sort_keys=False))
+
+
+def write_results(folder, budget, results, **changes):
+    weights = {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    content = {**RESULTS, "num_visual_tokens": budget, "weights": weights, "results": results, **changes}
+    write(folder / f"results/tokens-{budget}.json", content)
 
 
 @pytest.fixture
@@ -47,12 +55,11 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
         recipe |= {"max_steps": steps} if "stream" in recipe else {}
         write(folder / f"training/{stage}.yaml", recipe)
         history = [{"step": steps, "loss": 1.25}, {"step": steps, "train_runtime": 9000.0, "train_loss": 9.0}]
-        log = {"num_processes": 7, "versions": {"torch": "2.13.0"}, "log_history": history}
+        log = {"num_processes": 7, "batch_size": 105, "versions": {"torch": "2.13.0"}, "log_history": history}
         write(folder / f"training/{stage}.json", {"num_rows": None if "stream" in recipe else 558128, **log})
         noise(1)[0].save(folder / f"training/{stage}.png")
     for budget, value in ((36, 61.25), (4, 50.5)):
-        results = [{**RESULT, "value": value}]
-        write(folder / f"results/tokens-{budget}.json", {**RESULTS, "num_visual_tokens": budget, "results": results})
+        write_results(folder, budget, [{**RESULT, "value": value}])
     noise(1)[0].save(tmp_path / "image.jpg")
     return folder
 
@@ -92,11 +99,10 @@ def test_the_text_is_that_of_its_branch_and_budget(checkpoint):
     assert card.text.count(', revision="tokens-4", trust_remote_code=True') == 3
     assert card.text.count('"num_visual_tokens": 4}') == 2
     header, row = table(card, "Results")
-    assert header[-2:] == ["36", "4"] and row[-2:] == ["61.25", "50.5"]
+    assert header[-2:] == ["36", "4"] and row[-2:] == ["61.25 %", "50.5 %"]
     stages = {name: values for name, *values in table(card, "Training")}
     assert stages["rows"] == ["558,128", "streamed"]
-    assert stages["length"] == ["11 steps, epochs: 3", "22 steps"]  # what a recipe leaves out is the trainer's default
-    assert stages["batch"] == ["105 rows: 3 per device x 5 accumulated x 7 processes"] * 2
+    assert stages["length"] == [f"{steps} steps of 105 rows, on 7 processes" for steps in (11, 22)]
     assert stages["last loss"] == ["1.2500", "1.2500"] and stages["visual tokens"] == ["4, 36", "4, 36"]
     assert stages["hours since the last start"] == ["2.5", "2.5"] and stages["peak learning rate"] == ["0.002"] * 2
     links = set(re.findall(r"\]\(((?:training|results)/\S+)\)", card.text))
@@ -124,7 +130,7 @@ def test_costs_are_those_that_the_command_beside_them_prints(checkpoint, backbon
         assert "GFLOPs | KV cache, KiB" in header
         assert not any(float(cell) == 0 for row in rows for cell in row.strip("|").split("|"))
     else:
-        assert len(rows) == 2 and {header, rule, *rows} < set(printed)
+        assert len(rows) == 3 and {header, rule, *rows} < set(printed)
 
 
 @pytest.mark.parametrize(("revision", "budget"), [(None, 36), ("tokens-4", 4)])
@@ -157,6 +163,14 @@ def test_a_checkpoint_without_training_or_results_says_so(checkpoint):
     assert card.data.base_model == [*SOURCES.values(), "org/published"] and card.data.datasets == ["org/data"]
 
 
+def test_weights_that_nothing_tells_of_are_not_called_random(checkpoint):
+    for folder in ("training", "results"):
+        for file in (checkpoint / folder).iterdir():
+            file.unlink()
+    text = build_card(checkpoint, REPO, base_model=list(SOURCES.values())).text
+    assert "How these weights were trained is not recorded." in text and "random" not in text
+
+
 def test_an_unfilled_field_is_refused_and_the_arguments_fill_it(checkpoint):
     write(checkpoint / "training/sources.yaml", {"vision_tower": "tower", "language_model": "org/language"})
     with pytest.raises(ValueError, match=r"names 'tower' as the vision tower.* by --base_model"):
@@ -171,6 +185,8 @@ def test_an_unfilled_field_is_refused_and_the_arguments_fill_it(checkpoint):
     write(checkpoint / "training/pretrain.yaml", {"json_path": "mine.json"})
     with pytest.raises(ValueError, match=r"data sets of \['mine.json'\] are unknown: .* by --datasets"):
         build_card(checkpoint, REPO, base_model=["org/tower", "org/language"], license="mit")
+    with pytest.raises(ValueError, match=r"datasets=\['my drawings'\] must be named as ORG/NAME"):
+        build_card(checkpoint, REPO, datasets=["my drawings"])
     given = {"base_model": ["org/tower", "org/language"], "license": "mit", "datasets": ["org/mine"]}
     card = build_card(checkpoint, REPO, **given)
     assert (card.data.base_model, card.data.license, card.data.datasets) == tuple(given.values())
@@ -203,7 +219,12 @@ def test_a_budget_that_was_not_trained_has_no_card(checkpoint):
         ("finetune.yaml", "- a", "finetune.yaml must hold names and values"),
         ("finetune.json", "{", "finetune.json cannot be read"),
         ("finetune.json", None, "finetune.json cannot be read"),
-        ("finetune.json", '{"num_rows": 1}', r"finetune.json lacks \['log_history', 'num_processes', 'versions'\]"),
+        ("finetune.json", '{"num_rows": 1}', r"finetune.json lacks \['batch_size', 'log_history', "),
+        (
+            "finetune.json",
+            '{"num_rows": 1, "num_processes": 1, "batch_size": 1, "versions": {}, "log_history": [{"step": 1}]}',
+            r"finetune.json tells of a run that has not ended",
+        ),
     ],
 )
 def test_a_record_that_is_missing_or_broken_is_named(checkpoint, file, content, message):
@@ -217,12 +238,13 @@ def test_a_record_that_is_missing_or_broken_is_named(checkpoint, file, content, 
 
 def test_what_a_run_has_not_left_is_not_made_up(checkpoint):
     (checkpoint / "training/finetune.png").unlink()
-    log = {"num_rows": None, "num_processes": 1, "versions": {"torch": "2.13.0"}, "log_history": []}
+    history = [{"step": 1, "train_runtime": 1.0}]
+    log = {"num_rows": None, "num_processes": 1, "batch_size": 2, "versions": {"a": "1"}, "log_history": history}
     write(checkpoint / "training/finetune.json", log)
     write(checkpoint / "training/finetune.yaml", {"stream": "org/stream", "use_peft": True})
     card = build_card(checkpoint, REPO)
     stages = {name: values[1] for name, *values in table(card, "Training")}
-    assert stages["last loss"] == "not logged" and stages["hours since the last start"] == "not finished"
+    assert stages["last loss"] == "not logged" and stages["length"] == "1 steps of 2 rows, on 1 process"
     assert stages["trained"] == "projector and LoRA" and stages["visual tokens"] == "the model's"
     assert "training/pretrain.png" in card.text and "training/finetune.png" not in card.text
 
@@ -241,7 +263,8 @@ def test_what_a_run_has_not_left_is_not_made_up(checkpoint):
 )
 def test_a_field_that_nobody_fills_is_refused_by_name(checkpoint, monkeypatch, tmp_path, field):
     write(checkpoint / "training/pretrain.yaml", {"json_path": "blip_laion_cc_sbu_558k.json", "nothing": ""})
-    log = {"num_rows": 1, "num_processes": 1, "versions": {}, "log_history": []}
+    history = [{"step": 1, "train_runtime": 1.0}]
+    log = {"num_rows": 1, "num_processes": 1, "batch_size": 2, "versions": {}, "log_history": history}
     write(checkpoint / "training/pretrain.json", log)
     (tmp_path / "card.md").write_text(module.TEMPLATE.read_text() + f"More: {field}\n")
     monkeypatch.setattr(module, "TEMPLATE", tmp_path / "card.md")
@@ -256,19 +279,26 @@ def test_a_field_that_nobody_fills_is_refused_by_name(checkpoint, monkeypatch, t
         ({"num_visual_tokens": 25}, "num_visual_tokens is 25, but must be one of"),
         ({"num_visual_tokens": 4}, "and tokens-36.json both have results at 4"),
         ({"toolkit": None}, "toolkit is None"),
-        ({"extra": 1}, "but exactly"),
+        ({"extra": 1}, r"unknown are \['extra'\], missing are \[\]"),
         ({"results": [{**RESULT, "value": float("nan")}]}, r"results\[0\]: value is nan"),
         ({"results": [{**RESULT, "value": "61.25"}]}, r"results\[0\]: value is '61.25'"),
         ({"results": [RESULT, {**RESULT, "value": 1}]}, r"results\[1\]: measures what results\[0\] measures"),
         ({"results": []}, "results is empty"),
+        ({"weights": {"model.safetensors": "0"}}, "is about other weights than those in"),
+        ({"results": [{**RESULT, "unit": "fraction"}]}, r"results\[0\]: unit is 'fraction'"),
         ({"results": [3]}, r"results\[0\]: found 3"),
         ({"results": [{**RESULT, "num_samples": 0}]}, r"results\[0\]: num_samples is 0"),
         ({"results": [{**RESULT, "prompt_variant": "a | b"}]}, r"results\[0\]: prompt_variant is 'a \| b'"),
-        ({"results": [{key: RESULT[key] for key in RESULT if key != "split"}]}, r"results\[0\]: found"),
+        (
+            {"results": [{key: RESULT[key] for key in RESULT if key != "split"}]},
+            r"results\[0\]: .*missing are \['split'\]",
+        ),
     ],
 )
 def test_results_that_are_not_as_they_must_be_are_refused_by_name(checkpoint, changes, message):
-    write(checkpoint / "results/tokens-36.json", {**RESULTS, "results": [RESULT], **changes})
+    write_results(checkpoint, 36, [RESULT])
+    file = checkpoint / "results/tokens-36.json"
+    write(file, {**json.loads(file.read_text()), **changes})
     with pytest.raises(ValueError, match=f"results/tokens-.*{message}"):
         build_card(checkpoint, REPO)
 
@@ -276,16 +306,16 @@ def test_results_that_are_not_as_they_must_be_are_refused_by_name(checkpoint, ch
 def test_all_that_was_measured_is_shown_once(checkpoint):
     """Also what differs in its prompt, its name or its samples alone."""
     others = [{**RESULT, "prompt_variant": "short", "value": 7}, {**RESULT, "task": "b", "name": "B", "value": 8}]
-    write(checkpoint / "results/tokens-36.json", {**RESULTS, "results": [RESULT, *others]})
-    fewer = {**RESULTS, "num_visual_tokens": 4, "results": [{**RESULT, "num_samples": 12, "value": 9}]}
-    write(checkpoint / "results/tokens-4.json", fewer)
+    others[1]["unit"] = "points"
+    write_results(checkpoint, 36, [RESULT, *others])
+    write_results(checkpoint, 4, [{**RESULT, "num_samples": 12, "value": 9}])
     card = build_card(checkpoint, REPO)
     _, *rows = table(card, "Results")
     assert [row[-3:] for row in rows] == [
-        ["12,578", "61.25", "-"],
-        ["12,578", "7", "-"],
+        ["12,578", "61.25 %", "-"],
+        ["12,578", "7 %", "-"],
         ["12,578", "8", "-"],
-        ["12", "-", "9"],
+        ["12", "-", "9 %"],
     ]
     names = {result.metric_name: result.metric_value for result in ModelCard(str(card)).data.eval_results}
     assert names == {

@@ -1,5 +1,6 @@
 """A push publishes a checkpoint whole and in one step, whatever happens meanwhile, and nothing that lies beside it."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -8,14 +9,14 @@ import sys
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import RETRY_AFTER
 from safetensors.torch import load_file, save_file
 
 from delta_llava.hub import push as module
 from delta_llava.hub.assemble import write_sources
-from delta_llava.hub.push import main, push
+from delta_llava.hub.push import main, prepare, push
 from delta_llava.hub.push_family import main as push_family
 from delta_llava.hub.verify import verify
 
@@ -51,11 +52,18 @@ RESULTS = {
             "split": "testdev",
             "metric": "exact_match",
             "value": 61.25,
+            "unit": "percent",
             "prompt_variant": "default",
             "num_samples": 12578,
         }
     ],
 }
+
+
+def write_results(folder, budget):
+    weights = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("model*.safetensors")}
+    content = {**RESULTS, "num_visual_tokens": budget, "weights": weights}
+    (folder / f"results/tokens-{budget}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -73,13 +81,12 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
             {"step": 1, "loss": 2.0, "learning_rate": 0.01},
             {"step": 1, "train_runtime": 7.0, "train_loss": 2.0},
         ]
-        log = {"num_rows": 12, "num_processes": 1, "versions": {"torch": "2.13.0"}, "log_history": history}
-        (folder / "training/finetune.json").write_text(json.dumps(log))
+        log = {"num_rows": 12, "num_processes": 1, "batch_size": 2, "versions": {"torch": "2.13.0"}}
+        (folder / "training/finetune.json").write_text(json.dumps({**log, "log_history": history}))
         noise(1)[0].save(folder / "training/finetune.png")
         (folder / "results").mkdir()
-        results = folder / f"results/tokens-{overrides.get('num_visual_tokens', 36)}.json"
-        results.write_text(json.dumps({**RESULTS, "num_visual_tokens": overrides.get("num_visual_tokens", 36)}))
-        (folder / "checkpoint-1").mkdir()
+        write_results(folder, overrides.get("num_visual_tokens", 36))
+        (folder / "checkpoint-1").mkdir(exist_ok=True)
         never = (
             ".env",
             "optimizer.pt",
@@ -87,12 +94,18 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
             "checkpoint-1/model.safetensors",
             "run.log",
             "training/x.pt",
+            "training/.wandb.json",
+            "results/notes.json",
         )
         for name in never:
             (folder / name).write_text("never sent")
         return folder
 
     return make
+
+
+def publish(folder, repo_id=REPO, revision=None, **options):
+    return push(prepare(folder, repo_id, revision), **options)
 
 
 @pytest.fixture
@@ -136,7 +149,8 @@ def test_a_push_is_one_verified_commit_of_all_that_belongs_to_a_checkpoint(loopb
     commit, _first = loopback_hub.log(REPO)
     output = capfd.readouterr()
     assert f'from_pretrained("{REPO}", revision="{commit}", trust_remote_code=True)' in output.out
-    assert "never sent: .env, checkpoint-1, optimizer.pt, run.log, training/x.pt, training_args.bin" in output.out
+    beside = ".env, checkpoint-1, optimizer.pt, results/notes.json, run.log, training/.wandb.json, training/x.pt"
+    assert f"never sent: {beside}, training_args.bin" in output.out
     assert re.search(rf"Verified {REPO} at {commit}: \d+ tensors .* with 36 visual tokens", output.out)
     assert loopback_hub.environment["HF_TOKEN"] not in output.out + output.err
 
@@ -151,8 +165,8 @@ def test_a_push_is_one_verified_commit_of_all_that_belongs_to_a_checkpoint(loopb
     assert all(request.startswith("GET") for request in loopback_hub.requests)
     assert loopback_hub.log(REPO)[0] == commit
     output = capfd.readouterr().out
-    assert f"Nothing to send. To verify what is there: python -m delta_llava.hub.verify --checkpoint {folder}" in output
-    assert f"{REPO} stands at commit {commit}." in output
+    assert f"0 of {len(FILES)} files are to be sent" in output
+    assert f"{commit} has been verified before" in output
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(loopback_hub, checkpoint, unverified, capfd, monkeypatch):
@@ -161,7 +175,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(loopback_hub, checkpoint, unveri
     output = capfd.readouterr().out
     assert set(re.findall(r"^send +(\S+) +[\d,]+ bytes$", output, flags=re.MULTILINE)) == FILES
     assert "pipeline_tag: image-text-to-text" in output
-    push(folder, REPO)
+    publish(folder, REPO)
     (folder / "generation_config.json").write_text("{}")
     capfd.readouterr()
     loopback_hub.requests.clear()
@@ -180,19 +194,19 @@ def test_a_branch_of_a_budget_is_one_commit_off_main_with_another_default_and_ca
     loopback_hub, checkpoint, unverified
 ):
     folder = checkpoint()
-    push(folder, REPO)
-    published = push(folder, REPO, revision="tokens-4")
+    publish(folder, REPO)
+    commit = publish(folder, REPO, revision="tokens-4")
     main_files, branch_files = (visible(loopback_hub)[branch] for branch in ("main", "tokens-4"))
     changed = {name for name in FILES if main_files[name] != branch_files[name]}
     assert changed == {"config.json", "processor_config.json", "README.md"}
     assert default_budgets(main_files) == [36, 36] and default_budgets(branch_files) == [4, 4]
     assert 'revision="tokens-4"' in branch_files["README.md"].decode()
-    assert loopback_hub.log(REPO, "tokens-4") == [published.commit, *loopback_hub.log(REPO)]
+    assert loopback_hub.log(REPO, "tokens-4") == [commit, *loopback_hub.log(REPO)]
     assert set(loopback_hub.refs(REPO)) == {"main", "tokens-4"}
-    assert unverified[-1] == (folder, REPO, published.commit, 4)
-    assert push(folder, REPO, revision="tokens-4") == (published.commit, False)
+    assert unverified[-1] == (folder, REPO, commit, 4, None)
+    assert publish(folder, REPO, revision="tokens-4") == commit
     with pytest.raises(ValueError, match=r"Branch tokens-16 is for 16 visual tokens.*trained for \[4, 36\]"):
-        push(folder, REPO, revision="tokens-16")
+        publish(folder, REPO, revision="tokens-16")
 
 
 def test_files_of_an_earlier_push_go_and_those_of_others_stay(loopback_hub, checkpoint, unverified):
@@ -205,12 +219,14 @@ def test_files_of_an_earlier_push_go_and_those_of_others_stay(loopback_hub, chec
         save_file({name: weights[name] for name in part}, folder / shard, {"format": "pt"})
     index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    push(folder, REPO)
+    write_results(folder, 36)
+    publish(folder, REPO)
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="assets/picture.png", repo_id=REPO)
     for name in (*shards, "model.safetensors.index.json"):
         (folder / name).unlink()
     (folder / "whole").rename(folder / "model.safetensors")
-    push(folder, REPO)
+    write_results(folder, 36)
+    publish(folder, REPO)
     assert visible(loopback_hub)["main"].keys() == FILES | {"assets/picture.png"}
 
 
@@ -221,30 +237,31 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
 ):
     folder, branch = checkpoint(), "tokens-4" if "branch" in scene else None
 
-    def prepare():
+    def begin():
         loopback_hub.repositories.clear()
         (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\n")
         set_weight(folder, 0.0)
         if scene != "first push":
-            push(folder, REPO)
+            publish(folder, REPO)
         if scene == "next push to a branch":
-            push(folder, REPO, branch)
+            publish(folder, REPO, branch)
         if scene.startswith("next"):
             (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\nseed: 1\n")
             set_weight(folder, 1.0)
         loopback_hub.requests.clear()
         return visible(loopback_hub)
 
-    prepare()
-    push(folder, REPO, branch)
+    for _ in range(2):  # the first fills the cache
+        begin()
+        publish(folder, REPO, branch)
     new, num_requests = visible(loopback_hub), len(loopback_hub.requests)
     interrupted = 0
     for number in range(1, num_requests + 1):
-        old = prepare()
+        old = begin()
         # All that follows fails too, as when the machine has gone: what the client tries again is no help
         loopback_hub.fail(at=number, how=how, times=1 if how == "reset_after" else 100)
         try:
-            push(folder, REPO, branch)
+            publish(folder, REPO, branch)
         except OSError:
             interrupted += 1
         loopback_hub.recover()
@@ -253,7 +270,7 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
             assert state == {"main": {}}, number
         else:
             assert state in (old, new), number
-        push(folder, REPO, branch)
+        publish(folder, REPO, branch)
         assert visible(loopback_hub) == new, number
         assert not any(name.endswith(".incoming") for name in loopback_hub.refs(REPO))
     assert interrupted == num_requests or how == "reset_after"
@@ -263,22 +280,24 @@ def set_weight(folder, value):
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][0, 0] = value
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    write_results(folder, 36)
 
 
 @pytest.mark.parametrize("how", [401, 403, 404, 409, 412, 429, 500, "reset", "stall"])
 def test_a_refused_push_says_so_and_how_to_go_on(loopback_hub, checkpoint, unverified, naps, monkeypatch, how):
     monkeypatch.setattr(module, "MAX_SILENCE", 0.2)
     folder = checkpoint()
-    push(folder, REPO)
+    publish(folder, REPO)
     before = visible(loopback_hub)
     (folder / "generation_config.json").write_text("{}")
     loopback_hub.requests.clear()
-    push(folder, REPO, dry_run=True)
+    publish(folder, REPO, dry_run=True)
     loopback_hub.fail(at=len(loopback_hub.requests) + 1, how=how, times=100)
     with pytest.raises(SystemExit) as error:
         main(["--checkpoint", str(folder), "--repo_id", REPO])
-    assert "Run the same command again to go on." in str(error.value)
+    assert ("hf auth login" if how in (401, 403) else "Run the same command again to go on.") in str(error.value)
     assert how in ("reset", "stall") or str(how) in str(error.value)
+    assert get_session().timeout.read is None  # so that the limit is ours alone
     if how == 429:
         assert RETRY_AFTER + 1 in naps
     loopback_hub.recover()
@@ -289,7 +308,7 @@ def test_a_push_does_not_overwrite_what_somebody_else_has_pushed_meanwhile(
     loopback_hub, checkpoint, unverified, monkeypatch
 ):
     folder = checkpoint()
-    push(folder, REPO)
+    publish(folder, REPO)
     (folder / "generation_config.json").write_text("{}")
 
     def meanwhile(api, repo_id, commit, additions, compare=module._changes):
@@ -299,26 +318,84 @@ def test_a_push_does_not_overwrite_what_somebody_else_has_pushed_meanwhile(
 
     monkeypatch.setattr(module, "_changes", meanwhile)
     with pytest.raises(OSError, match="412"):
-        push(folder, REPO)
+        publish(folder, REPO)
     assert visible(loopback_hub)["main"]["generation_config.json"] == b"theirs"
 
 
 def test_a_private_repository_is_private_from_the_first_commit_on(loopback_hub, checkpoint, monkeypatch):
     folder = checkpoint()
-    published = push(folder, REPO, private=True)  # which its verification reads with the same login
-    assert published.is_new
+    publish(folder, REPO, private=True)  # which its verification reads with the same login
     with pytest.raises(RepositoryNotFoundError):
         HfApi(token=False).model_info(REPO)
-    push(folder, "org/public")
+    publish(folder, "org/public")
     loopback_hub.requests.clear()
     with pytest.raises(ValueError, match="org/public is public"):
-        push(folder, "org/public", private=True)
+        publish(folder, "org/public", private=True)
     assert all(request.startswith("GET") for request in loopback_hub.requests)
+
+
+def test_an_error_of_xet_is_told_like_any_other(loopback_hub, checkpoint, unverified, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+
+    def upload(*arguments, **options):
+        raise RuntimeError("the store is full")
+
+    monkeypatch.setattr("huggingface_hub.hf_api._upload_xet_files", upload, raising=False)
+    monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", upload)
+    with pytest.raises(OSError, match=r"(?s)RuntimeError: .*Run the same command again to go on"):
+        publish(checkpoint())
+
+
+def test_a_repository_needs_its_owner(loopback_hub, checkpoint):
+    with pytest.raises(SystemExit, match="repo_id=mine must be ORG/NAME"):
+        main(["--checkpoint", str(checkpoint()), "--repo_id", "mine"])
+    assert not loopback_hub.requests
+
+
+def test_a_repository_of_another_model_is_not_replaced(loopback_hub, checkpoint, unverified):
+    HfApi().create_repo(REPO)
+    HfApi().upload_file(path_or_fileobj=b'{"model_type": "llama"}', path_in_repo="config.json", repo_id=REPO)
+    before = visible(loopback_hub)
+    with pytest.raises(ValueError, match=f"{REPO} holds a model of type llama"):
+        publish(checkpoint())
+    assert visible(loopback_hub) == before
+
+
+def test_main_by_its_name_is_main(loopback_hub, checkpoint, unverified):
+    folder = checkpoint()
+    assert publish(folder) == publish(folder, revision="main")
+
+
+def test_a_branch_alone_and_edited_code_are_told(loopback_hub, checkpoint, unverified, capsys):
+    folder = checkpoint()
+    with open(folder / "modeling_delta_llava.py", "a") as file:
+        file.write("# mine\n")
+    publish(folder, revision="tokens-4")
+    output = capsys.readouterr().out
+    assert f"main of {REPO} does not hold this checkpoint: push without --revision too." in output
+    assert "modeling_delta_llava.py is another than that of this package" in output
+
+
+def test_what_is_verified_is_what_a_stranger_loads(loopback_hub, checkpoint, capfd):
+    """With files of others beside it and at a branch's budget, but never with the help of the installed package."""
+    folder = checkpoint()
+    save_file({"x": torch.zeros(1)}, folder / "quantized.safetensors")
+    publish(folder)
+    HfApi().upload_file(path_or_fileobj=folder / "quantized.safetensors", path_in_repo="q.safetensors", repo_id=REPO)
+    commit = publish(folder, revision="tokens-4")
+    assert f"Verified {REPO} at {commit}" in capfd.readouterr().out
+    code = folder / "modeling_delta_llava.py"
+    relative = "from .configuration_delta_llava import"
+    code.write_text(code.read_text().replace(relative, relative.replace(" .", " delta_llava.")))
+    for _ in range(2):  # the second run finds nothing to send, and is not content with that
+        with pytest.raises(RuntimeError, match="could not be verified"):
+            publish(folder)
+    assert "import of delta_llava halted" in capfd.readouterr().err
 
 
 def test_verification_names_what_differs(loopback_hub, checkpoint, unverified, capfd):
     folder = checkpoint()
-    commit = push(folder, REPO).commit
+    commit = publish(folder, REPO)
     set_weight(folder, 3.0)
     with pytest.raises(RuntimeError, match=f"{REPO} at {commit} could not be verified"):
         verify(folder, REPO, commit)
@@ -337,7 +414,7 @@ def load_file_bytes(hub):
 
 def test_a_new_commit_is_not_served_from_a_stale_cache_and_a_pinned_one_stays(loopback_hub, checkpoint, unverified):
     folder = checkpoint()
-    old = push(folder, REPO).commit
+    old = publish(folder, REPO)
     load = f"""
 from transformers import AutoModelForImageTextToText
 model = AutoModelForImageTextToText.from_pretrained({REPO!r}, revision=REVISION, trust_remote_code=True)
@@ -350,7 +427,7 @@ print(getattr(type(model), "mark", None), float(model.lm_head.weight[0, 0]))
     text = re.sub(rf"({re.escape(marked[0])}.*?:\n)", rf"\1{marked[1]}", code.read_text(), count=1)
     code.write_text(text)
     set_weight(folder, 2.0)
-    new = push(folder, REPO).commit
+    new = publish(folder, REPO)
     # All in one cache, which has the old commit
     assert fresh_process(loopback_hub, load.replace("REVISION", "None")) == "new 2.0"
     assert fresh_process(loopback_hub, load.replace("REVISION", repr(old))) == f"None {value}"
@@ -362,7 +439,7 @@ def test_a_pipeline_answers_from_a_repository_at_each_branch_s_budget_and_then_o
 ):
     folder = checkpoint()
     for revision in (None, "tokens-4"):
-        push(folder, REPO, revision)
+        publish(folder, REPO, revision)
     noise(1)[0].save(tmp_path / "image.png")
     code = f"""
 from transformers import pipeline
@@ -401,7 +478,17 @@ def misshape(folder):
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "holds both"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_adapter"),
         (lambda folder: break_config(folder, auto_map={}), "auto_map of .* must be"),
+        (
+            lambda folder: (folder / "tokenizer_config.json").write_text(
+                '{"auto_map": {"AutoTokenizer": ["a/b--c.D"]}}'
+            ),
+            "takes code from another repository",
+        ),
         (lambda folder: break_config(folder, num_visual_tokens=4), "num_visual_tokens is 4 in the config, 36"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
+            "model.safetensors cannot be read: ",
+        ),
         (misshape, r"mismatched keys: .*lm_head\.weight"),
         (lambda folder: break_config(folder, projector_variant="paper"), "missing keys: .*multi_modal_projector"),
         (
@@ -417,11 +504,13 @@ def test_what_would_not_serve_others_is_refused_before_anything_is_sent(
     folder = checkpoint()
     damage(folder)
     with pytest.raises(ValueError, match=message):
-        push(folder, REPO)
+        publish(folder, REPO)
     assert not loopback_hub.requests
 
 
 FAMILY = {
+    "licenses": {"lmsys/vicuna-7b-v1.5": "llama2"},
+    "datasets": {"llava_v1_5_mix665k": "liuhaotian/LLaVA-Instruct-150K"},
     "collection": {"title": "Delta-LLaVA", "description": "Few visual tokens."},
     "checkpoints": {
         "lmsys/vicuna-7b-v1.5": {"seven-36": [36], "seven-elastic": [4, 36], "seven-4": [4]},
@@ -435,6 +524,7 @@ def test_a_family_is_pushed_as_far_as_it_exists_and_gathered_in_a_collection(
 ):
     checkpoint("seven-36", visual_token_budgets=[36])
     checkpoint("seven-elastic")
+    (tmp_path / "seven-4/checkpoint-1").mkdir(parents=True)  # still in training
     family = tmp_path / "family.yaml"
     family.write_text(yaml.safe_dump(FAMILY, sort_keys=False))
     arguments = ["--checkpoints", str(tmp_path), "--namespace", "org", "--family", str(family)]
@@ -442,7 +532,7 @@ def test_a_family_is_pushed_as_far_as_it_exists_and_gathered_in_a_collection(
     assert all(request.startswith("GET") for request in loopback_hub.requests)
     push_family(arguments)
     output = capsys.readouterr().out
-    assert "missing on disk: seven-4, thirteen-36" in output
+    assert "or not finished: seven-4, thirteen-36" in output
     assert loopback_hub.refs("org/seven-36").keys() == {"main"}
     assert loopback_hub.refs("org/seven-elastic").keys() == {"main", "tokens-4"}
     assert default_budgets(loopback_hub.files("org/seven-elastic", "tokens-4")) == [4, 4]
@@ -452,10 +542,13 @@ def test_a_family_is_pushed_as_far_as_it_exists_and_gathered_in_a_collection(
 
     # What comes later joins the same collection, and nothing is sent twice
     checkpoint("seven-4", visual_token_budgets=[4], num_visual_tokens=4)
+    values = {**FAMILY, "collection": {"title": "Delta-LLaVA", "description": "Fewer visual tokens."}}
+    family.write_text(yaml.safe_dump(values, sort_keys=False))
     commits = {name: loopback_hub.log(name)[0] for name in items}
     push_family(arguments)
     assert commits == {name: loopback_hub.log(name)[0] for name in items}
     (collection,) = HfApi().list_collections(owner="org")
+    assert collection.description == "Fewer visual tokens."
     assert [item.item_id for item in HfApi().get_collection(collection.slug).items] == [*items, "org/seven-4"]
 
 
@@ -463,7 +556,7 @@ def test_a_family_is_pushed_as_far_as_it_exists_and_gathered_in_a_collection(
     ("name", "budgets", "message"),
     [
         ("seven-4", [4, 36], r"seven-4 was trained for \[4, 36\] visual tokens, but seven-4 is for \[4\]"),
-        ("thirteen-36", [36], "was made of lmsys/vicuna-7b-v1.5 .*, but thirteen-36 is of lmsys/vicuna-13b-v1.5"),
+        ("thirteen-36", [36], "says lmsys/vicuna-7b-v1.5, but thirteen-36 is made of lmsys/vicuna-13b-v1.5"),
     ],
 )
 def test_a_family_member_under_a_wrong_name_is_refused_before_anything_is_sent(
@@ -472,7 +565,7 @@ def test_a_family_member_under_a_wrong_name_is_refused_before_anything_is_sent(
     checkpoint("seven-36", visual_token_budgets=[36])
     checkpoint(name, visual_token_budgets=budgets)
     (tmp_path / "family.yaml").write_text(yaml.safe_dump(FAMILY))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         push_family(["--checkpoints", str(tmp_path), "--namespace", "org", "--family", str(tmp_path / "family.yaml")])
     assert not loopback_hub.requests
 

@@ -23,7 +23,7 @@ def assembled(checkpoint, tmp_path):
 
 
 def test_recipe_log_and_curves_of_both_stages_travel_with_the_result(run, assembled, tmp_path):
-    arguments = ["--hub_token", "hf_secret", "--seed=3"]
+    arguments = ["--hub_token", "hf_secret", "--seed=3", "--weight-decay", "0.5", "--no_gradient_checkpointing"]
     stage_1 = run(pretrain, "stage-1", arguments, model_name_or_path=str(assembled), max_steps=3)
     stage_2 = run(finetune, "stage-2", model_name_or_path=str(stage_1))
     stage_3 = run(finetune, "stage-3", model_name_or_path=str(stage_2))
@@ -37,9 +37,11 @@ def test_recipe_log_and_curves_of_both_stages_travel_with_the_result(run, assemb
     recipe = yaml.safe_load((folder / "pretrain.yaml").read_text())
     assert recipe["model_name_or_path"] == "assembled" and recipe["json_path"] == "data.json"
     assert (recipe["seed"], recipe["max_steps"], recipe["learning_rate"]) == (3, 3, 0.01)
+    assert (recipe["weight_decay"], recipe["gradient_checkpointing"]) == (0.5, False)
     assert yaml.safe_load((folder / "finetune-2.yaml").read_text())["model_name_or_path"] == "stage-2"
     log = json.loads((folder / "pretrain.json").read_text())
-    assert (log["num_rows"], log["num_processes"]) == (12, 1) and {"torch", "transformers"} < log["versions"].keys()
+    assert (log["num_rows"], log["num_processes"], log["batch_size"]) == (12, 1, 4)
+    assert {"torch", "transformers"} < log["versions"].keys()
     assert [entry["step"] for entry in log["log_history"] if "loss" in entry] == [1, 2, 3]
     with Image.open(folder / "finetune.png") as picture:
         assert picture.size == (900, 700)
@@ -50,7 +52,8 @@ def test_recipe_log_and_curves_of_both_stages_travel_with_the_result(run, assemb
 
 def test_a_repository_of_the_hub_keeps_its_whole_name_and_another_path_its_last():
     stream = ["--stream", "org/dataset", "--model_name_or_path", "org/model", "--max_steps", "1", "--bf16", "false"]
-    *_, recipe = parse_recipe([*stream, "--output_dir", "runs/of/mine", "--eval_strategy", "steps"])
+    cache = ["--model_init_kwargs", '{"cache_dir": "/home/me/cache"}']
+    *_, recipe = parse_recipe([*stream, *cache, "--output_dir", "runs/of/mine", "--eval_strategy", "steps"])
     assert recipe == {
         "stream": "org/dataset",
         "model_name_or_path": "org/model",
@@ -58,22 +61,47 @@ def test_a_repository_of_the_hub_keeps_its_whole_name_and_another_path_its_last(
         "bf16": False,
         "output_dir": "mine",
         "eval_strategy": "steps",
+        "model_init_kwargs": {"cache_dir": "cache"},
     }
 
 
-def test_a_killed_run_has_its_record_up_to_the_last_checkpoint_and_a_resumed_one_all_of_it(run, monkeypatch, tmp_path):
+def test_the_log_is_that_of_the_weights_beside_it(run, assembled, monkeypatch, tmp_path):
     def end(self, args, state, control, **kwargs):
         raise KeyboardInterrupt
 
-    def losses():
-        log = json.loads((tmp_path / "run/training/finetune.json").read_text())
-        return [entry["step"] for entry in log["log_history"] if "loss" in entry]
+    def records():
+        folder = tmp_path / "run/training"
+        log = json.loads((folder / "finetune.json").read_text()) if (folder / "finetune.json").exists() else None
+        steps = log and [entry["step"] for entry in log["log_history"] if "loss" in entry]
+        return yaml.safe_load((folder / "finetune.yaml").read_text())["learning_rate"], steps
 
-    options = {"save_strategy": "steps", "save_steps": 1}
+    options = {"save_strategy": "steps", "save_steps": 1, "model_name_or_path": str(assembled)}
     with monkeypatch.context() as patch:
         patch.setattr("delta_llava.train.trainer.SaveOnSigterm.on_epoch_end", end)
         with pytest.raises(KeyboardInterrupt):
             run(finetune, "run", **options, max_steps=-1, num_train_epochs=1)
-    assert losses() == [1, 2, 3]
-    run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options, max_steps=4)
-    assert losses() == [1, 2, 3, 4]
+    assert records() == (0.01, None)  # no weights yet
+    assert (tmp_path / "run/training/finetune.png").exists()
+    # The schedule is the checkpoint's: another rate has no effect, and is not told
+    run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options, max_steps=4, learning_rate=0.5)
+    assert records() == (0.01, [1, 2, 3, 4])
+    with monkeypatch.context() as patch:
+        patch.setattr("delta_llava.train.trainer.SaveOnSigterm.on_epoch_end", end)
+        with pytest.raises(KeyboardInterrupt):
+            run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options, max_steps=6)
+    assert records() == (0.01, [1, 2, 3, 4])
+
+
+def test_a_run_into_a_used_folder_leaves_no_record_of_the_earlier_one(run, assembled):
+    stage_1 = run(pretrain, "stage-1", model_name_or_path=str(assembled))
+    stage_2 = run(finetune, "stage-2", model_name_or_path=str(stage_1))
+    run(finetune, "used", model_name_or_path=str(stage_2))
+    folder = run(finetune, "used", model_name_or_path=str(stage_1))
+    assert not list((folder / "training").glob("finetune-2.*"))
+    with pytest.raises(ValueError, match="holds the model to start from"):
+        run(finetune, "used", model_name_or_path=str(folder))
+
+
+def test_a_model_without_records_is_told(run, caplog):
+    run(pretrain)
+    assert "holds no record of what the model was made of" in caplog.text

@@ -62,6 +62,8 @@ def test_the_result_is_a_checkpoint_for_the_next_stage_and_for_the_hub(run, chec
         assert isinstance(processor.image_processor, image_processor)
         assert processor.chat_template == DeltaLlavaProcessor.from_pretrained(checkpoint).chat_template
     assert processor.image_processor.do_pad
+    # There it would win over what a branch of another budget says
+    assert "num_visual_tokens" not in (stage_2 / "tokenizer_config.json").read_text()
 
     fresh = subprocess.run(
         [sys.executable, "-c", ANSWER, stage_2],
