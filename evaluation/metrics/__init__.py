@@ -1,0 +1,17 @@
+"""
+Metrics of the paper's benchmarks as modules of `evaluate`, one folder each, that load offline by their path.
+
+```python
+from pathlib import Path
+
+import evaluate
+
+from delta_llava.evaluation import metrics
+
+vqa_accuracy = evaluate.load(str(Path(metrics.__file__).parent / "vqa_accuracy"))
+vqa_accuracy.compute(predictions=["Two dogs."], references=[["2 dogs"] * 10])  # {"vqa_accuracy": 1.0}
+```
+
+`evaluate` copies a module's script to a cache of its own before it imports it, so the scripts import what they share
+from the installed package and not from beside them.
+"""
