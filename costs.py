@@ -22,7 +22,7 @@ visual ones, the first command gives a prefill of 6.70, 2.16, 0.85 and 0.70 TFLO
 (6.72, 2.16, 0.85 and 0.70 in the paper), 0.382 for the tower (0.382), and 0.31 for the decoding at 576 (0.31). The
 paper's 0.28 for the decoding at 4 to 16 is that of 28 tokens: its answers ended by themselves, after about 30. What it
 counted of the projector we cannot tell: its 0.024 at 576 is the released projector's last MLP alone, and its at most
-0.002 elsewhere is less than the keys and values of 576 patches take (0.012). Both conventions count the whole one.
+0.002 elsewhere is less than the keys and values of 576 patches take (0.010). Both conventions count the whole one.
 """
 
 import argparse
@@ -243,7 +243,7 @@ def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int) -> list[tu
         maps += [(attention_size * convolution_size, 0, queries)]
         maps += [(9 * convolution_size * head_dim, 2 * convolution_size, queries), (convolution_size**2, 0, queries)]
         maps += [(size * mlp_size, mlp_size, queries), (mlp_size * size, size, queries)]
-    maps += [(size**2, size, queries)] * 2 + [(size**2, size, memory)] * 2
+    maps += [(size**2, size, queries)] * 4  # the attention's, none of them on the memory
     maps += [(size * text_size, text_size, queries)]
     if is_released:
         return [*maps, (text_size**2, text_size, queries)]
@@ -262,7 +262,8 @@ def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     if config.projector_variant == "paper":
         memory *= len(config.memory_feature_layers)
     flops = sum(2 * weights * rows for weights, _, rows in _projector_maps(config, num_visual_tokens))
-    flops += 4 * memory * size  # each memory token meets the one query of its cell
+    # Each memory token meets the one query of its cell, in every head at full width where it shares the cell
+    flops += 4 * memory * size * (config.projector_num_attention_heads if memory > num_visual_tokens else 1)
     if config.use_refinement_block and config.use_self_attention:
         flops += 4 * num_visual_tokens**2 * (size - size // 4)
     return flops
@@ -517,9 +518,11 @@ def _projector_bytes(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     queries = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     levels, patches = len(config.memory_feature_layers), config.patch_grid_size**2
     memory = patches * (levels if config.projector_variant == "paper" else 1)
-    # Of keys and values alike: before GELU, before the norm in float32, before and behind the attention's own map
-    projected = memory * 2 * 10 * size
-    return patches * 2 * (levels + 1) * size + projected + queries * (40 * size + 6 * text_size)
+    # Of keys and values alike: before GELU, before the norm in float32, in their cells
+    projected = memory * 2 * 8 * size
+    # What each head asks for and finds there, at full width
+    widened = queries * 4 * size * (config.projector_num_attention_heads if memory > queries else 1)
+    return patches * 2 * (levels + 1) * size + projected + widened + queries * (40 * size + 6 * text_size)
 
 
 def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:

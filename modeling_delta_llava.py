@@ -199,6 +199,43 @@ class RefinementBlock(nn.Module):
         return refined + self.mlp_drop_path(self.mlp(refined))
 
 
+class CellAttention(nn.MultiheadAttention):
+    """
+    Multi-head attention in which every query has a memory of its own (equation 9).
+
+    Where queries are fewer than memory tokens, no map is applied to the memory. Each head maps the query into the space
+    of the keys, `(W_q·q)ᵀ(W_k·k) = (W_kᵀ·W_q·q)ᵀk`, and maps as a value what it attended to, `Σ aᵢ·W_v·vᵢ =
+    W_v·Σ aᵢ·vᵢ`. The bias of the keys adds the same to all scores of a query, which softmax ignores.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__(hidden_size, num_heads, batch_first=True)
+
+    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            queries (`torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`): One of each cell.
+            keys, values (`torch.Tensor` of shape `(batch_size, num_queries, memory_size, hidden_size)`):
+                What the query of a cell sees.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
+        """
+        if keys.shape[2] == 1:  # as many memory tokens as queries, which would only be widened
+            cells = queries.flatten(0, 1).unsqueeze(1), keys.flatten(0, 1), values.flatten(0, 1)
+            attended, _ = super().forward(*cells, need_weights=False)
+            return attended.view_as(queries)
+        query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
+        query_bias, _, value_bias = self.in_proj_bias.chunk(3)
+        heads = (self.num_heads, self.head_dim)
+        queries = (F.linear(queries, query_weight, query_bias) * self.head_dim**-0.5).unflatten(-1, heads)
+        queries = torch.einsum("bqhd,hdc->bqhc", queries, key_weight.unflatten(0, heads))
+        # Not fused: kernels are made for heads of up to 256 channels, and these scores are few
+        weights = (queries @ keys.transpose(-1, -2)).softmax(-1, dtype=torch.float32).type_as(values)
+        attended = torch.einsum("bqhc,hdc->bqhd", weights @ values, value_weight.unflatten(0, heads))
+        return self.out_proj(attended.flatten(2) + value_bias)
+
+
 class DeltaProjector(nn.Module):
     """
     Forms g² visual tokens from a grid of G² patches: queries are the image's features at g x g, refined among
@@ -228,7 +265,7 @@ class DeltaProjector(nn.Module):
         self.key_projection = DeltaProjection(*memory_projection)
         self.value_projection = DeltaProjection(*memory_projection)
         self.refinement_block = RefinementBlock(config) if config.use_refinement_block else None
-        self.attention = nn.MultiheadAttention(vision_size, config.projector_num_attention_heads, batch_first=True)
+        self.attention = CellAttention(vision_size, config.projector_num_attention_heads)
         if self.variant == "released":
             self.mlp = nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
         else:
@@ -272,9 +309,7 @@ class DeltaProjector(nn.Module):
             memory_features = memory_features.unflatten(-1, (self.num_levels, -1)).transpose(1, 2)
         keys = self._cells(self.key_projection(memory_features), side)
         values = self._cells(self.value_projection(memory_features), side)
-        attended, _ = self.attention(queries.flatten(0, 1).unsqueeze(1), keys, values, need_weights=False)
-        attended = attended.view_as(queries)
-
+        attended = self.attention(queries, keys, values)
         if self.variant == "released":
             return self.mlp(attended)
         tokens = self.text_projection(attended)
@@ -297,11 +332,11 @@ class DeltaProjector(nn.Module):
     def _cells(self, memory: torch.Tensor, side: int) -> torch.Tensor:
         """
         Cuts the patch grid into the cells of the query grid: `(batch_size, [num_levels,] G², C)` to
-        `(batch_size * V, [num_levels *] (G/g)², C)`.
+        `(batch_size, V, [num_levels *] (G/g)², C)`.
         """
         scale = self.patch_grid_size // side
         cells = memory.reshape(memory.shape[0], -1, side, scale, side, scale, memory.shape[-1])
-        return cells.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(0, 2)
+        return cells.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(1, 2)
 
 
 def position_table(hidden_size: int, grid_size: int) -> torch.Tensor:
