@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -128,6 +130,15 @@ def write_sources(output_dir: Path, **names: str | None):
     file = output_dir / "training" / "sources.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(sources, sort_keys=False), encoding="utf-8")
+
+
+def is_repository(name: str) -> bool:
+    """Whether a repository of the Hub can be named so, with its owner: ORG/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase):

@@ -35,12 +35,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
+from .assemble import is_repository
 from .verify import weight_files
 
 
@@ -105,7 +104,7 @@ def build_card(
             "trained for."
         )
     family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
-    if wrong := [name for name in datasets or () if not _is_repository(name)]:
+    if wrong := [name for name in datasets or () if not is_repository(name)]:
         raise ValueError(f"datasets={wrong} must be named as ORG/NAME.")
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
@@ -117,7 +116,7 @@ def build_card(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["delta-llava", "vision-language", "visual-token-compression"],
-        base_model=list(dict.fromkeys(filter(_is_repository, sources.values()))),
+        base_model=list(dict.fromkeys(filter(is_repository, sources.values()))),
         base_model_relation="finetune",  # of two, the Hub would think that they were merged
         datasets=datasets or _datasets(stages, family["datasets"], "converted_from" in sources),
         model_name=repo_id.rpartition("/")[2],
@@ -179,14 +178,6 @@ def _filled(value: Any) -> Any:
     return value
 
 
-def _is_repository(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
 def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
     file = checkpoint / "training" / "sources.yaml"
     sources = _read(file) if file.exists() else {}
@@ -195,7 +186,7 @@ def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
             raise ValueError(f"base_model={base_model} must name two: the vision tower and the language model.")
         sources |= zip(("vision_tower", "language_model"), base_model, strict=True)
     for part in ("vision_tower", "language_model"):
-        if not _is_repository(sources.get(part) or ""):
+        if not is_repository(sources.get(part) or ""):
             raise ValueError(
                 f"{file} names {sources.get(part)!r} as the {part.replace('_', ' ')}, which is no repository of the "
                 "Hub: name vision tower and language model as ORG/NAME, by --base_model."
@@ -263,7 +254,7 @@ def _last(log_history: list[dict[str, float]], name: str) -> float | None:
 def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str] | None:
     # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
     names = {stage["data"]: known.get(stage["data"].partition(".")[0], stage["data"]) for stage in stages}
-    unknown = sorted(data for data, name in names.items() if not _is_repository(name))
+    unknown = sorted(data for data, name in names.items() if not is_repository(name))
     if unknown or (is_converted and not stages):
         told = f"of {unknown}" if unknown else "that the converted weights were trained on"
         raise ValueError(f"The data sets {told} are unknown: name them as ORG/NAME, by --datasets.")

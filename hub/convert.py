@@ -50,7 +50,7 @@ from transformers import (
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .assemble import add_tokens, build_config, check_image_size, find_chat_template, write_sources
+from .assemble import add_tokens, build_config, check_image_size, find_chat_template, is_repository, write_sources
 
 
 # Published name (a regular expression over its beginning) and ours, in the order of the projector's steps.
@@ -480,23 +480,15 @@ def _budgets(
     return budgets
 
 
-def _is_repo_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
 def _base_model(settings: dict, checkpoint: str) -> str:
     """What a model was trained from, as long as that is the name of a repository; otherwise the checkpoint itself."""
     name = settings.get("_name_or_path") or ""
-    return name if _is_repo_id(name) else checkpoint
+    return name if is_repository(name) else checkpoint
 
 
 def _public_name(name: str) -> str:
     """Of a path on another machine, the last name alone, as [`write_sources`] has it for paths on this one."""
-    return name if Path(name).exists() or _is_repo_id(name) else Path(name).name
+    return name if Path(name).exists() or is_repository(name) else Path(name).name
 
 
 def _fetch(name: str, argument: str, revision: str | None = None, weights: bool = True) -> Path:

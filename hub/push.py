@@ -34,7 +34,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -42,6 +41,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
+from .assemble import is_repository
 from .card import FAMILY, build_card
 from .verify import verify, weight_files
 
@@ -109,9 +109,8 @@ def prepare(
             visual tokens, or its card has an unfilled field.
     """
     checkpoint, branch = Path(checkpoint), revision or "main"
-    validate_repo_id(repo_id)
-    if "/" not in repo_id:
-        raise ValueError(f"repo_id={repo_id} must be ORG/NAME.")
+    if not is_repository(repo_id):
+        raise ValueError(f"repo_id={repo_id} must be ORG/NAME, of letters, digits, '-', '_' and '.'.")
     num_visual_tokens = _check_checkpoint(checkpoint, branch)
     card = build_card(
         checkpoint,
