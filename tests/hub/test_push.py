@@ -235,25 +235,27 @@ def test_files_of_an_earlier_push_go_and_those_of_others_stay(loopback_hub, chec
 def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the_next_run_finishes(
     loopback_hub, checkpoint, unverified, naps, scene, how
 ):
-    folder, branch = checkpoint(), "tokens-4" if "branch" in scene else None
+    earlier, later = checkpoint("earlier"), checkpoint("later")
+    (later / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\nseed: 1\n")
+    set_weight(later, 1.0)
+    before = {
+        "first push": [],
+        "next push": [prepare(earlier, REPO)],
+        "new branch": [prepare(later, REPO)],
+        "next push to a branch": [prepare(earlier, REPO), prepare(earlier, REPO, "tokens-4")],
+    }[scene]
+    prepared = prepare(later, REPO, "tokens-4" if "branch" in scene else None)
 
     def begin():
         loopback_hub.repositories.clear()
-        (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\n")
-        set_weight(folder, 0.0)
-        if scene != "first push":
-            publish(folder, REPO)
-        if scene == "next push to a branch":
-            publish(folder, REPO, branch)
-        if scene.startswith("next"):
-            (folder / "training/finetune.yaml").write_text("json_path: llava_v1_5_mix665k.json\nseed: 1\n")
-            set_weight(folder, 1.0)
+        for state in before:
+            push(state)
         loopback_hub.requests.clear()
         return visible(loopback_hub)
 
     for _ in range(2):  # the first fills the cache
         begin()
-        publish(folder, REPO, branch)
+        push(prepared)
     new, num_requests = visible(loopback_hub), len(loopback_hub.requests)
     interrupted = 0
     for number in range(1, num_requests + 1):
@@ -261,7 +263,7 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
         # All that follows fails too, as when the machine has gone: what the client tries again is no help
         loopback_hub.fail(at=number, how=how, times=1 if how == "reset_after" else 100)
         try:
-            publish(folder, REPO, branch)
+            push(prepared)
         except OSError:
             interrupted += 1
         loopback_hub.recover()
@@ -270,7 +272,7 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
             assert state == {"main": {}}, number
         else:
             assert state in (old, new), number
-        publish(folder, REPO, branch)
+        push(prepared)
         assert visible(loopback_hub) == new, number
         assert not any(name.endswith(".incoming") for name in loopback_hub.refs(REPO))
     assert interrupted == num_requests or how == "reset_after"
