@@ -1,12 +1,10 @@
 """The projector: parity with the published code, the paper's variant, the ablation switches, the shapes in between."""
 
 import math
-import zlib
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from parity import assert_parity, drawn
 
 from delta_llava import DeltaLlavaConfig, DeltaProjection, DeltaProjector
 from delta_llava.hub.convert import projector_from_released
@@ -56,15 +54,6 @@ PUBLISHED_SHAPES = {
 }
 
 
-def drawn(name, shape):
-    """The weights and inputs of the parity figures are drawn from their names, so that none need to be stored."""
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    if name.startswith("input."):
-        return values
-    return 1 + 0.1 * values if name.endswith("weight") and "norm" in name else 0.05 * values
-
-
 @pytest.fixture(scope="module")
 def published():
     projector = DeltaProjector(DeltaLlavaConfig()).eval()
@@ -73,20 +62,10 @@ def published():
     return projector
 
 
-def relative_error(ours, theirs):
-    return (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)).item()
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("num_visual_tokens", [1, 4, 16, 36, 64, 144, 576])
 def test_parity_with_the_published_projector(published, fixtures, num_visual_tokens):
-    figures = load_file(fixtures / "released_delta_projector.safetensors")
-    query_features = drawn("input.query_features", (1, 576, 1024))
-    memory_features = drawn("input.memory_features", (1, 576, 4096))
-    tokens = published(query_features, memory_features, num_visual_tokens)
-    assert tokens.shape == (1, num_visual_tokens, 4096)
-    assert relative_error(tokens[0][:, ::64], figures[f"visual_tokens_{num_visual_tokens}"]) <= 1e-5
-    assert relative_error(torch.linalg.vector_norm(tokens), figures[f"norm_{num_visual_tokens}"]) <= 1e-5
+    assert_parity(published, num_visual_tokens, fixtures / "released_delta_projector.safetensors")
 
 
 def test_a_name_that_was_never_published_is_refused():

@@ -6,15 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub.utils import filter_repo_objects
+from parity import assert_parity, drawn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -491,15 +490,6 @@ def large_files(tmp_path):
     shutil.rmtree(tmp_path)
 
 
-def drawn(name, shape):
-    """As the parity figures' weights and inputs are drawn, from their names."""
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    if name.startswith("input."):
-        return values
-    return 1 + 0.1 * values if name.endswith("weight") and "norm" in name else 0.05 * values
-
-
 @torch.inference_mode()
 def test_a_full_size_projector_keeps_the_parity_figures(fixtures, tiny_tokenizer, large_files):
     """The published projector's own widths, between a tower and a language model that are small in all but width."""
@@ -521,13 +511,8 @@ def test_a_full_size_projector_keeps_the_parity_figures(fixtures, tiny_tokenizer
     convert(large_files / "mm_projector.bin", large_files / "out", num_visual_tokens=[144], **options)
 
     projector = load(large_files / "out").model.multi_modal_projector
-    figures = load_file(fixtures / "released_delta_projector.safetensors")
-    query_features = drawn("input.query_features", (1, 576, 1024))
-    memory_features = drawn("input.memory_features", (1, 576, 4096))
     for budget in (16, 144):
-        ours = projector(query_features, memory_features, budget)[0][:, ::64]
-        theirs = figures[f"visual_tokens_{budget}"]
-        assert torch.linalg.vector_norm(ours - theirs) <= 1e-5 * torch.linalg.vector_norm(theirs)
+        assert_parity(projector, budget, fixtures / "released_delta_projector.safetensors")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' account of a process's memory")

@@ -1,12 +1,11 @@
 """Each comparator is what was published, and takes our projector's place in the model and in the training scripts."""
 
 import json
-import zlib
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from parity import assert_parity, drawn
 from safetensors.torch import load_file
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
@@ -34,15 +33,6 @@ PUBLISHED_NAMES = {
 }
 
 
-def drawn(name, shape):
-    """The weights and inputs of the parity figures are drawn from their names, so that none need to be stored."""
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    if name.startswith("input."):
-        return values
-    return 1 + 0.1 * values if name.startswith("ln_") and name.endswith("weight") else 0.05 * values
-
-
 @pytest.fixture(scope="module")
 def published():
     projector = TokenPackerProjector(DeltaLlavaConfig()).eval()
@@ -54,20 +44,10 @@ def published():
     return projector
 
 
-def relative_error(ours, theirs):
-    return (torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)).item()
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("num_visual_tokens", [1, 4, 16, 36, 64, 144, 576])
 def test_parity_with_the_published_tokenpacker(published, fixtures, num_visual_tokens):
-    figures = load_file(fixtures / "released_tokenpacker_projector.safetensors")
-    query_features = drawn("input.query_features", (1, 576, 1024))
-    memory_features = drawn("input.memory_features", (1, 576, 4096))
-    tokens = published(query_features, memory_features, num_visual_tokens)
-    assert tokens.shape == (1, num_visual_tokens, 4096)
-    assert relative_error(tokens[0][:, ::64], figures[f"visual_tokens_{num_visual_tokens}"]) <= 1e-5
-    assert relative_error(torch.linalg.vector_norm(tokens), figures[f"norm_{num_visual_tokens}"]) <= 1e-5
+    assert_parity(published, num_visual_tokens, fixtures / "released_tokenpacker_projector.safetensors")
 
 
 @pytest.fixture
