@@ -1,0 +1,131 @@
+"""
+FastV: drop visual tokens inside the language model by the attention that they receive ("An Image is Worth 1/2 Tokens
+After Layer 2", Chen et al., 2024). It needs no training: it is what one can do to a model that has too many tokens.
+
+    with fastv(model, num_visual_tokens=36, layer=2):
+        model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+NAME = "fastv"
+
+
+@contextmanager
+def fastv(model: PreTrainedModel, num_visual_tokens: int, layer: int = 2) -> Iterator[None]:
+    """
+    While this is open, `model` lets go of visual tokens behind layer `layer`: in the forward pass over a prompt, those
+    `num_visual_tokens` of a row stay that received the most attention from the prompt's last token in that layer, as
+    the mean over its heads. The layers above neither compute nor cache the others. Positions stay as they were.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`] or `LlavaForConditionalGeneration`):
+            Model that attends by PyTorch's scaled dot products (`attn_implementation="sdpa"`).
+        num_visual_tokens (`int`): Visual tokens of a row that stay, of all its images together.
+        layer (`int`, *optional*, defaults to 2): Number of the language model's layers that see all tokens.
+
+    Raises:
+        ValueError: The model has no such layer or attends in another way; while it is open: a row has fewer visual
+            tokens, not all rows have the same number, or a prompt is padded on the right.
+    """
+    language_model = model.model.language_model
+    num_layers = len(language_model.layers)
+    if not 0 < layer < num_layers:
+        raise ValueError(
+            f"layer={layer} must be at least 1, so that attention is received, and below the language model's "
+            f"{num_layers} layers, so that something is saved."
+        )
+    if language_model.config._attn_implementation != "sdpa":
+        raise ValueError(
+            f"FastV here works with attn_implementation='sdpa', not {language_model.config._attn_implementation!r}."
+        )
+    pruning = _Pruning(model.config.image_token_id, num_visual_tokens, language_model.layers[layer - 1].self_attn)
+    handles = [model.register_forward_pre_hook(pruning.read_prompt, with_kwargs=True)]
+    handles += [
+        decoder.register_forward_pre_hook(pruning.prune, with_kwargs=True) for decoder in language_model.layers[layer:]
+    ]
+    language_model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation("sdpa")
+        for handle in handles:
+            handle.remove()
+        for decoder in language_model.layers:
+            vars(decoder.self_attn).pop("last_token_attention", None)
+
+
+class _Pruning:
+    """Which positions of the prompt stay, `(batch_size, length)`, and the hooks that leave the others out."""
+
+    def __init__(self, image_token_id: int, num_visual_tokens: int, attention: nn.Module):
+        self.image_token_id = image_token_id
+        self.num_visual_tokens = num_visual_tokens
+        self.attention = attention
+        self.is_visual = self.kept = None
+
+    def read_prompt(self, model: nn.Module, args: tuple, kwargs: dict):
+        input_ids, attention_mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if input_ids.shape[1] == 1:  # a token that was generated
+            return
+        self.is_visual, self.kept = input_ids == self.image_token_id, None
+        counts = self.is_visual.sum(1)
+        if not counts.any():
+            return
+        if (counts != counts[0]).any() or counts[0] < self.num_visual_tokens:
+            raise ValueError(
+                f"The rows have {counts.tolist()} visual tokens; to keep {self.num_visual_tokens}, all must have the "
+                "same number, and no fewer."
+            )
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("A prompt is padded on the right, but its last token must be the one that attends.")
+
+    def prune(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        length = self.is_visual.shape[1]
+        if not self.is_visual.any():
+            return args, kwargs
+        is_prompt = kwargs["position_embeddings"][0].shape[1] == length
+        if self.kept is None:
+            received = self.attention.last_token_attention.masked_fill(~self.is_visual, -1.0)
+            chosen = received.topk(self.num_visual_tokens, dim=1).indices
+            stays = (~self.is_visual).scatter(1, chosen, True)
+            self.kept = stays.nonzero()[:, 1].view(len(stays), -1)
+        hidden_states, mask = args[0], kwargs.get("attention_mask")
+        if mask is not None:
+            generated = torch.arange(length, mask.shape[-1], device=mask.device).expand(len(self.kept), -1)
+            columns = torch.cat([self.kept, generated], dim=1)
+            mask = mask.take_along_dim(columns[:, None, None], dim=3)
+            kwargs["attention_mask"] = mask.take_along_dim(self.kept[:, None, :, None], dim=2) if is_prompt else mask
+        if is_prompt:
+            rows = self.kept[:, :, None]
+            if hidden_states.shape[1] == length:
+                hidden_states = hidden_states.take_along_dim(rows, dim=1)
+            kwargs["position_embeddings"] = tuple(
+                part.expand(len(rows), -1, -1).take_along_dim(rows, dim=1) for part in kwargs["position_embeddings"]
+            )
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = kwargs["position_ids"].expand(len(rows), -1).take_along_dim(self.kept, dim=1)
+        return (hidden_states, *args[1:]), kwargs
+
+
+def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """PyTorch's attention, which leaves the last token's attention, `(batch_size, length)`, in `module`."""
+    if query.shape[2] > 1:
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        scores = (query[:, :, -1:] @ keys.transpose(2, 3)).float() * scaling
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask[:, :, -1:], -torch.inf)
+        module.last_token_attention = scores.softmax(-1).mean(1)[:, 0]
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
