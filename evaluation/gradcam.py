@@ -1,0 +1,341 @@
+r"""
+Shows where the evidence for an answer lies: Grad-CAM on what the projector gives and on what it reads (Figure 1).
+
+```
+python -m delta_llava.evaluation.gradcam --checkpoint checkpoints/delta-llava-vicuna-7b --image taxi.jpg \
+    --question "What is weird about this picture?" --num_visual_tokens 16 64 144 --output gradcam.png
+```
+
+Each row of the picture explains what the model answers at that budget, or `--answer` there.
+
+The maps are element-wise Grad-CAM: the gradient of the answer's log-probability times the feature, its positive part
+summed over the channels of each position. Plain Grad-CAM weighs a channel by its gradient's mean over all positions; on
+the demo's scenes those maps lie away from what is asked about, because a language model reads each token differently.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, PreTrainedModel, ProcessorMixin
+
+from ..configuration_delta_llava import query_grid_size
+
+
+MAX_NEW_TOKENS = 256  # of an answer, which ends there if the model does not end it
+
+
+@dataclass
+class GradCam:
+    """
+    Where the evidence for one answer lies at one budget. All tensors are float32, on the CPU, row by row of the image.
+
+    image (`torch.Tensor` of shape `(height, width, 3)`):
+        What the vision tower sees, in 0 … 1: after cropping or padding, as far as patches cover it.
+    question, answer (`str`): What was asked, and the answer that is explained.
+    num_visual_tokens (`int`): The budget V = g².
+    score (`float`): Log-probability of the answer, in nats.
+    output_map (`torch.Tensor` of shape `(g, g)`):
+        Relevance of each visual token, 0 or more, in no unit: compare it within a map only.
+    input_map (`torch.Tensor` of shape `(G, G)`): Relevance of what the projector reads of each patch.
+    window_attention (`torch.Tensor` of shape `(G, G)`, *optional*):
+        Where in its own cell each visual token looks: attention weights, averaged over heads and added over feature
+        levels, so that every cell of (G/g)² patches sums to 1. `None` for a projector other than Delta-LLaVA's.
+    """
+
+    image: torch.Tensor
+    question: str
+    answer: str
+    num_visual_tokens: int
+    score: float
+    output_map: torch.Tensor
+    input_map: torch.Tensor
+    window_attention: torch.Tensor | None
+
+
+def grad_cam(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image | str,
+    question: str,
+    num_visual_tokens: int,
+    answer: str | None = None,
+) -> GradCam:
+    """
+    Explains an answer by the gradients of its log-probability.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]): In any floating dtype; it is left as it was.
+        processor ([`DeltaLlavaProcessor`]): The one of the same checkpoint.
+        image (`Image.Image` or `str`): The image, or its file or URL.
+        question (`str`): What is asked about it.
+        num_visual_tokens (`int`): The budget V = g² of the image, one that the patch grid allows.
+        answer (`str`, *optional*): The answer to explain. Defaults to what the model answers, decoded greedily.
+
+    Returns:
+        [`GradCam`]
+
+    Raises:
+        ValueError: If the grid does not allow the budget, the image cannot be read, or question or answer are empty.
+    """
+    if not question.strip():
+        raise ValueError("The question is empty: ask something about the image.")
+    side = query_grid_size(num_visual_tokens, model.config.patch_grid_size)
+
+    def encode(*turns: dict, **options) -> BatchFeature:
+        budget = {"num_visual_tokens": num_visual_tokens}
+        inputs = processor.apply_chat_template(
+            list(turns), tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
+        )
+        return inputs.to(model.device)
+
+    asked = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
+    prompt = encode(asked, add_generation_prompt=True)
+    prompt_ids = prompt["input_ids"][0]
+    with _evaluation_mode(model):
+        if answer is None:
+            generated = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, num_beams=1)[0]
+            answer = processor.decode(generated[len(prompt_ids) :], skip_special_tokens=True)
+        answer = answer.strip()
+        if not answer:
+            raise ValueError(f"There is no answer to explain at {num_visual_tokens} visual tokens: it is empty.")
+        answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        inputs = encode(asked, answered, continue_final_message=True)
+        ids = inputs["input_ids"][0]
+        # The answer's tokens are those that the prompt does not have: the template may put a space before them.
+        shared = min(len(ids), len(prompt_ids))
+        answer_ids = ids[int((ids[:shared] == prompt_ids[:shared]).cumprod(0).sum()) :]
+
+        with torch.enable_grad(), _watch_projector(model.model.multi_modal_projector) as seen:
+            logits = model(**inputs, logits_to_keep=len(answer_ids) + 1, use_cache=False).logits[0, :-1].float()
+            score = -F.cross_entropy(logits, answer_ids.to(logits.device), reduction="sum")
+            features = seen["query_features"], seen["memory_features"], seen["visual_tokens"]
+            # None of the parameters gets a gradient. A projector that does not read the memory leaves zeros there.
+            gradients = torch.autograd.grad(score, features, materialize_grads=True)
+
+    query_map, memory_map, output_map = map(_relevance, features, gradients)
+    return GradCam(
+        image=_seen_image(inputs["pixel_values"][0], processor, model.config.vision_config.patch_size),
+        question=question,
+        answer=answer,
+        num_visual_tokens=num_visual_tokens,
+        score=score.item(),
+        output_map=output_map.unflatten(0, (side, side)),
+        input_map=(query_map + memory_map).unflatten(0, (model.config.patch_grid_size,) * 2),
+        window_attention=seen.get("window_attention"),
+    )
+
+
+def _relevance(features: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Element-wise Grad-CAM, `(1, num_positions, num_channels)` to `(num_positions,)`, float32 on the CPU."""
+    return (gradients.float() * features.detach().float()).relu().sum(-1)[0].cpu()
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    # Not `train()` afterwards: a frozen part may be in another mode than the rest.
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def _watch_projector(projector: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields a dict that the projector's next pass fills with its inputs, as leaves that take gradients, and output."""
+    seen = {}
+
+    def before(module, arguments):
+        query_features, memory_features, num_visual_tokens = arguments
+        # A frozen tower leaves no graph behind its features.
+        seen["query_features"] = query_features.detach().requires_grad_()
+        seen["memory_features"] = memory_features.detach().requires_grad_()
+        return seen["query_features"], seen["memory_features"], num_visual_tokens
+
+    def after(module, arguments, output):
+        seen["visual_tokens"] = output
+
+    def attend(module, arguments):
+        queries, keys, _ = arguments
+        seen["window_attention"] = _window_attention(module, queries, keys, seen["query_features"].shape[1])
+
+    handles = [projector.register_forward_pre_hook(before), projector.register_forward_hook(after)]
+    # By its name: the class that came with a checkpoint is another object than the one here.
+    cells = [module for module in projector.modules() if type(module).__name__ == "CellAttention"]
+    handles += [module.register_forward_pre_hook(attend) for module in cells]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _window_attention(
+    attention: nn.MultiheadAttention, queries: torch.Tensor, keys: torch.Tensor, num_patches: int
+) -> torch.Tensor:
+    """
+    Lays the attention weights of all cells out on the patch grid.
+
+    Args:
+        attention (`nn.MultiheadAttention`): Of the cells, with packed weights.
+        queries (`torch.Tensor` of shape `(1, V, hidden_size)`): One of each cell, row by row of the query grid.
+        keys (`torch.Tensor` of shape `(1, V, num_levels * (G/g)², hidden_size)`): What the query of a cell sees.
+        num_patches (`int`): G².
+
+    Returns:
+        `torch.Tensor` of shape `(G, G)`, float32, on the CPU.
+    """
+    projected = (
+        F.linear(tokens[0].float(), weight.float(), bias.float()).unflatten(-1, (attention.num_heads, -1))
+        for tokens, weight, bias in zip(
+            (queries, keys), attention.in_proj_weight.chunk(3)[:2], attention.in_proj_bias.chunk(3)[:2], strict=True
+        )
+    )
+    scores = torch.einsum("vhd,vmhd->vhm", *projected) * attention.head_dim**-0.5
+    weights = scores.softmax(-1).mean(1)
+    side, scale = isqrt(len(weights)), isqrt(num_patches // len(weights))
+    cells = weights.view(side, side, -1, scale, scale).sum(2)  # the levels of a patch together
+    return cells.transpose(1, 2).reshape(side * scale, -1).cpu()
+
+
+def _seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
+    """`(3, height, width)` as the tower takes it to `(height, width, 3)` in 0 … 1, where whole patches cover it."""
+    image_processor = processor.image_processor
+    pixels = pixel_values.float().cpu().movedim(0, -1)
+    if image_processor.do_normalize:
+        pixels = pixels * torch.tensor(image_processor.image_std) + torch.tensor(image_processor.image_mean)
+    height, width = (size - size % patch_size for size in pixels.shape[:2])
+    return pixels[:height, :width].clamp(0, 1)
+
+
+def draw(explanations: list[GradCam], output: str | Path):
+    """
+    Draws explanations of answers to one question about one image, a row for each budget.
+
+    Args:
+        explanations (`list[GradCam]`): In the order of the rows.
+        output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
+
+    Raises:
+        ValueError: If the picture's type is not known.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    with_windows = all(explanation.window_attention is not None for explanation in explanations)
+    titles = [
+        "What the model sees",
+        "Relevance of patches read",
+        "Relevance of visual tokens",
+        "The same, token by token",
+        *["Attention within each cell"] * with_windows,
+    ]
+    num_rows, num_columns = len(explanations), len(titles)
+    figure = plt.figure(figsize=(2.9 * num_columns, 3.4 * num_rows + 1.4), layout="constrained")
+    figure.suptitle(_wrap(explanations[0].question), fontsize=14, fontweight="bold", parse_math=False)
+    *rows, legend = figure.subfigures(num_rows + 1, 1, height_ratios=[*[3.4] * num_rows, 0.8])
+    # As multiples of an even spread, by which cells of different sizes compare
+    windows = [e.window_attention * e.input_map.numel() / e.num_visual_tokens for e in explanations if with_windows]
+    for index, (row, explanation) in enumerate(zip(rows, explanations, strict=True)):
+        row.supxlabel(_wrap(_describe(explanation)), fontsize=11, parse_math=False)
+        axes = row.subplots(1, num_columns)
+        height, width = explanation.image.shape[:2]
+        extent = (0, width, height, 0)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if index == 0 else "", fontsize=10)
+            axis.imshow(explanation.image.numpy(), extent=extent)
+            axis.set_axis_off()
+        for axis, relevance, interpolation in (
+            (axes[1], explanation.input_map, "bilinear"),
+            (axes[2], explanation.output_map, "bilinear"),
+            (axes[3], explanation.output_map, "nearest"),
+        ):
+            peak = float(relevance.max()) or 1.0  # of an answer that hangs on nothing in the image
+            drawn = axis.imshow(
+                relevance.numpy() / peak,
+                cmap="jet",
+                alpha=0.5,
+                vmin=0,
+                vmax=1,
+                interpolation=interpolation,
+                extent=extent,
+            )
+        if with_windows:
+            looked = axes[4].imshow(
+                windows[index].numpy(), cmap="viridis", alpha=0.8, norm=LogNorm(0.1, 10), extent=extent
+            )
+        side = explanation.output_map.shape[0]
+        for axis in axes[3:]:
+            for line in range(1, side):
+                axis.axhline(line * height / side, color="white", linewidth=0.5)
+                axis.axvline(line * width / side, color="white", linewidth=0.5)
+    relevance_label = "relevance for the answer (element-wise Grad-CAM), as a share of the map's largest"
+    bars = legend.subplots(1, 1 + with_windows, squeeze=False, width_ratios=(3, 2)[: 1 + with_windows])[0]
+    figure.colorbar(drawn, cax=bars[0], orientation="horizontal", label=relevance_label)
+    if with_windows:
+        label = "attention within a token's cell, as a multiple of an even spread"
+        figure.colorbar(looked, cax=bars[1], orientation="horizontal", extend="both", label=label)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def _describe(explanation: GradCam) -> str:
+    plural = "" if explanation.num_visual_tokens == 1 else "s"
+    return (
+        f"{explanation.num_visual_tokens} visual token{plural}: “{explanation.answer}”"
+        f" (log-probability {explanation.score:.2g})"
+    )
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 110, max_lines=4, placeholder=" …"))
+
+
+def main(arguments: list[str] | None = None):
+    """Command line: writes the picture, prints the answers, or one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="folder or repository of a Delta-LLaVA model")
+    parser.add_argument("--image", required=True, help="file or URL")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--num_visual_tokens", type=int, nargs="+", required=True, help="a row of the picture each")
+    parser.add_argument("--answer", help="what to explain (default: what the model answers at each budget)")
+    parser.add_argument("--output", default="gradcam.png", help="the picture (default: gradcam.png)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: the checkpoint's)")
+    options = parser.parse_args(arguments)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            options.checkpoint, dtype=options.dtype, device_map="auto", trust_remote_code=True
+        )
+        processor = AutoProcessor.from_pretrained(options.checkpoint, trust_remote_code=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: checkpoint {options.checkpoint} does not load: {reason}") from error
+    explanations = []
+    try:
+        for budget in options.num_visual_tokens:
+            explanations.append(grad_cam(model, processor, options.image, options.question, budget, options.answer))
+            print(_describe(explanations[-1]), flush=True)
+        draw(explanations, options.output)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"Written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
