@@ -4,8 +4,10 @@ BIN := .venv/bin
 # The lowest transformers of setup.cfg's range, and the quantization backends, lie beside the environment: the backends
 # because they print at every import, the release because there can be but one.
 LOWEST := 5.19.0
+# lmms-eval brings much along, some of which breaks what imports it beside a CPU torch: an environment of its own.
+LMMS := .venv-lmms/bin
 
-.PHONY: test test-slow lint demo backbones clean
+.PHONY: test test-slow test-lmms lint demo backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
 	$(BIN)/python -m pytest
@@ -16,6 +18,10 @@ test: .venv/installed .venv/quantization .venv/lowest lint
 test-slow: .venv/installed .venv/deepspeed
 	$(BIN)/python -m pytest -m slow -s
 	PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest tests/train/test_deepspeed.py
+
+# The paper's evaluation, in the environment that lmms-eval needs for itself.
+test-lmms: .venv-lmms/installed
+	$(LMMS)/python -m pytest -m "slow or not slow" tests/evaluation/test_lmms.py tests/evaluation/test_run.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,6 +41,16 @@ backbones: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .[test]
 	touch $@
 
+.venv-lmms/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-lmms
+	$(LMMS)/pip install --quiet --upgrade pip
+	$(LMMS)/pip install --quiet --constraint constraints.txt torch
+	$(LMMS)/pip install --quiet --constraint constraints.txt --editable .[lmms] pytest pytest-timeout
+# Beside a CPU build of torch, torchvision's CUDA build fails at its import, and takes timm and whatever imports that
+# down with it, `accelerate launch` too. Without both nothing of ours is missing.
+	$(LMMS)/python -c "import torchvision" 2> /dev/null || $(LMMS)/pip uninstall --quiet --yes torchvision timm
+	touch $@
+
 .venv/quantization: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
 	touch $@
@@ -49,4 +65,4 @@ backbones: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info demo/out
+	rm -rf .venv .venv-lmms build *.egg-info demo/out

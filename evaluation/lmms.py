@@ -1,0 +1,239 @@
+"""
+Delta-LLaVA as the model `delta_llava` of lmms-eval, which finds it by this package's entry point.
+
+```
+lmms-eval --model delta_llava --model_args pretrained=ORG/NAME,num_visual_tokens=36,dtype=bfloat16,batch_size=8 \
+    --tasks pope --verbosity DEBUG
+```
+
+Without `--verbosity DEBUG` that command reports an error and ends as if there had been none; `evaluation.run` does not.
+"""
+
+import json
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from lmms_eval.utils import simple_parse_args_string
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
+
+from .checkpoint import locate
+
+
+# For tasks that name no limit: as lmms-eval gives LLaVA.
+MAX_NEW_TOKENS = 1024
+
+
+class DeltaLlava(lmms):
+    """
+    A checkpoint at one number of visual tokens, answering what lmms-eval asks.
+
+    Args:
+        pretrained (`str`): Folder or Hub repository of the checkpoint.
+        revision (`str`, *optional*): Branch or commit of the repository.
+        num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Budget of each image. It may be changed
+            between two tasks.
+        dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the checkpoint's.
+        batch_size (`int`, *optional*, defaults to 1): Requests that are answered at once, on each process.
+        device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
+            where there is one, and each process its own.
+        attn_implementation (`str`, *optional*): As `from_pretrained` takes it.
+
+    Raises:
+        ValueError: For a budget that the checkpoint's patch grid does not allow, or a batch size below 1.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        num_visual_tokens: int | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        attn_implementation: str | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(f"batch_size={batch_size} must be a number from 1 on.")
+        self.batch_size = int(batch_size)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        folder, self.commit = locate(pretrained, revision)
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device or self.accelerator.device,
+            attn_implementation=attn_implementation,
+        ).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.config = self.model.config
+        valid = self.config.valid_visual_token_counts
+        self.num_visual_tokens = self.config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        if self.num_visual_tokens not in valid:
+            raise ValueError(f"num_visual_tokens={num_visual_tokens} must be one of {valid}, for {pretrained}.")
+        logger.info(
+            f"{pretrained}, commit {self.commit}, {self.num_visual_tokens} visual tokens per image, "
+            f"{self.model.dtype} on {self.device}, prompts by the checkpoint's chat template"
+        )
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "DeltaLlava":
+        """
+        Loads what `--model_args` names; it wins over `--batch_size`, for which lmms-eval always gives a value.
+
+        Args:
+            arg_string (`str`): `name=value,…`.
+            additional_config (`dict`, *optional*): Values of the command line's own options; None for not given.
+
+        Returns:
+            `DeltaLlava`: The model.
+        """
+        given = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **simple_parse_args_string(arg_string)})
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, and where lmms-eval gathers counts of several processes."""
+        return self.model.device
+
+    def clean(self):
+        """Keeps the model, which lmms-eval would drop after a task to make room for a judge: the next task needs it."""
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """
+        Answers requests in batches of like generation arguments, the longest first.
+
+        Args:
+            requests (`list[Instance]`): Each with the context, a function from a document to messages, generation
+                arguments, and the document's number, task and split.
+
+        Returns:
+            `list[str]`: In the order of the requests, each ending before the first of `until`.
+
+        Raises:
+            RuntimeError: If documents cannot be answered; the message names task and documents.
+        """
+        groups = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True), []).append(index)
+        answers = [None] * len(requests)
+        description = f"answering, {self.num_visual_tokens} visual tokens"
+        with tqdm(total=len(requests), desc=description, unit="request", disable=self.rank != 0) as progress:
+            for arguments, indices in groups.items():
+                # What needs most memory comes first, and texts of like length need little padding.
+                indices.sort(key=lambda index: len(requests[index].args[0]), reverse=True)
+                for first in range(0, len(indices), self.batch_size):
+                    batch = indices[first : first + self.batch_size]
+                    for index, answer in zip(batch, self._answer([requests[i] for i in batch], arguments), strict=True):
+                        answers[index] = answer
+                    progress.update(len(batch))
+        return answers
+
+    @torch.inference_mode()
+    def _answer(self, requests: list[Instance], arguments: str) -> list[str]:
+        where = ", ".join(f"{task} {split} document {doc_id}" for *_, doc_id, task, split in (r.args for r in requests))
+        try:
+            options, until = generation_options(json.loads(arguments))
+            inputs = self._inputs(requests)
+            prompt_length = inputs["input_ids"].shape[1]
+            criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
+            generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
+            texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+        except Exception as error:
+            # An answer that is missing must not count as a wrong one.
+            raise RuntimeError(f"{where}, at {self.num_visual_tokens} visual tokens: {error}") from error
+        return [cut(text, until) for text in texts]
+
+    def _inputs(self, requests: list[Instance]) -> dict[str, torch.Tensor]:
+        chats = []
+        for _, doc_to_messages, _, doc_id, task, split in (request.args for request in requests):
+            messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+            if kinds := {part.type for message in messages.messages for part in message.content} - {"text", "image"}:
+                raise ValueError(f"The messages hold {sorted(kinds)}: Delta-LLaVA takes images and text.")
+            chats.append(messages.to_hf_messages())
+        return self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "num_visual_tokens": self.num_visual_tokens},
+        ).to(self.device, self.model.dtype)
+
+    def loglikelihood(self, requests: list[Instance]):
+        """Not for chat models: lmms-eval asks them to generate."""
+        raise NotImplementedError("lmms-eval asks a chat model to generate; none of its chat tasks wants likelihoods.")
+
+    def generate_until_multi_round(self, requests: list[Instance]):
+        """Not for Delta-LLaVA, which was trained on no such task."""
+        raise NotImplementedError("delta_llava answers tasks of one round: output_type generate_until.")
+
+
+class UntilStrings(StoppingCriteria):
+    """
+    Ends each row whose answer holds one of some strings.
+
+    transformers' own `stop_strings` also sees the prompt's end: after a prompt that ends in a line break, one more
+    would be the empty line that most tasks stop at.
+
+    Args:
+        processor (`ProcessorMixin`): For decoding.
+        until (`list[str]`): The strings.
+        prompt_length (`int`): Tokens of the padded prompts.
+    """
+
+    def __init__(self, processor, until: list[str], prompt_length: int):
+        self.processor, self.until, self.prompt_length = processor, until, prompt_length
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        """bool `(rows,)`: which rows of `input_ids` are done."""
+        texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        done = [any(end in text for end in self.until) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def generation_options(arguments: dict) -> tuple[dict, list[str]]:
+    """
+    Splits a task's generation arguments into those of `generate` and the strings that end an answer.
+
+    Args:
+        arguments (`dict`): `until`, a string or a list of them, and arguments of `generate`.
+
+    Returns:
+        `tuple[dict, list[str]]`: Both. Without a temperature above 0 the answer is greedy.
+
+    Raises:
+        ValueError: If `until` is of another kind.
+    """
+    options = {"max_new_tokens": MAX_NEW_TOKENS, **arguments}
+    until = options.pop("until", None) or []
+    until = [until] if isinstance(until, str) else until
+    if not all(isinstance(end, str) and end for end in until):
+        raise ValueError(f"until={until} must be a string or a list of strings, none of them empty.")
+    options.setdefault("do_sample", (options.get("temperature") or 0) > 0)
+    if not options["do_sample"]:
+        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+    return options, until
+
+
+def cut(text: str, until: list[str]) -> str:
+    """
+    What stands before the first of some strings.
+
+    Args:
+        text (`str`): An answer.
+        until (`list[str]`): The strings.
+
+    Returns:
+        `str`: The text's beginning, or all of it where it holds none of them.
+    """
+    for end in until:
+        text = text.partition(end)[0]
+    return text

@@ -1,0 +1,303 @@
+"""A run measures what is missing, and leaves files that a card takes. What needs lmms-eval is in test_lmms.py."""
+
+import json
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from delta_llava.evaluation import run as module
+from delta_llava.evaluation.checkpoint import locate, weight_digests
+from delta_llava.evaluation.results import read_results, result, results_file, write_results
+from delta_llava.evaluation.suite import read_suite, table
+from delta_llava.hub.card import build_card
+
+
+ENTRY = {
+    "task": "gqa",
+    "name": "GQA",
+    "dataset": "org/GQA",
+    "config": None,
+    "split": "testdev",
+    "metric": "exact_match",
+    "scale": 100,
+    "unit": "percent",
+    "prompt_variant": "default",
+}
+POPE = {**ENTRY, "task": "pope", "name": "POPE", "metric": "pope_f1_score", "note": "F1."}
+RECALL = {**POPE, "name": "POPE recall", "metric": "pope_recall"}
+PUBLISHED = {"model": "Delta-LLaVA 7B", "source": "table 1", "num_visual_tokens": 144, "values": {"POPE": 86.77}}
+
+
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """`suite(tasks, published)`: a suite's file."""
+
+    def write(tasks=(ENTRY, POPE, RECALL), published=(PUBLISHED,), **more):
+        content = {"tasks": list(tasks), "published": list(published), **more}
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
+        return tmp_path / "suite.yaml"
+
+    return write
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What a run has had measured, by a toolkit that finds 0.5 on 3 documents everywhere."""
+    calls = []
+
+    def measure(lmms, task, metrics, num_visual_tokens, limit):
+        calls.append((task, num_visual_tokens, limit))
+        samples = [{metric: {} for metric in metrics} for _ in range(3)]
+        return {"results": {task: {f"{metric},none": 0.5 for metric in metrics}}, "samples": {task: samples}}
+
+    monkeypatch.setattr(module, "version", lambda name: "0.7.3")
+    monkeypatch.setattr(module, "_load", lambda *arguments: {"model": SimpleNamespace(rank=0)})
+    monkeypatch.setattr(module, "_measure", measure)
+    return calls
+
+
+def test_the_papers_suite_is_the_papers():
+    suite = read_suite(module.SUITE)
+    names = [entry["name"] for entry in suite["tasks"]]
+    assert names == [
+        *("GQA", "MMBench", "MME", "POPE", "ScienceQA-IMG", "TextVQA", "TextVQA with OCR tokens"),
+        *("VizWiz", "VQAv2", "NoCaps", "Flickr30k"),
+    ]
+    figures = {(row["model"], row["source"], row["num_visual_tokens"]): row["values"] for row in suite["published"]}
+    assert len(figures) == len(suite["published"])
+    assert list(figures["Delta-LLaVA 7B", "table 1", 144].values()) == [
+        62.34,
+        65.95,
+        1466.52,
+        86.77,
+        68.7,
+        57.14,
+        56.6,
+        76.1,
+    ]
+    assert figures["Delta-LLaVA Qwen-7B", "table 2", 36]["VizWiz"] == 33.1
+    assert figures["Delta-LLaVA 13B", "table 6", 1] == {"NoCaps": 92.7, "Flickr30k": 61.9}
+    assert {row["source"] for row in suite["published"]} == {"table 1", "table 2", "table 5", "table 6"}
+
+
+def test_the_papers_suite_lies_beside_the_tasks_that_it_adds():
+    suite = read_suite(module.SUITE)
+    added = (module.SUITE.parent / "tasks").glob("*.yaml")
+    assert suite["include_path"] == str(module.SUITE.parent / "tasks")
+    assert {file.stem for file in added} == {"textvqa_val_ocr"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": [{**ENTRY, "scale": "100"}]}, r"tasks\[0\]: scale is '100'"),
+        ({"tasks": [{**ENTRY, "unit": "%"}]}, r"tasks\[0\]: unit is '%'"),
+        ({"tasks": [{**ENTRY, "extra": 1}]}, r"tasks\[0\]: unknown are \['extra'\]"),
+        ({"tasks": [{k: v for k, v in ENTRY.items() if k != "split"}]}, r"missing are \['split'\]"),
+        ({"tasks": ["gqa"]}, "found 'gqa' instead of"),
+        ({"tasks": [ENTRY, ENTRY]}, "each name once"),
+        ({"tasks": []}, "at least one task"),
+        ({"published": [{**PUBLISHED, "values": {"QGA": 1}}]}, r"values of \['QGA'\], which no task has"),
+        ({"paper": []}, "but no more"),
+    ],
+)
+def test_a_wrong_suite_is_refused_by_name_and_place(suite, change, message):
+    file = suite(**{"published": (), **change})
+    with pytest.raises(ValueError, match=message):
+        read_suite(file)
+
+
+def test_tasks_are_chosen_by_name(suite):
+    assert [entry["name"] for entry in read_suite(suite(), ["pope"])["tasks"]] == ["POPE", "POPE recall"]
+    with pytest.raises(ValueError, match=r"tasks=\['mmbench'\] are none of .*\['gqa', 'pope', 'pope'\]"):
+        read_suite(suite(), ["pope", "mmbench"])
+
+
+def test_the_table_sets_the_papers_rows_beside_what_was_measured(suite):
+    file = suite(published=[PUBLISHED, {**PUBLISHED, "values": {"GQA": 62.34}}])
+    text = table(read_suite(file, ["pope"]), "mine", {4: {"POPE": 80.0}, 36: {"POPE": 81.234}})
+    assert text.splitlines() == [
+        "| model | source | visual tokens | POPE | POPE recall |",
+        "| --- | --- | --: | --: | --: |",
+        "| mine | measured | 36 | 81.23 | - |",
+        "| mine | measured | 4 | 80.00 | - |",
+        "| Delta-LLaVA 7B | table 1 | 144 | 86.77 | - |",
+        "",
+        "- POPE: pope, testdev, pope_f1_score, percent, prompt default. F1.",
+        "- POPE recall: pope, testdev, pope_recall, percent, prompt default. F1.",
+    ]
+
+
+def test_a_run_leaves_results_that_the_card_takes(checkpoint, suite, measured, capsys):
+    text = module.run(checkpoint, [36, 4], suite=suite())
+    # One run of a task gives all its metrics
+    assert measured == [("gqa", 36, None), ("pope", 36, None), ("gqa", 4, None), ("pope", 4, None)]
+    assert "| measured | 36 | 50.00 | 50.00 | 50.00 |" in text and "| table 1 | 144 | - | 86.77 | - |" in text
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("[1 of 4] gqa at 36 visual tokens") and "left" in said[3]
+    content = json.loads(results_file(checkpoint, 4).read_text())
+    assert content["toolkit"] == "lmms-eval 0.7.3" and content["commit"] is None
+    record = {key: value for key, value in ENTRY.items() if key != "scale"}
+    assert content["results"][0] == {**record, "value": 50.0, "num_samples": 3}
+
+    card = build_card(checkpoint, "org/name", base_model=["org/tower", "org/lm"], license="mit", datasets=["org/data"])
+    assert "| 50.0 % | 50.0 % |" in card.text and "lmms-eval 0.7.3" in card.text
+    (index,) = card.data.to_dict()["model-index"]
+    metrics = [metric["type"] for result in index["results"] for metric in result["metrics"]]
+    assert metrics == ["exact_match", "pope_f1_score", "pope_recall"]
+
+
+def test_what_is_measured_already_is_not_measured_again(checkpoint, suite, measured):
+    module.run(checkpoint, [36], suite=suite(), tasks=["gqa"])
+    text = module.run(checkpoint, [36, 4], suite=suite())
+    assert measured == [("gqa", 36, None), ("pope", 36, None), ("gqa", 4, None), ("pope", 4, None)]
+    assert "| measured | 36 | 50.00 | 50.00 | 50.00 |" in text
+    # Another prompt is another task, and both stay
+    module.run(checkpoint, [36], suite=suite([{**ENTRY, "prompt_variant": "terse"}], ()))
+    variants = [r["prompt_variant"] for r in json.loads(results_file(checkpoint, 36).read_text())["results"]]
+    assert measured[4:] == [("gqa", 36, None)] and variants == ["default"] * 3 + ["terse"]
+
+
+def test_what_an_interruption_left_is_whole(checkpoint, suite, measured, monkeypatch):
+    measure = module._measure
+
+    def interrupted(lmms, task, *arguments):
+        if task == "pope":
+            raise KeyboardInterrupt
+        return measure(lmms, task, *arguments)
+
+    monkeypatch.setattr(module, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.run(checkpoint, [36], suite=suite())
+    (file,) = (checkpoint / "results").iterdir()
+    assert [record["task"] for record in json.loads(file.read_text())["results"]] == ["gqa"]
+
+
+def test_a_limited_run_writes_nothing_and_takes_nothing_for_done(checkpoint, suite, measured):
+    module.run(checkpoint, [36], suite=suite())
+    before = results_file(checkpoint, 36).read_bytes()
+    text = module.run(checkpoint, [36, 4], suite=suite(), limit=2)
+    assert measured[2:] == [("gqa", 36, 2), ("pope", 36, 2), ("gqa", 4, 2), ("pope", 4, 2)]
+    assert "| measured | 4 | 50.00 |" in text
+    assert results_file(checkpoint, 36).read_bytes() == before and not results_file(checkpoint, 4).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": {"model.safetensors": "0" * 64}}, "about other weights"),
+        ({"toolkit": "lmms-eval 0.7.2"}, "is of lmms-eval 0.7.2, and this is lmms-eval 0.7.3"),
+        ({"results": [{"task": "gqa"}]}, "no file of results"),
+        ({"dtype": "float32"}, "no file of results"),
+    ],
+)
+def test_results_of_something_else_are_not_mixed_in(checkpoint, suite, measured, change, message):
+    module.run(checkpoint, [36], suite=suite())
+    file = results_file(checkpoint, 36)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=message):
+        module.run(checkpoint, [4, 36], suite=suite())
+    assert len(measured) == 2  # of the first run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_visual_tokens": [36, 7]}, r"num_visual_tokens=\[7\] must be among \[1, 4, 9, 16, 36, 144\]"),
+        ({"tasks": ["vqa"]}, r"tasks=\['vqa'\] are none of"),
+        ({"limit": 0}, "limit=0 must be 1 or more"),
+        ({"revision": "main"}, "is a folder, which has no revision"),
+        ({"checkpoint": "no such/folder at all"}, "neither a folder nor a repository"),
+        ({"suite": "missing.yaml"}, "missing.yaml cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(checkpoint, suite, measured, arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        module.run(**{"checkpoint": checkpoint, "num_visual_tokens": [36], "suite": suite(), **arguments})
+    assert not measured
+
+
+def test_results_of_a_hub_checkpoint_need_a_place_and_name_the_commit(
+    checkpoint, suite, measured, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(module, "locate", lambda name, revision: (checkpoint, "c0ffee"))
+    with pytest.raises(ValueError, match="org/name is on the Hub: name an --output_dir"):
+        module.run("org/name", [36], suite=suite())
+    module.run("org/name", [36], suite=suite(), output_dir=tmp_path / "out")
+    assert json.loads(results_file(tmp_path / "out", 36).read_text())["commit"] == "c0ffee"
+    assert not (checkpoint / "results").exists()
+
+
+def test_what_is_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
+    asked = []
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        return str(tmp_path / "snapshots/c0ffee")
+
+    monkeypatch.setattr("delta_llava.evaluation.checkpoint.snapshot_download", snapshot_download)
+    assert locate("org/name", "tokens-36") == (tmp_path / "snapshots/c0ffee", "c0ffee")
+    assert asked == [("org/name", "tokens-36")]
+    assert locate(tmp_path) == (tmp_path, None)
+
+
+def test_weights_in_several_files_are_all_told(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path, max_shard_size="200KB")
+    files = {file.name for file in tmp_path.glob("*.safetensors")}
+    assert len(files) > 1 and weight_digests(tmp_path).keys() == files
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="and holds both"):
+        weight_digests(tmp_path)
+
+
+def test_without_lmms_eval_the_command_says_what_to_install(checkpoint, suite, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(module, "version", missing)
+    with pytest.raises(SystemExit, match="error: lmms-eval is missing here: install the extra `lmms`"):
+        module.main(["--checkpoint", str(checkpoint), "--num_visual_tokens", "36", "--suite", str(suite())])
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, "N/A", True])
+def test_a_value_that_is_no_number_is_no_result(value):
+    with pytest.raises(ValueError, match=r"gqa: exact_match is .* instead of a number"):
+        result(ENTRY, value, 3)
+
+
+def test_an_unfinished_write_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "results/tokens-36.json"
+    arguments = (file, 36, "lmms-eval 0.7.3", None, {"model.safetensors": "0"})
+    write_results(*arguments, [result(ENTRY, 0.5, 3)])
+    with pytest.raises(TypeError):
+        write_results(*arguments, [object()])
+    assert [r["value"] for r in read_results(file, "lmms-eval 0.7.3", {"model.safetensors": "0"})] == [50.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"dataset_path": "org/other"}, "gqa: dataset is 'org/other' in lmms-eval, and 'org/GQA' in the suite"),
+        ({"dataset_name": "lite"}, "gqa: config is 'lite'"),
+        ({"test_split": "test"}, "gqa: split is 'test'"),
+        ({"metric_list": [{"metric": "submission"}]}, r"gqa: metric is 'exact_match' .* \['submission'\]"),
+    ],
+)
+def test_a_suite_must_say_what_lmms_eval_does(change, message):
+    task = {"dataset_path": "org/GQA", "test_split": "testdev", "metric_list": [{"metric": "exact_match"}], **change}
+    if message is None:
+        module.check_task(ENTRY, task)
+    else:
+        with pytest.raises(ValueError, match=message):
+            module.check_task(ENTRY, task)
