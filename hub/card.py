@@ -14,7 +14,8 @@ stands in evaluation results, `results/tokens-*.json`, one file for each number 
   "weights": {"model-00001-of-00003.safetensors": "<SHA-256 of the file, in hexadecimal>", ...},
   "results": [
     {
-      "task": "gqa", "name": "GQA", "dataset": "lmms-lab-encoder/GQA", "config": "testdev_balanced_instructions" or null,
+      "task": "gqa", "name": "GQA", "dataset": "lmms-lab-encoder/GQA",
+      "config": "testdev_balanced_instructions" or null,
       "split": "testdev", "metric": "exact_match", "value": 61.9, "unit": "percent" or "points",
       "prompt_variant": "default", "num_samples": 12578
     }
