@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,7 +24,8 @@ def fastv(model: PreTrainedModel, num_visual_tokens: int, layer: int = 2) -> Ite
     """
     While this is open, `model` lets go of visual tokens behind layer `layer`: in the forward pass over a prompt, those
     `num_visual_tokens` of a row stay that received the most attention from the prompt's last token in that layer, as
-    the mean over its heads. The layers above neither compute nor cache the others. Positions stay as they were.
+    the mean over its heads. The layers above neither compute nor cache the others. Positions stay as they were. A
+    prompt goes through the model at once, as `input_ids`, into an empty `DynamicCache` or without one.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`] or `LlavaForConditionalGeneration`):
@@ -33,9 +34,12 @@ def fastv(model: PreTrainedModel, num_visual_tokens: int, layer: int = 2) -> Ite
         layer (`int`, *optional*, defaults to 2): Number of the language model's layers that see all tokens.
 
     Raises:
-        ValueError: The model has no such layer or attends in another way; while it is open: a row has fewer visual
-            tokens, not all rows have the same number, or a prompt is padded on the right.
+        ValueError: The model has no such layer or attends in another way, or fewer than no tokens shall stay; while it
+            is open: a row has fewer visual tokens, not all rows have the same number, a prompt is padded on the right,
+            or comes in a way that is not named above.
     """
+    if num_visual_tokens < 0:
+        raise ValueError(f"num_visual_tokens={num_visual_tokens} must be 0 or more.")
     language_model = model.model.language_model
     num_layers = len(language_model.layers)
     if not 0 < layer < num_layers:
@@ -48,12 +52,12 @@ def fastv(model: PreTrainedModel, num_visual_tokens: int, layer: int = 2) -> Ite
             f"FastV here works with attn_implementation='sdpa', not {language_model.config._attn_implementation!r}."
         )
     pruning = _Pruning(model.config.image_token_id, num_visual_tokens, language_model.layers[layer - 1].self_attn)
-    handles = [model.register_forward_pre_hook(pruning.read_prompt, with_kwargs=True)]
-    handles += [
-        decoder.register_forward_pre_hook(pruning.prune, with_kwargs=True) for decoder in language_model.layers[layer:]
-    ]
-    language_model.set_attn_implementation(NAME)
+    handles = []
     try:
+        handles.append(model.register_forward_pre_hook(pruning.read_prompt, with_kwargs=True))
+        for decoder in language_model.layers[layer:]:
+            handles.append(decoder.register_forward_pre_hook(pruning.prune, with_kwargs=True))
+        language_model.set_attn_implementation(NAME)
         yield
     finally:
         language_model.set_attn_implementation("sdpa")
@@ -73,8 +77,19 @@ class _Pruning:
         self.is_visual = self.kept = None
 
     def read_prompt(self, model: nn.Module, args: tuple, kwargs: dict):
-        input_ids, attention_mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        if input_ids.shape[1] == 1:  # a token that was generated
+        input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        if input_ids is None or not (cache is None or isinstance(cache, DynamicCache)):
+            raise ValueError(
+                "FastV reads prompts from the keyword input_ids and needs a cache that grows, but found "
+                f"{sorted(kwargs)} and a {type(cache).__name__}."
+            )
+        if cache is not None and cache.get_seq_length() > 0:
+            if self.is_visual is None or input_ids.shape[1] > 1:
+                raise ValueError(
+                    f"{input_ids.shape[1]} tokens follow {cache.get_seq_length()} cached ones, but FastV reads a "
+                    "prompt at once and then one token at a time."
+                )
             return
         self.is_visual, self.kept = input_ids == self.image_token_id, None
         counts = self.is_visual.sum(1)
@@ -89,9 +104,11 @@ class _Pruning:
             raise ValueError("A prompt is padded on the right, but its last token must be the one that attends.")
 
     def prune(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        length = self.is_visual.shape[1]
+        if self.is_visual is None:
+            raise ValueError("FastV prunes calls of the whole model alone, not of its parts.")
         if not self.is_visual.any():
             return args, kwargs
+        length = self.is_visual.shape[1]
         is_prompt = kwargs["position_embeddings"][0].shape[1] == length
         if self.kept is None:
             received = self.attention.last_token_attention.masked_fill(~self.is_visual, -1.0)

@@ -54,29 +54,30 @@ def stays(model, inputs, num_visual_tokens, layer):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("layer", [1, 3])
-def test_upper_layers_no_longer_see_the_dropped_tokens(model, layer):
+@pytest.mark.parametrize(("layer", "num_beams"), [(1, 1), (3, 1), (2, 3)])
+def test_upper_layers_no_longer_see_the_dropped_tokens(model, layer, num_beams):
     """To leave a token out is to let nobody attend to it: positions stay as they were."""
     inputs = prompts(model)
     kept = stays(model, inputs, 4, layer)
 
     def hide(decoder, args, kwargs):
         mask = kwargs["attention_mask"]
-        columns = torch.nn.functional.pad(kept, (0, mask.shape[-1] - kept.shape[1]), value=True)
+        columns = kept.repeat_interleave(num_beams, dim=0)
+        columns = torch.nn.functional.pad(columns, (0, mask.shape[-1] - kept.shape[1]), value=True)
         return args, {**kwargs, "attention_mask": mask & columns[:, None, None]}
 
     handles = [
         decoder.register_forward_pre_hook(hide, with_kwargs=True)
         for decoder in model.model.language_model.layers[layer:]
     ]
-    expected = answer(model, inputs)
+    expected = answer(model, inputs, num_beams=num_beams)
     for handle in handles:
         handle.remove()
     with fastv(model, 4, layer):
-        pruned = answer(model, inputs)
+        pruned = answer(model, inputs, num_beams=num_beams)
     assert torch.equal(pruned.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(pruned.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
-    unpruned = answer(model, inputs)
+    unpruned = answer(model, inputs, num_beams=num_beams)
     assert (torch.stack(pruned.logits) - torch.stack(unpruned.logits)).abs().max() > 1e-3
 
 
@@ -100,6 +101,15 @@ def test_a_row_is_pruned_in_a_batch_as_it_is_alone(model):
             alone |= {name: alone[name][:, -length:] for name in ("input_ids", "attention_mask")}
             logits = torch.stack(answer(model, {**alone, "num_visual_tokens": 16}).logits, dim=1)
             torch.testing.assert_close(logits[0], together[row], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_last_prompt_counts_even_if_it_is_one_token(model):
+    token = {"input_ids": torch.tensor([[5]])}
+    expected = torch.stack(answer(model, token).logits)
+    with fastv(model, 4):
+        answer(model, prompts(model))
+        torch.testing.assert_close(torch.stack(answer(model, token).logits), expected)
 
 
 @torch.inference_mode()
@@ -148,6 +158,18 @@ def test_what_it_cannot_prune_is_refused(model):
     flipped = {**inputs, **{name: inputs[name].flip(1) for name in ("input_ids", "attention_mask")}}
     with fastv(model, 4), pytest.raises(ValueError, match="padded on the right"):
         model(**flipped)
+    with fastv(model, 4), pytest.raises(ValueError, match=r"needs a cache that grows.*StaticCache"):
+        answer(model, inputs, cache_implementation="static")
+    with fastv(model, 4):
+        cache = answer(model, inputs).past_key_values
+        with pytest.raises(ValueError, match="2 tokens follow 28 cached ones"):
+            model(input_ids=torch.tensor([[5, 6]] * 2), past_key_values=cache)
+    with fastv(model, 4), pytest.raises(ValueError, match="input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 64))
+    with fastv(model, 4), pytest.raises(ValueError, match="the whole model alone"):
+        model.model(**inputs)
+    with pytest.raises(ValueError, match="num_visual_tokens=-1 must be 0 or more"):
+        fastv(model, -1).__enter__()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attn_implementation='sdpa', not 'eager'"):
         fastv(model, 4).__enter__()
