@@ -27,6 +27,7 @@ counted of the projector we cannot tell: its 0.024 at 576 is the released projec
 
 import argparse
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ LANGUAGE_MODELS = {
 CONVENTIONS = ("exact", "paper")
 KNOWN_DECODERS = ("llama", "qwen2", "qwen3")
 FLOP_PARTS = ("vision", "projector", "prefill", "decode")
+UNITS = {1e12: "TFLOPs", 1e9: "GFLOPs", 1e6: "MFLOPs"}
 TRAINABLE_PARTS = ("multi_modal_projector", "language_model", "lm_head")
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
 
@@ -532,17 +534,24 @@ def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:
     return 2 * ((rows + words) * decoder.hidden_size + rows * HEAD_WORDS)
 
 
+def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
+    """In which the largest total has digits before the point, as FLOPs and by name."""
+    largest = max(sum(cost[part] for part in FLOP_PARTS) for cost in costs.values())
+    return next(((size, name) for size, name in UNITS.items() if largest >= size), (1.0, "FLOPs"))
+
+
 def _table(costs: dict[int, dict[str, int]], title: str) -> str:
     """Costs by budget in Markdown, for people."""
+    size, unit = _unit(costs)
     lines = [
         title,
         "",
-        "| visual tokens | tower | projector | prefill | decode | total TFLOPs | KV cache, MiB |",
+        f"| visual tokens | tower | projector | prefill | decode | total {unit} | KV cache, MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for num_visual_tokens, cost in costs.items():
-        flops = [cost[part] / 1e12 for part in FLOP_PARTS]
-        columns = [f"{tflops:.3f}" for tflops in (*flops, sum(flops))]
+        flops = [cost[part] / size for part in FLOP_PARTS]
+        columns = [f"{number:.3f}" for number in (*flops, sum(flops))]
         lines.append(
             f"| {num_visual_tokens} | {' | '.join(columns)} | {cost['kv_cache_bytes'] / 2**20:.1f} |",
         )
@@ -556,14 +565,15 @@ def _plot(costs: dict[int, dict[str, int]], title: str, file: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    size, unit = _unit(costs)
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     budgets = [str(num_visual_tokens) for num_visual_tokens in costs]
     bottom = [0.0] * len(budgets)
     for part in FLOP_PARTS:
-        heights = [cost[part] / 1e12 for cost in costs.values()]
+        heights = [cost[part] / size for cost in costs.values()]
         axis.bar(budgets, heights, bottom=bottom, label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axis.set(xlabel="visual tokens", ylabel="TFLOPs of an answer", title=title)
+    axis.set(xlabel="visual tokens", ylabel=f"{unit} of an answer", title="\n".join(textwrap.wrap(title, 80)))
     axis.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)
@@ -600,11 +610,14 @@ def main(arguments: list[str] | None = None):
     except ValueError as error:
         parser.error(str(error))
     title = (
-        f"{options.recipe or options.config}: TFLOPs of {options.new_tokens} tokens that answer {options.text_tokens} "
-        f"tokens and one image, {options.convention} convention."
+        f"{options.recipe or options.config}: {_unit(costs)[1]} of {options.new_tokens} tokens that answer "
+        f"{options.text_tokens} tokens and one image, {options.convention} convention."
     )
     if options.plot:
-        _plot(costs, title, options.plot)
+        try:
+            _plot(costs, title, options.plot)
+        except (OSError, ValueError) as error:
+            parser.error(f"--plot {options.plot}: {error}")
     print(json.dumps({"budgets": costs}) if options.json else _table(costs, title))
 
 

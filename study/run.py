@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -203,7 +204,8 @@ def run(name: str, seed: int, settings: Settings, scenes: Path, threads: int) ->
 
 
 def end_with_parent():
-    """For a worker: end when the study is killed, instead of finishing a run that nobody waits for."""
+    """For a worker: end when the study does, instead of finishing a run that nobody waits for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the study, which ends its workers
 
     def wait():
         multiprocessing.parent_process().join()
@@ -263,8 +265,11 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
         with ProcessPoolExecutor(jobs, context, initializer=end_with_parent) as pool:
             runs = {pool.submit(run, *which, settings, scenes, threads): which for which in missing}
             failures = []
+            progress = tqdm(total=len(runs), unit="run", disable=not runs)
             try:
-                for done in tqdm(as_completed(runs), total=len(runs), unit="run", disable=not runs):
+                for done in as_completed(runs):
+                    progress.set_postfix_str("{} {}".format(*runs[done]), refresh=False)
+                    progress.update()
                     if done.exception():
                         failures.append(done)
                         continue
@@ -273,7 +278,8 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
                         rows_file.write(json.dumps(rows[-1]) + "\n")
                     write_report(rows, majority, settings, output_dir)
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
                 raise
     if failures:
         name, seed = runs[failures[0]]
@@ -524,29 +530,33 @@ def draw(shares: dict, differences: dict, majority: float, file: Path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(14, 10), layout="constrained")
-    comparators = ("delta", "tokenpacker", "average-pooling", "resampler", "mlp")
-    comparators += ("delta-wide-init", "average-pooling-wide-init")
-    variants = ("delta", "delta-paper", "delta-area", "no-delta-projection", "no-self-attention", "no-refinement-block")
+    wide = ("delta-wide-init", "average-pooling-wide-init")
     panels = {
-        "Projectors, one elastic checkpoint each": comparators,
+        "Projectors, one elastic checkpoint each": (
+            "delta", "tokenpacker", "average-pooling", "resampler", "mlp", *wide,
+        ),
         "Few tokens made by the projector, or dropped in the language model": (
             "delta", "mlp", *(f"fastv-{layer}" for layer in FASTV_LAYERS),
         ),
-        "Variants and ablations: difference to Delta-LLaVA, as released": variants[1:],
+        "Variants and ablations: difference to Delta-LLaVA, as released": (
+            "delta-paper", "delta-area", "no-delta-projection", "no-self-attention", "no-refinement-block",
+        ),
         "A checkpoint for each budget: difference to one for all": ("specialists",),
     }  # fmt: skip
     places = {budget: place for place, budget in enumerate(sorted(BUDGETS))}
     for number, (axis, (title, lines)) in enumerate(zip(axes.flat, panels.items(), strict=True)):
-        lines = [line for line in lines if line in shares]
+        lines = [line for line in lines if line in (shares if number < 2 else differences)]
+        axis.set_visible(bool(lines))
         for index, line in enumerate(lines):
             shift = 0.05 * (index - (len(lines) - 1) / 2)
+            base = line.removesuffix("-wide-init")
             if number < 2:
                 points = {
                     budget: (mean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0)
                     for budget, by_seed in shares[line].items()
                 }
             else:
-                found = differences.get(line, {}).items()
+                found = differences[line].items()
                 points = {budget: (d.points, d.half_width or 0) for budget, d in found if d is not None}
             budgets = sorted(points)
             axis.errorbar(
@@ -558,8 +568,8 @@ def draw(shares: dict, differences: dict, majority: float, file: Path):
                 capsize=2,
                 label=LINES[line],
                 linewidth=2 if line == "delta" else 1,
-                linestyle="--" if "wide" in line else "-",
-                color="black" if line == "delta" else f"C{index}",
+                linestyle="-" if line == base else "--",
+                color="black" if base == "delta" else f"C{list(LINES).index(base) % 10}",
             )
         if number < 2:
             axis.axhline(100 * majority, color="grey", linestyle=":", label="most frequent answer")
@@ -578,17 +588,20 @@ def main(arguments: list[str] | None = None):
     """Command line of [`study`]."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE, help="rows and report; by default beside this file")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    names = f"of {', '.join(METHODS)} (default: all)"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=names)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="from three on, spreads mean something")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; each has cores / jobs")
     for setting in fields(Settings):
-        parser.add_argument(f"--{setting.name}", type=int, default=setting.default)
+        parser.add_argument(f"--{setting.name}", type=int, default=setting.default, help="(default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     settings = Settings(**{setting.name: options.pop(setting.name) for setting in fields(Settings)})
     try:
         study(**options, settings=settings)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted: the same command goes on with the runs that have no row yet") from None
 
 
 if __name__ == "__main__":

@@ -332,7 +332,8 @@ def test_the_command_prints_every_budget_and_draws_it(capsys, tmp_path, tiny_con
     tiny_config().save_pretrained(tmp_path)
     main(["--config", str(tmp_path), "--text_tokens", "10", "--new_tokens", "2"])
     expected = inference_costs(tiny_config(), 36, text_tokens=10, new_tokens=2)
-    assert f"| 36 | {expected['vision'] / 1e12:.3f} |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"| 36 | {expected['vision'] / 1e6:.3f} |" in printed and "total MFLOPs" in printed
 
 
 @pytest.mark.parametrize(
@@ -341,6 +342,7 @@ def test_the_command_prints_every_budget_and_draws_it(capsys, tmp_path, tiny_con
         (["--recipe", "vicuna-70b"], "invalid choice: 'vicuna-70b' (choose from"),
         (["--recipe", "vicuna-7b", "--new_tokens", "0"], "new_tokens=0 must be 1 or more"),
         (["--config", "nowhere"], "nowhere holds no config.json"),
+        (["--recipe", "vicuna-7b", "--plot", "costs.xyz"], "--plot costs.xyz: Format 'xyz' is not supported"),
         (["--config", "backbones/vicuna-7b-v1.5"], "model_type='llama', but it must be 'delta_llava'"),
     ],
 )
