@@ -88,12 +88,14 @@ class Contestant:
 
         projector = self.model.model.multi_modal_projector
         hooks = projector.register_forward_pre_hook(stop_watch), projector.register_forward_hook(stop_watch)
-        stop_watch()
-        outputs = self.model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = [outputs.logits.argmax(-1)]
-        stop_watch()
-        for hook in hooks:
-            hook.remove()
+        try:
+            stop_watch()
+            outputs = self.model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            tokens = [outputs.logits.argmax(-1)]
+            stop_watch()
+        finally:  # memory may not suffice, and the next contestant has the same projector
+            for hook in hooks:
+                hook.remove()
         for _ in range(self.request.new_tokens - 1):
             outputs = self.decode(input_ids=tokens[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             tokens.append(outputs.logits.argmax(-1))

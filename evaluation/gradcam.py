@@ -9,8 +9,8 @@ python -m delta_llava.evaluation.gradcam --checkpoint checkpoints/delta-llava-vi
 Each row of the picture explains what the model answers at that budget, or `--answer` there.
 
 The maps are element-wise Grad-CAM: the gradient of the answer's log-probability times the feature, its positive part
-summed over the channels of each position. Plain Grad-CAM weighs a channel by its gradient's mean over all positions; on
-the demo's scenes those maps lie away from what is asked about, because a language model reads each token differently.
+summed over the channels of each position. Plain Grad-CAM weighs a channel by its gradient's mean over all positions,
+which suits a classifier that pools them; a language model reads each token apart, so each keeps a gradient of its own.
 """
 
 import argparse

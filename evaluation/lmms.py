@@ -7,6 +7,8 @@ lmms-eval --model delta_llava --model_args pretrained=ORG/NAME,num_visual_tokens
 ```
 
 Without `--verbosity DEBUG` that command reports an error and ends as if there had been none; `evaluation.run` does not.
+Its results name the model's arguments as they were given: the commit, and the budget where none was named, stand in a
+line of its log only. `evaluation.run` records both.
 """
 
 import json

@@ -18,20 +18,21 @@ def results_file(output_dir: Path, num_visual_tokens: int) -> Path:
     return output_dir / "results" / f"tokens-{num_visual_tokens}.json"
 
 
-def read_results(file: Path, toolkit: str, weights: dict[str, str]) -> list[dict[str, Any]]:
+def read_results(file: Path, toolkit: str, commit: str | None, weights: dict[str, str]) -> list[dict[str, Any]]:
     """
     Reads what an earlier run has left.
 
     Args:
         file (`Path`): The file, which may be missing.
-        toolkit (`str`): Name and version of what will measure the rest.
+        toolkit (`str`): Name and version of what will measure the rest, and the dtype of the weights.
+        commit (`str` or None): What will be measured, if it is on the Hub.
         weights (`dict[str, str]`): SHA-256 of each file of the weights that will be measured.
 
     Returns:
         `list[dict]`: Its results, none where there is no file.
 
     Raises:
-        ValueError: If it is no such file, or is about other weights or of another toolkit.
+        ValueError: If it is no such file, or is about other weights or another commit, or of another toolkit or dtype.
     """
     if not file.exists():
         return []
@@ -44,10 +45,11 @@ def read_results(file: Path, toolkit: str, weights: dict[str, str]) -> list[dict
         raise ValueError(f"{file} is no file of results: {error!r}") from error
     if content["weights"] != weights:
         raise ValueError(f"{file} is about other weights than these: delete it, or name another --output_dir.")
-    if content["toolkit"] != toolkit:
-        raise ValueError(
-            f"{file} is of {content['toolkit']}, and this is {toolkit}: delete it, or name another --output_dir."
-        )
+    for name, now in (("commit", commit), ("toolkit", toolkit)):
+        if content[name] != now:
+            raise ValueError(
+                f"{file} is of {name} {content[name]!r}, and this is {now!r}: delete it, or name another --output_dir."
+            )
     return content["results"]
 
 
@@ -92,7 +94,7 @@ def write_results(
     Args:
         file (`Path`): The file; its folder is made.
         num_visual_tokens (`int`): Budget of each image.
-        toolkit (`str`): Name and version of what has measured.
+        toolkit (`str`): Name and version of what has measured, and the dtype of the weights.
         commit (`str` or None): What was measured, if it is on the Hub.
         weights (`dict[str, str]`): SHA-256 of each file of weights.
         results (`list[dict]`): Records of [`result`].

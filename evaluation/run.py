@@ -10,8 +10,10 @@ It needs lmms-eval: the extra `lmms`, in an environment of its own (`make .venv-
 `accelerate launch -m delta_llava.evaluation.run …` divides the questions.
 
 Each finished task is written to `OUTPUT_DIR/results/tokens-N.json` at once, in the form that `delta_llava.hub.card`
-takes, and is not run again: to measure it anew, with another dtype for instance, delete the file. At the end stands a
-table beside the paper's rows. With `--limit` the table is all there is, because such figures are no results.
+takes, and is not run again: to measure it anew, delete the file. A file of other weights, another commit, lmms-eval or
+dtype is refused. Of a checkpoint in a folder only the weights are compared: delete the file, too, where another one has
+changed, such as the chat template or what the image processor reads. At the end stands a table beside the paper's rows.
+With `--limit` the table is all there is, because such figures are no results.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from .suite import read_suite, table
 
 
 SUITE = Path(__file__).parent / "paper.yaml"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def run(
@@ -58,21 +61,24 @@ def run(
         tasks (`list[str]`, *optional*): Those of the suite that are wanted, by lmms-eval's names. By default all.
         limit (`int`, *optional*): Only so many documents of each task; nothing is written then.
         batch_size (`int`, *optional*, defaults to 8): Questions that are answered at once, on each process.
-        dtype (`str`, *optional*, defaults to `"bfloat16"`): Dtype of the weights.
+        dtype (`str`, *optional*, defaults to `"bfloat16"`): Dtype of the weights, one of `DTYPES`.
         output_dir (`str` or `Path`, *optional*, defaults to the checkpoint's folder): Receives `results/`.
 
     Returns:
         `str`: The table.
 
     Raises:
-        ValueError: Before anything is loaded: for a budget that the checkpoint's patch grid does not allow, a task that
-            the suite or lmms-eval does not have or has otherwise, or earlier results of other weights.
+        ValueError: Before anything is loaded: for a budget that the checkpoint's patch grid does not allow, another
+            dtype, a task that the suite or lmms-eval does not have or has otherwise, or earlier results of other
+            weights, commit, toolkit or dtype.
         ModuleNotFoundError: Without lmms-eval.
         RuntimeError: If documents cannot be answered, or a task's data cannot be loaded.
     """
     suite = read_suite(suite, tasks)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be 1 or more.")
+    if dtype not in DTYPES:  # "auto" would not tell in the results what was measured
+        raise ValueError(f"dtype={dtype} must be one of {DTYPES}.")
     folder, commit = locate(checkpoint, revision)
     if commit and not output_dir and not limit:
         raise ValueError(f"{checkpoint} is on the Hub: name an --output_dir for the results.")
@@ -81,14 +87,14 @@ def run(
         raise ValueError(f"num_visual_tokens={wrong} must be among {valid}, for {checkpoint}.")
 
     try:
-        toolkit = f"lmms-eval {version('lmms-eval')}"
+        toolkit = f"lmms-eval {version('lmms-eval')}, {dtype}"
     except PackageNotFoundError as error:
         raise ModuleNotFoundError(
             "lmms-eval is missing here: install the extra `lmms`, in an environment of its own."
         ) from error
     weights = weight_digests(folder)
     files = {budget: results_file(Path(output_dir or folder), budget) for budget in dict.fromkeys(num_visual_tokens)}
-    results = {budget: [] if limit else read_results(file, toolkit, weights) for budget, file in files.items()}
+    results = {budget: [] if limit else read_results(file, toolkit, commit, weights) for budget, file in files.items()}
     wanted = {what(entry) for entry in suite["tasks"]}
     pending = []
     for budget, records in results.items():
@@ -214,7 +220,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--tasks", nargs="+", help="of the suite, by lmms-eval's names (default: all)")
     parser.add_argument("--limit", type=int, help="so many documents of each task, for a trial: nothing is written")
     parser.add_argument("--batch_size", type=int, default=8, help="on each process")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--output_dir", help="receives results/ (default: the checkpoint's folder)")
     try:
         text = run(**vars(parser.parse_args(arguments)))

@@ -97,13 +97,14 @@ def table(suite: dict[str, Any], model: str, values: dict[int, dict[str, float]]
         values (`dict[int, dict[str, float]]`): By number of visual tokens and name of the task.
 
     Returns:
-        `str`: A row for each number of visual tokens, then one for each published row with a figure of these tasks,
-        then the tasks with split, metric, prompt and note. What is unknown is "-".
+        `str`: A row for each number of visual tokens, the largest first, and below it each published row of that number
+        with a figure of these tasks; then the tasks with split, metric, prompt and note. What is unknown is "-".
     """
     entries = suite["tasks"]
     names = [entry["name"] for entry in entries]
-    rows = [(model, "measured", budget, values[budget]) for budget in sorted(values, reverse=True)]
+    rows = [(model, "measured", budget, figures) for budget, figures in values.items()]
     rows += [tuple(row[key] for key in PUBLISHED) for row in suite["published"] if row["values"].keys() & set(names)]
+    rows.sort(key=lambda row: row[2], reverse=True)
     lines = [["model", "source", "visual tokens", *names], ["---", "---", *["--:"] * (len(names) + 1)]]
     for row_model, source, budget, figures in rows:
         cells = (f"{figures[name]:.2f}" if name in figures else "-" for name in names)

@@ -8,7 +8,7 @@ stands in evaluation results, `results/tokens-*.json`, one file for each number 
 ```
 {
   "num_visual_tokens": 144,
-  "toolkit": "lmms-eval 0.7.3",
+  "toolkit": "lmms-eval 0.7.3, bfloat16",
   "date": "2026-11-21",
   "commit": "<what was evaluated, if it is on the Hub>" or null,
   "weights": {"model-00001-of-00003.safetensors": "<SHA-256 of the file, in hexadecimal>", ...},

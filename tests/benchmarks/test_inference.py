@@ -172,6 +172,19 @@ def test_parts_end_where_the_projector_does(models, monkeypatch):
         assert not parts.multi_modal_projector._forward_hooks and not parts.multi_modal_projector._forward_pre_hooks
 
 
+def test_the_projector_is_left_as_it_was_when_memory_does_not_suffice(models):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for contestant in make_contestants(models):
+        handle = contestant.model.model.language_model.register_forward_pre_hook(out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            contestant.answer()
+        handle.remove()
+        projector = contestant.model.model.multi_modal_projector
+        assert not projector._forward_hooks and not projector._forward_pre_hooks
+
+
 def test_contestants_take_turns(models, monkeypatch):
     turns, answer = [], inference.Contestant.answer
 

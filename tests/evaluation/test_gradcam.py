@@ -121,16 +121,19 @@ def test_the_asked_for_thing_is_more_relevant_than_the_rest_of_a_held_out_scene(
     assert min(shares) > 0.4  # 0.25 in a map without a clue
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (ask.CHECKPOINT / "config.json").is_file(), reason="`make demo` has not left its checkpoint yet"
 )
 @pytest.mark.parametrize("num_visual_tokens", [144, 36, 16, 9, 4])
 def test_so_it_is_in_the_demo_at_every_budget(num_visual_tokens):
+    """After `make demo`: `python -m pytest -m slow -s tests/evaluation/test_gradcam.py`, which prints the shares."""
     accuracy, output, patches = localization(*ask.load(ask.CHECKPOINT), num_visual_tokens)
     print(
         f"{num_visual_tokens} visual tokens: {accuracy:.0%} right;"
         f" relevance at the place asked about: {output:.0%} of the output's, {patches:.0%} of the input's"
     )
+    assert accuracy >= 0.8
     assert min(output, patches) > 0.4  # 0.25 in a map without a clue
 
 

@@ -354,9 +354,10 @@ def test_the_ocr_tokens_stand_in_the_prompt(manager, model, noise, batches, tmp_
 def benchmarks(monkeypatch, noise):
     """Four documents of each of the paper's benchmarks, in the columns of its data set, where lmms-eval loads them."""
     said = {"question": "Is there a dog?", "question_id": "1", "answer": "Yes"}
-    choices = {"A": "a dog", "B": "a cat", "C": "nan", "D": "nan", "E": "nan", "hint": "nan", "answer": "A", "index": 7}
+    choices = {"A": "a dog", "B": "a cat", "C": "nan", "D": "nan", "E": "nan", "hint": "nan", "answer": "A"}
     ten = [{"answer": "yes", "answer_id": n, "answer_confidence": "yes"} for n in range(10)]
-    captions = ["a dog runs", "a dog on grass"]
+    # No word twice, so that CIDEr takes each for what tells its picture apart
+    captions = ["a dog runs on grass", "two cats sleep inside", "red boats leave port", "one man reads outdoors"]
     columns = {
         "GQA": {"question": "Is it red?", "answer": "yes", "imageId": "7"},
         "MMBench": {**choices, **{name: "x" for name in ("question", "category", "L2-category", "source", "split")}},
@@ -366,17 +367,18 @@ def benchmarks(monkeypatch, noise):
         "textvqa": {**said, "ocr_tokens": ["STOP", "HERE"], "answers": ["yes"] * 10},
         "VizWiz-VQA": {**said, "answers": ["yes"] * 10},
         "VQAv2": {**said, "answers": ten},
-        "NoCaps": {"image_id": 1, "annotations_captions": captions},
-        "flickr30k": {"img_id": "1", "caption": captions},
     }
-    numbered = {"MME": ["1", "1", "2", "2"], "NoCaps": [1, 2, 3, 4], "flickr30k": ["1", "2", "3", "4"]}
+    by_row = {
+        "MMBench": {"index": [1, 2, 3, 4]},
+        "MME": {"question_id": ["1", "1", "2", "2"]},
+        "NoCaps": {"image_id": [1, 2, 3, 4], "annotations_captions": [[caption] for caption in captions]},
+        "flickr30k": {"img_id": ["1", "2", "3", "4"], "caption": [[caption] for caption in captions]},
+    }
     splits = {entry["dataset"]: entry["split"] for entry in read_suite(module.SUITE)["tasks"]}
 
     def load_dataset(path, name=None, split=None, **options):
         short = path.partition("/")[2]
-        rows = {key: [value] * 4 for key, value in columns[short].items()}
-        for key in rows.keys() & {"question_id", "image_id", "img_id"}:
-            rows[key] = numbered.get(short, rows[key])
+        rows = {key: [value] * 4 for key, value in columns.get(short, {}).items()} | by_row.get(short, {})
         if name == "testdev_balanced_images":
             return datasets.Dataset.from_dict({"id": ["7"], "image": noise(1)})
         if short != "GQA":
@@ -387,8 +389,18 @@ def benchmarks(monkeypatch, noise):
 
 
 def test_the_whole_suite_runs(checkpoint, benchmarks, monkeypatch, capsys):
-    """With a model that says "yes" to everything, which is right in all but the multiple choices and the captions."""
-    monkeypatch.setattr(DeltaLlava, "_answer", lambda self, requests, arguments: ["Yes"] * len(requests))
+    """
+    With a model that says "yes" to everything, which is right in all but the multiple choices and the captions; of
+    those it has one in four right.
+    """
+    right_once = {"mmbench_en_dev_static": "A", "scienceqa_img": "A"}
+    right_once |= dict.fromkeys(["nocaps_val", "flickr30k_test"], "a dog runs on grass")
+
+    def answer(self, requests, arguments):
+        asked = [(task, doc_id) for *_, doc_id, task, _ in (request.args for request in requests)]
+        return [right_once.get(task, "Yes") if doc_id == 0 else "Yes" for task, doc_id in asked]
+
+    monkeypatch.setattr(DeltaLlava, "_answer", answer)
     text = module.run(checkpoint, [4], dtype="float32")
     results = {record["name"]: record for record in json.loads(results_file(checkpoint, 4).read_text())["results"]}
     assert list(results) == [entry["name"] for entry in read_suite(module.SUITE)["tasks"]]
@@ -396,5 +408,7 @@ def test_the_whole_suite_runs(checkpoint, benchmarks, monkeypatch, capsys):
     right = {"GQA", "POPE", "TextVQA", "TextVQA with OCR tokens", "VizWiz", "VQAv2"}
     assert {name for name, record in results.items() if record["value"] == 100} == right
     assert results["MME"]["value"] == 200
-    assert {results[name]["value"] for name in ("MMBench", "ScienceQA-IMG", "NoCaps", "Flickr30k")} == {0.0}
-    assert f"| {checkpoint} | measured | 4 | 100.00 | 0.00 | 200.00 | 100.00 |" in text
+    assert {results[name]["value"] for name in ("MMBench", "ScienceQA-IMG")} == {25}
+    # A caption that is the only reference has 10 times 100 points
+    assert {results[name]["value"] for name in ("NoCaps", "Flickr30k")} == {1000 / 4}
+    assert f"| {checkpoint} | measured | 4 | 100.00 | 25.00 | 200.00 | 100.00 |" in text

@@ -1,6 +1,7 @@
 """A run measures what is missing, and leaves files that a card takes. What needs lmms-eval is in test_lmms.py."""
 
 import json
+from collections import Counter
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -87,7 +88,11 @@ def test_the_papers_suite_is_the_papers():
     ]
     assert figures["Delta-LLaVA Qwen-7B", "table 2", 36]["VizWiz"] == 33.1
     assert figures["Delta-LLaVA 13B", "table 6", 1] == {"NoCaps": 92.7, "Flickr30k": 61.9}
-    assert {row["source"] for row in suite["published"]} == {"table 1", "table 2", "table 5", "table 6"}
+    assert figures["Matryoshka Query 7B", "table 1", 2]["VQAv2"] == 61.0
+    assert figures["Delta-LLaVA 7B, no TB", "table 3", 144]["ScienceQA-IMG"] == 70.2
+    assert figures["LLaVA-1.5 13B with FastV", "table 6", 4] == {"NoCaps": 97.2, "Flickr30k": 67.0}
+    sources = Counter(row["source"] for row in suite["published"])
+    assert sources == {"table 1": 26, "table 2": 2, "table 3": 4, "table 5": 3, "table 6": 26}
 
 
 def test_the_papers_suite_lies_beside_the_tasks_that_it_adds():
@@ -123,15 +128,17 @@ def test_tasks_are_chosen_by_name(suite):
         read_suite(suite(), ["pope", "mmbench"])
 
 
-def test_the_table_sets_the_papers_rows_beside_what_was_measured(suite):
-    file = suite(published=[PUBLISHED, {**PUBLISHED, "values": {"GQA": 62.34}}])
+def test_the_table_sets_the_papers_rows_below_what_was_measured_at_the_same_budget(suite):
+    rows = [PUBLISHED, {**PUBLISHED, "num_visual_tokens": 36, "values": {"POPE": 85.7}}]
+    file = suite(published=[*reversed(rows), {**PUBLISHED, "values": {"GQA": 62.34}}])
     text = table(read_suite(file, ["pope"]), "mine", {4: {"POPE": 80.0}, 36: {"POPE": 81.234}})
     assert text.splitlines() == [
         "| model | source | visual tokens | POPE | POPE recall |",
         "| --- | --- | --: | --: | --: |",
-        "| mine | measured | 36 | 81.23 | - |",
-        "| mine | measured | 4 | 80.00 | - |",
         "| Delta-LLaVA 7B | table 1 | 144 | 86.77 | - |",
+        "| mine | measured | 36 | 81.23 | - |",
+        "| Delta-LLaVA 7B | table 1 | 36 | 85.70 | - |",
+        "| mine | measured | 4 | 80.00 | - |",
         "",
         "- POPE: pope, testdev, pope_f1_score, percent, prompt default. F1.",
         "- POPE recall: pope, testdev, pope_recall, percent, prompt default. F1.",
@@ -146,12 +153,12 @@ def test_a_run_leaves_results_that_the_card_takes(checkpoint, suite, measured, c
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("[1 of 4] gqa at 36 visual tokens") and "left" in said[3]
     content = json.loads(results_file(checkpoint, 4).read_text())
-    assert content["toolkit"] == "lmms-eval 0.7.3" and content["commit"] is None
+    assert content["toolkit"] == "lmms-eval 0.7.3, bfloat16" and content["commit"] is None
     record = {key: value for key, value in ENTRY.items() if key != "scale"}
     assert content["results"][0] == {**record, "value": 50.0, "num_samples": 3}
 
     card = build_card(checkpoint, "org/name", base_model=["org/tower", "org/lm"], license="mit", datasets=["org/data"])
-    assert "| 50.0 % | 50.0 % |" in card.text and "lmms-eval 0.7.3" in card.text
+    assert "| 50.0 % | 50.0 % |" in card.text and "lmms-eval 0.7.3, bfloat16" in card.text
     (index,) = card.data.to_dict()["model-index"]
     metrics = [metric["type"] for result in index["results"] for metric in result["metrics"]]
     assert metrics == ["exact_match", "pope_f1_score", "pope_recall"]
@@ -196,7 +203,12 @@ def test_a_limited_run_writes_nothing_and_takes_nothing_for_done(checkpoint, sui
     ("change", "message"),
     [
         ({"weights": {"model.safetensors": "0" * 64}}, "about other weights"),
-        ({"toolkit": "lmms-eval 0.7.2"}, "is of lmms-eval 0.7.2, and this is lmms-eval 0.7.3"),
+        (
+            {"toolkit": "lmms-eval 0.7.2, bfloat16"},
+            "of toolkit 'lmms-eval 0.7.2, .*, and this is 'lmms-eval 0.7.3, ",
+        ),
+        ({"toolkit": "lmms-eval 0.7.3, float32"}, "of toolkit '.*, float32', and this is '.*, bfloat16'"),
+        ({"commit": "c0ffee"}, "of commit 'c0ffee', and this is None: delete it"),
         ({"results": [{"task": "gqa"}]}, "no file of results"),
         ({"dtype": "float32"}, "no file of results"),
     ],
@@ -216,6 +228,7 @@ def test_results_of_something_else_are_not_mixed_in(checkpoint, suite, measured,
         ({"num_visual_tokens": [36, 7]}, r"num_visual_tokens=\[7\] must be among \[1, 4, 9, 16, 36, 144\]"),
         ({"tasks": ["vqa"]}, r"tasks=\['vqa'\] are none of"),
         ({"limit": 0}, "limit=0 must be 1 or more"),
+        ({"dtype": "auto"}, r"dtype=auto must be one of \('float32', 'bfloat16', 'float16'\)"),
         ({"revision": "main"}, "is a folder, which has no revision"),
         ({"checkpoint": "no such/folder at all"}, "neither a folder nor a repository"),
         ({"suite": "missing.yaml"}, "missing.yaml cannot be read"),
@@ -235,6 +248,9 @@ def test_results_of_a_hub_checkpoint_need_a_place_and_name_the_commit(
         module.run("org/name", [36], suite=suite())
     module.run("org/name", [36], suite=suite(), output_dir=tmp_path / "out")
     assert json.loads(results_file(tmp_path / "out", 36).read_text())["commit"] == "c0ffee"
+    monkeypatch.setattr(module, "locate", lambda name, revision: (checkpoint, "facade"))
+    with pytest.raises(ValueError, match="of commit 'c0ffee', and this is 'facade'"):
+        module.run("org/name", [36], suite=suite(), output_dir=tmp_path / "out")
     assert not (checkpoint / "results").exists()
 
 
@@ -269,6 +285,12 @@ def test_without_lmms_eval_the_command_says_what_to_install(checkpoint, suite, m
         module.main(["--checkpoint", str(checkpoint), "--num_visual_tokens", "36", "--suite", str(suite())])
 
 
+def test_a_wrong_dtype_is_refused_by_the_command_itself(checkpoint, suite, measured, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--checkpoint", str(checkpoint), "--num_visual_tokens", "36", "--dtype", "bf16"])
+    assert "--dtype: invalid choice: 'bf16' (choose from " in capsys.readouterr().err and not measured
+
+
 @pytest.mark.parametrize("value", [float("nan"), None, "N/A", True])
 def test_a_value_that_is_no_number_is_no_result(value):
     with pytest.raises(ValueError, match=r"gqa: exact_match is .* instead of a number"):
@@ -277,11 +299,12 @@ def test_a_value_that_is_no_number_is_no_result(value):
 
 def test_an_unfinished_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "results/tokens-36.json"
-    arguments = (file, 36, "lmms-eval 0.7.3", None, {"model.safetensors": "0"})
+    origin = ("lmms-eval 0.7.3, float32", None, {"model.safetensors": "0"})
+    arguments = (file, 36, *origin)
     write_results(*arguments, [result(ENTRY, 0.5, 3)])
     with pytest.raises(TypeError):
         write_results(*arguments, [object()])
-    assert [r["value"] for r in read_results(file, "lmms-eval 0.7.3", {"model.safetensors": "0"})] == [50.0]
+    assert [r["value"] for r in read_results(file, *origin)] == [50.0]
 
 
 @pytest.mark.parametrize(
