@@ -412,6 +412,10 @@ def main(arguments: list[str] | None = None):
         parser.error("--size 7b needs a CUDA GPU. On a CPU take --size small.")
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
+    for name in ("output", "plot"):
+        file = getattr(options, name)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{name} {file}: there is no folder {file.parent}.")
     size = SIZES[options.size]
     try:
         for budget in budgets:
@@ -442,8 +446,10 @@ def main(arguments: list[str] | None = None):
     print(table(report))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {options.output}")
     if options.plot:
         draw(report, options.plot)
+        print(f"written: {options.plot}")
 
 
 if __name__ == "__main__":

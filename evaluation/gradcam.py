@@ -235,6 +235,7 @@ def draw(explanations: list[GradCam], output: str | Path):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
 
     with_windows = all(explanation.window_attention is not None for explanation in explanations)
@@ -252,7 +253,7 @@ def draw(explanations: list[GradCam], output: str | Path):
     # As multiples of an even spread, by which cells of different sizes compare
     windows = [e.window_attention * e.input_map.numel() / e.num_visual_tokens for e in explanations if with_windows]
     for index, (row, explanation) in enumerate(zip(rows, explanations, strict=True)):
-        row.supxlabel(_wrap(_describe(explanation)), fontsize=11, parse_math=False)
+        row.suptitle(_wrap(_describe(explanation)), fontsize=11, parse_math=False)
         axes = row.subplots(1, num_columns)
         height, width = explanation.image.shape[:2]
         extent = (0, width, height, 0)
@@ -266,10 +267,11 @@ def draw(explanations: list[GradCam], output: str | Path):
             (axes[3], explanation.output_map, "nearest"),
         ):
             peak = float(relevance.max()) or 1.0  # of an answer that hangs on nothing in the image
-            drawn = axis.imshow(
-                relevance.numpy() / peak,
+            share = relevance.numpy() / peak
+            axis.imshow(
+                share,
                 cmap="jet",
-                alpha=0.5,
+                alpha=0.1 + 0.6 * share,  # where there is no relevance, the image keeps its colours
                 vmin=0,
                 vmax=1,
                 interpolation=interpolation,
@@ -286,7 +288,7 @@ def draw(explanations: list[GradCam], output: str | Path):
                 axis.axvline(line * width / side, color="white", linewidth=0.5)
     relevance_label = "relevance for the answer (element-wise Grad-CAM), as a share of the map's largest"
     bars = legend.subplots(1, 1 + with_windows, squeeze=False, width_ratios=(3, 2)[: 1 + with_windows])[0]
-    figure.colorbar(drawn, cax=bars[0], orientation="horizontal", label=relevance_label)
+    figure.colorbar(ScalarMappable(cmap="jet"), cax=bars[0], orientation="horizontal", label=relevance_label)
     if with_windows:
         label = "attention within a token's cell, as a multiple of an even spread"
         figure.colorbar(looked, cax=bars[1], orientation="horizontal", extend="both", label=label)
@@ -328,6 +330,8 @@ def main(arguments: list[str] | None = None):
         raise SystemExit(f"error: checkpoint {options.checkpoint} does not load: {reason}") from error
     explanations = []
     try:
+        for budget in options.num_visual_tokens:
+            query_grid_size(budget, model.config.patch_grid_size)
         for budget in options.num_visual_tokens:
             explanations.append(grad_cam(model, processor, options.image, options.question, budget, options.answer))
             print(_describe(explanations[-1]), flush=True)

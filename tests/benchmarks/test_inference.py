@@ -316,6 +316,7 @@ def test_the_paper_stands_beside_its_own_figures_only():
         (["--size", "tiny", "--batch_sizes", "8", "8"], "--batch_sizes 8 8: each may stand there once"),
         (["--size", "tiny", "--budgets", "4", "4"], "--budgets 4 4: each may stand there once"),
         (["--size", "tiny", "--budgets", "64"], "--budgets: num_visual_tokens=64 does not fit a grid of 12x12"),
+        (["--size", "tiny", "--plot", "nowhere/a.png"], "--plot nowhere/a.png: there is no folder nowhere"),
         (["--size", "tiny", "--device", "cuda"], "torch finds no CUDA GPU"),
         (["--size", "7b"], "--size 7b needs a CUDA GPU"),
     ],
