@@ -285,9 +285,9 @@ def test_a_picture_has_a_row_for_each_budget_and_the_texts_of_each(
     draw(seen, tmp_path / "picture.png")
     *rows, legend = drawn[0].subfigs
     assert drawn[0].get_suptitle() == "Is it $5 or $6?"
-    assert [row.get_supxlabel().split(":")[0] for row in rows] == ["16 visual tokens", "1 visual token"]
+    assert [row.get_suptitle().split(":")[0] for row in rows] == ["16 visual tokens", "1 visual token"]
     assert [len(row.axes) for row in rows] == [5, 5] and len(legend.axes) == 2
-    assert all("circle" in row.get_supxlabel() for row in rows)
+    assert all("circle" in row.get_suptitle() for row in rows)
 
 
 @pytest.mark.parametrize(
