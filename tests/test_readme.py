@@ -49,9 +49,10 @@ def test_budget_table(row, tower, backbones):
 
 
 def test_paths_that_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md", "train/README.md", "benchmarks/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "train/README.md", "benchmarks/README.md", "study/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        named = re.findall(r"[\s`(]((?:train|hub|tests|templates|backbones|benchmarks|demo)/[\w./-]*\w)", text)
+        folders = "train|hub|tests|templates|backbones|benchmarks|demo|study|evaluation"
+        named = re.findall(rf"[\s`(]((?:{folders})/[\w./-]*\w)", text)
         missing = [path for path in named if not path.startswith("demo/out") and "NAME" not in path]
         missing = [path for path in missing if not (ROOT / path).exists()]
         assert not missing, document
