@@ -6,13 +6,16 @@ BIN := .venv/bin
 LOWEST := 5.19.0
 # lmms-eval brings much along, some of which breaks what imports it beside a CPU torch: an environment of its own.
 LMMS := .venv-lmms/bin
+# A file's tests stay together on one core, where they share what takes long to make.
+ON_ALL_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: test test-slow test-lmms lint demo backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ON_ALL_CORES)
 	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py tests/train/test_lora.py -k "quantiz or QLoRA"
-	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest tests/test_*.py tests/hub -k "not interrupted and not loopback"
+	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest $(ON_ALL_CORES) tests/test_*.py tests/hub \
+	    -k "not interrupted and not loopback and not memory"
 
 # What takes minutes: a run killed twenty times, and two processes under DeepSpeed, whose operations g++ compiles.
 test-slow: .venv/installed .venv/deepspeed
@@ -21,7 +24,7 @@ test-slow: .venv/installed .venv/deepspeed
 
 # The paper's evaluation, in the environment that lmms-eval needs for itself.
 test-lmms: .venv-lmms/installed
-	$(LMMS)/python -m pytest -m "slow or not slow" tests/evaluation/test_lmms.py tests/evaluation/test_run.py
+	$(LMMS)/python -m pytest -m lmms tests/evaluation/test_lmms.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -139,6 +139,15 @@ def tiny_processor(tiny_tokenizer, templates):
     return make
 
 
+@pytest.fixture
+def checkpoint(tiny_model, tiny_processor, tmp_path):
+    """Folder of a tiny checkpoint, of 36 visual tokens by default."""
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def noise():
     """`noise(n)`: n different RGB images."""

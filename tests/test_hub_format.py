@@ -14,14 +14,6 @@ CODE_FILES = {"configuration_delta_llava.py", "modeling_delta_llava.py", "proces
 
 
 @pytest.fixture
-def checkpoint(tiny_model, tiny_processor, tmp_path):
-    folder = tmp_path / "checkpoint"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def in_fresh_process(tmp_path):
     """Runs code in a new interpreter, away from the repository, with an empty cache and no Hub; returns its output."""
 
