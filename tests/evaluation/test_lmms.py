@@ -20,9 +20,11 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from delta_llava.demo import lmms_scenes, scenes
 from delta_llava.evaluation import run as module
+from delta_llava.evaluation.fastv import fastv
 from delta_llava.evaluation.lmms import DeltaLlava, UntilStrings, cut, generation_options
 from delta_llava.evaluation.results import results_file
 from delta_llava.evaluation.suite import read_suite
@@ -31,14 +33,6 @@ from delta_llava.hub.card import build_card
 
 pytestmark = pytest.mark.lmms
 SCENES = Path(lmms_scenes.__file__).parent / "lmms_eval"
-
-
-@pytest.fixture
-def checkpoint(tiny_model, tiny_processor, tmp_path):
-    folder = tmp_path / "checkpoint"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -281,6 +275,78 @@ def test_two_processes_divide_the_questions(checkpoint, held_out, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(results_file(tmp_path / name, 36).read_text())["results"] for name in ("one", "two"))
     assert one == two and done.stdout.count("| measured | 36 |") == 1
+
+
+@pytest.fixture
+def llava(tiny_config, tiny_processor, tmp_path):
+    """A checkpoint of transformers' LLaVA, with 144 visual tokens per image, whose tokenizer pads on the right."""
+    config, processor = tiny_config(), tiny_processor()
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_index=config.image_token_id,
+            image_seq_length=144,
+        )
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5 if weight.dim() == 2 else 1)
+    model.save_pretrained(tmp_path / "llava")
+    processor.tokenizer.padding_side = "right"
+    LlavaProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=processor.chat_template,
+    ).save_pretrained(tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+def test_llava_answers_by_fastv_as_it_does_outside(llava, docs, answers):
+    doc = {**docs[1], "images": docs[1]["images"][:1]}
+    model = LlavaForConditionalGeneration.from_pretrained(llava)
+    processor = LlavaProcessor.from_pretrained(llava)
+    chat = [{"type": "image", "image": doc["images"][0]}, {"type": "text", "text": doc["question"]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": chat}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    longer = {**doc, "question": doc["question"] + " And why?"}  # beside it the question is padded
+    said = set()
+    for num_visual_tokens in (144, 9, 1):
+        with fastv(model, num_visual_tokens, layer=1):
+            generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        expected = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        pruned = DeltaLlava(str(llava), num_visual_tokens=num_visual_tokens, batch_size=2, device="cpu", fastv_layer=1)
+        assert answers(pruned, docs=[doc, longer])[0] == expected
+        said.add(expected)
+    assert len(said) == 3  # else the number would not matter
+
+
+def test_results_with_fastv_are_no_cards(llava, checkpoint, held_out, caches):
+    for folder, most in ((llava, 144), (checkpoint, 36)):
+        text = module.run(folder, [most, 4], suite=SCENES / "suite.yaml", dtype="float32", fastv_layer=1)
+        assert text.count(f"| {folder}, FastV after layer 1 | measured |") == 2
+        assert [file.name for file in (folder / "results").iterdir()] == ["fastv-1"]
+        content = json.loads(results_file(folder, 4, fastv_layer=1).read_text())
+        assert content["toolkit"].endswith("float32, FastV after layer 1") and len(content["results"]) == 1
+
+
+def test_what_fastv_cannot_do_is_said_first(llava, checkpoint):
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[145\] must be among range\(1, 145\)"):
+        module.run(llava, [144, 145], fastv_layer=1)
+    with pytest.raises(ValueError, match="model_type='llava', but must be of delta_llava, or of llava with FastV"):
+        module.run(llava, [144])
+    for layer in (0, 2):
+        with pytest.raises(ValueError, match=f"layer={layer} must be at least 1"):
+            DeltaLlava(str(checkpoint), fastv_layer=layer)
 
 
 def test_right_answers_are_counted_by_the_packages_metric(held_out, caches):

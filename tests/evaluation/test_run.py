@@ -32,14 +32,6 @@ PUBLISHED = {"model": "Delta-LLaVA 7B", "source": "table 1", "num_visual_tokens"
 
 
 @pytest.fixture
-def checkpoint(tiny_model, tiny_processor, tmp_path):
-    folder = tmp_path / "checkpoint"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def suite(tmp_path):
     """`suite(tasks, published)`: a suite's file."""
 

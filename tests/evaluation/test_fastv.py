@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from delta_llava.study.fastv import fastv
+from delta_llava.evaluation.fastv import fastv
 
 
 LAYERS = 4

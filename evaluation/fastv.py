@@ -1,6 +1,7 @@
 """
 FastV: drop visual tokens inside the language model by the attention that they receive ("An Image is Worth 1/2 Tokens
-After Layer 2", Chen et al., 2024). It needs no training: it is what one can do to a model that has too many tokens.
+After Layer 2", Chen et al., 2024), the comparator of the paper's Table 6. It needs no training: it is what one can do
+to a model that has too many tokens.
 
     with fastv(model, num_visual_tokens=36, layer=2):
         model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
