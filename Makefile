@@ -7,14 +7,14 @@ LOWEST := 5.19.0
 # lmms-eval brings much along, some of which breaks what imports it beside a CPU torch: an environment of its own.
 LMMS := .venv-lmms/bin
 # A file's tests stay together on one core, where they share what takes long to make.
-ON_ALL_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
+ON_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: test test-slow test-lmms lint demo backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
-	$(BIN)/python -m pytest $(ON_ALL_CORES)
+	$(BIN)/python -m pytest $(ON_CORES)
 	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py tests/train/test_lora.py -k "quantiz or QLoRA"
-	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest $(ON_ALL_CORES) tests/test_*.py tests/hub \
+	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest $(ON_CORES) tests/test_*.py tests/hub \
 	    -k "not interrupted and not loopback and not memory"
 
 # What takes minutes: a run killed twenty times, and two processes under DeepSpeed, whose operations g++ compiles.

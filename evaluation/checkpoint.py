@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -42,29 +41,34 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
     return folder, folder.name
 
 
-def visual_token_counts(config: PreTrainedConfig, fastv_layer: int | None = None) -> Sequence[int]:
+def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], fastv_layer: int | None = None):
     """
-    Numbers of visual tokens per image at which a checkpoint can be measured.
+    Checks at how many visual tokens per image a checkpoint is to be measured.
 
     Args:
-        config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of transformers' LLaVA, too.
+        config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of LLaVA-1.5.
+        num_visual_tokens (`list[int]`): Budgets; with FastV, how many tokens it keeps.
         fastv_layer (`int`, *optional*): Layer behind which FastV drops visual tokens.
 
-    Returns:
-        `Sequence[int]`: Delta-LLaVA's budgets; with FastV, from one to as many as an image has before it.
-
     Raises:
-        ValueError: If the checkpoint is of another kind.
+        ValueError: If the checkpoint does not allow one of these, has no such layer, or is of another kind.
     """
-    if config.model_type == DeltaLlavaConfig.model_type:
-        budgets = config.valid_visual_token_counts
-        return budgets if fastv_layer is None else range(1, config.num_visual_tokens + 1)
-    if config.model_type == "llava" and fastv_layer is not None:
-        return range(1, config.image_seq_length + 1)
-    raise ValueError(
-        f"The checkpoint has model_type={config.model_type!r}, but must be of delta_llava, or of llava with FastV "
-        "(fastv_layer)."
-    )
+    if config.model_type != ("llava" if fastv_layer is not None else DeltaLlavaConfig.model_type):
+        raise ValueError(
+            f"The checkpoint has model_type={config.model_type!r}: one of delta_llava is measured without fastv_layer, "
+            f"one of llava (LLaVA-1.5) with it, and no other."
+        )
+    if fastv_layer is None:
+        valid = config.valid_visual_token_counts
+        allowed = f"among {valid}"
+    else:
+        num_layers = config.text_config.num_hidden_layers
+        if not 0 < fastv_layer < num_layers:
+            raise ValueError(f"fastv_layer={fastv_layer} must be from 1 to {num_layers - 1}.")
+        valid = range(1, config.image_seq_length + 1)
+        allowed = f"from 1 to {config.image_seq_length}"
+    if wrong := [budget for budget in num_visual_tokens if budget not in valid]:
+        raise ValueError(f"num_visual_tokens={wrong} must be {allowed}.")
 
 
 def weight_digests(folder: Path) -> dict[str, str]:

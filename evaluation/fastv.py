@@ -64,8 +64,7 @@ def fastv(model: PreTrainedModel, num_visual_tokens: int, layer: int = 2) -> Ite
         language_model.set_attn_implementation("sdpa")
         for handle in handles:
             handle.remove()
-        for decoder in language_model.layers:
-            vars(decoder.self_attn).pop("last_token_attention", None)
+        del pruning.attention.last_token_attention
 
 
 class _Pruning:
@@ -75,7 +74,10 @@ class _Pruning:
         self.image_token_id = image_token_id
         self.num_visual_tokens = num_visual_tokens
         self.attention = attention
+        attention.last_token_attention = None  # this layer alone is asked for it
         self.is_visual = self.kept = None
+        self.has_images = False  # whether any of `is_visual` is, without asking a GPU at each layer
+        self.masks = None, None  # one of the model, and what is left of it
 
     def read_prompt(self, model: nn.Module, args: tuple, kwargs: dict):
         input_ids, attention_mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -92,14 +94,15 @@ class _Pruning:
                     "prompt at once and then one token at a time."
                 )
             return
-        self.is_visual, self.kept = input_ids == self.image_token_id, None
+        self.is_visual, self.kept, self.masks = input_ids == self.image_token_id, None, (None, None)
         counts = self.is_visual.sum(1)
-        if not counts.any():
+        self.has_images = bool(counts.any())
+        if not self.has_images:
             return
         if (counts != counts[0]).any() or counts[0] < self.num_visual_tokens:
             raise ValueError(
                 f"The rows have {counts.tolist()} visual tokens; to keep {self.num_visual_tokens}, all must have the "
-                "same number, and no fewer."
+                "same number, and no fewer: ask others in batches of their own, or one at a time."
             )
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise ValueError("A prompt is padded on the right, but its last token must be the one that attends.")
@@ -107,7 +110,7 @@ class _Pruning:
     def prune(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.is_visual is None:
             raise ValueError("FastV prunes calls of the whole model alone, not of its parts.")
-        if not self.is_visual.any():
+        if not self.has_images:
             return args, kwargs
         length = self.is_visual.shape[1]
         is_prompt = kwargs["position_embeddings"][0].shape[1] == length
@@ -118,10 +121,13 @@ class _Pruning:
             self.kept = stays.nonzero()[:, 1].view(len(stays), -1)
         hidden_states, mask = args[0], kwargs.get("attention_mask")
         if mask is not None:
-            generated = torch.arange(length, mask.shape[-1], device=mask.device).expand(len(self.kept), -1)
-            columns = torch.cat([self.kept, generated], dim=1)
-            mask = mask.take_along_dim(columns[:, None, None], dim=3)
-            kwargs["attention_mask"] = mask.take_along_dim(self.kept[:, None, :, None], dim=2) if is_prompt else mask
+            if mask is not self.masks[0]:  # all layers have the same
+                generated = torch.arange(length, mask.shape[-1], device=mask.device).expand(len(self.kept), -1)
+                columns = torch.cat([self.kept, generated], dim=1)
+                left = mask.take_along_dim(columns[:, None, None], dim=3)
+                left = left.take_along_dim(self.kept[:, None, :, None], dim=2) if is_prompt else left
+                self.masks = mask, left
+            kwargs["attention_mask"] = self.masks[1]
         if is_prompt:
             rows = self.kept[:, :, None]
             if hidden_states.shape[1] == length:
@@ -135,8 +141,8 @@ class _Pruning:
 
 
 def _attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """PyTorch's attention, which leaves the last token's attention, `(batch_size, length)`, in `module`."""
-    if query.shape[2] > 1:
+    """PyTorch's attention; the module that is asked for it keeps the last token's, `(batch_size, length)`."""
+    if query.shape[2] > 1 and hasattr(module, "last_token_attention"):
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = (query[:, :, -1:] @ keys.transpose(2, 3)).float() * scaling
         if attention_mask is not None:

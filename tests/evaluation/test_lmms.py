@@ -20,7 +20,9 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
+from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from delta_llava.demo import lmms_scenes, scenes
 from delta_llava.evaluation import run as module
@@ -203,7 +205,7 @@ def test_the_budget_is_the_arguments_or_the_checkpoints(checkpoint, model, docs,
     second = answers(model, docs=docs[1:2])
     assert first != second
     assert [batch["num_visual_tokens"].tolist() for batch in batches] == [[36], [4]]
-    with pytest.raises(ValueError, match="num_visual_tokens=7 must be one of"):
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[7\] must be among"):
         DeltaLlava(str(checkpoint), num_visual_tokens=7)
     with pytest.raises(ValueError, match="batch_size=auto must be"):
         DeltaLlava(str(checkpoint), batch_size="auto")
@@ -279,7 +281,7 @@ def test_two_processes_divide_the_questions(checkpoint, held_out, tmp_path):
 
 @pytest.fixture
 def llava(tiny_config, tiny_processor, tmp_path):
-    """A checkpoint of transformers' LLaVA, with 144 visual tokens per image, whose tokenizer pads on the right."""
+    """A checkpoint of LLaVA as llava-hf has them, of 144 visual tokens: pictures are cropped, no system prompt."""
     config, processor = tiny_config(), tiny_processor()
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
@@ -301,52 +303,47 @@ def llava(tiny_config, tiny_processor, tmp_path):
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=processor.chat_template,
+        chat_template="USER: <image>\n{{ messages[0].content[1].text }} ASSISTANT:",
     ).save_pretrained(tmp_path / "llava")
     return tmp_path / "llava"
 
 
-def test_llava_answers_by_fastv_as_it_does_outside(llava, docs, answers):
-    doc = {**docs[1], "images": docs[1]["images"][:1]}
+def test_llava_is_asked_as_it_was_trained_and_answers_as_fastv_has_it(llava, docs, answers, tiny_processor, templates):
     model = LlavaForConditionalGeneration.from_pretrained(llava)
-    processor = LlavaProcessor.from_pretrained(llava)
-    chat = [{"type": "image", "image": doc["images"][0]}, {"type": "text", "text": doc["question"]}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": chat}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    longer = {**doc, "question": doc["question"] + " And why?"}  # beside it the question is padded
+    image, question = docs[1]["images"][0], docs[1]["question"]
+    # Padded to a square in the mean's colour, which is what CLIP's processor is given here
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in OPENAI_CLIP_MEAN))
+    square.paste(image, tuple((side - length) // 2 for length in image.size))
+    processor = tiny_processor()
+    pixels = processor.image_processor(square, return_tensors="pt")["pixel_values"]
+    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    system += "detailed, and polite answers to the user's questions."
+    text = f"<s>{system} USER: {'<image>' * 144}\n{question} ASSISTANT:"
+    ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     said = set()
     for num_visual_tokens in (144, 9, 1):
         with fastv(model, num_visual_tokens, layer=1):
-            generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        expected = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        pruned = DeltaLlava(str(llava), num_visual_tokens=num_visual_tokens, batch_size=2, device="cpu", fastv_layer=1)
-        assert answers(pruned, docs=[doc, longer])[0] == expected
+            generated = model.generate(**ids, pixel_values=pixels, max_new_tokens=8, do_sample=False)
+        expected = processor.tokenizer.decode(generated[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        arguments = f"pretrained={llava},num_visual_tokens={num_visual_tokens},fastv_layer=1,batch_size=2"
+        pruned = DeltaLlava.create_from_arg_string(arguments, {"device": "cpu"})
+        longer = {"question": question + " And why?", "images": [image]}  # beside it the question is padded
+        assert answers(pruned, docs=[{"question": question, "images": [image]}, longer])[0] == expected
         said.add(expected)
     assert len(said) == 3  # else the number would not matter
 
 
-def test_results_with_fastv_are_no_cards(llava, checkpoint, held_out, caches):
-    for folder, most in ((llava, 144), (checkpoint, 36)):
-        text = module.run(folder, [most, 4], suite=SCENES / "suite.yaml", dtype="float32", fastv_layer=1)
-        assert text.count(f"| {folder}, FastV after layer 1 | measured |") == 2
-        assert [file.name for file in (folder / "results").iterdir()] == ["fastv-1"]
-        content = json.loads(results_file(folder, 4, fastv_layer=1).read_text())
-        assert content["toolkit"].endswith("float32, FastV after layer 1") and len(content["results"]) == 1
-
-
-def test_what_fastv_cannot_do_is_said_first(llava, checkpoint):
-    with pytest.raises(ValueError, match=r"num_visual_tokens=\[145\] must be among range\(1, 145\)"):
-        module.run(llava, [144, 145], fastv_layer=1)
-    with pytest.raises(ValueError, match="model_type='llava', but must be of delta_llava, or of llava with FastV"):
-        module.run(llava, [144])
-    for layer in (0, 2):
-        with pytest.raises(ValueError, match=f"layer={layer} must be at least 1"):
-            DeltaLlava(str(checkpoint), fastv_layer=layer)
+def test_results_with_fastv_are_no_cards(llava, checkpoint, held_out, caches, monkeypatch):
+    options = {"suite": SCENES / "suite.yaml", "dtype": "float32", "output_dir": checkpoint}
+    text = module.run(llava, [144, 4], fastv_layer=1, **options)
+    assert text.count(f"| {llava}, FastV after layer 1 | measured |") == 2
+    content = json.loads(results_file(checkpoint, 4, fastv_layer=1).read_text())
+    assert content["toolkit"].endswith("float32, FastV after layer 1") and len(content["results"]) == 1
+    card = build_card(checkpoint, "org/name", base_model=["org/tower", "org/lm"], license="mit", datasets=["org/data"])
+    assert "held-out scenes" not in card.text
+    monkeypatch.setattr(module, "_load", None)  # what is measured is not measured again
+    assert module.run(llava, [144, 4], fastv_layer=1, **options) == text
 
 
 def test_right_answers_are_counted_by_the_packages_metric(held_out, caches):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import LlavaConfig
 
 from delta_llava.evaluation import run as module
 from delta_llava.evaluation.checkpoint import locate, weight_digests
@@ -266,6 +267,28 @@ def test_weights_in_several_files_are_all_told(tiny_model, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="and holds both"):
         weight_digests(tmp_path)
+
+
+def test_what_fastv_cannot_do_is_said_first(tiny_config, tmp_path):
+    config = tiny_config()
+    backbones = {"vision_config": config.vision_config, "text_config": config.text_config}
+    LlavaConfig(**backbones, image_seq_length=144).save_pretrained(tmp_path)
+    for wrong, message in (
+        ({"num_visual_tokens": [144, 145, 0], "fastv_layer": 1}, r"num_visual_tokens=\[145, 0\] must be from 1 to 144"),
+        ({"num_visual_tokens": [144], "fastv_layer": 0}, "fastv_layer=0 must be from 1 to 1"),
+        ({"num_visual_tokens": [144], "fastv_layer": 2}, "fastv_layer=2 must be from 1 to 1"),
+        ({"num_visual_tokens": [144]}, "model_type='llava': one of delta_llava is measured without fastv_layer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module.run(tmp_path, **wrong)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type='delta_llava': .* one of llava \(LLaVA-1.5\) with it"):
+        module.run(tmp_path, [36], fastv_layer=1)
+
+
+def test_results_with_fastv_lie_apart_by_layer(tmp_path):
+    assert results_file(tmp_path, 36) == tmp_path / "results/tokens-36.json"
+    assert results_file(tmp_path, 36, fastv_layer=2) == tmp_path / "results/fastv-2/tokens-36.json"
 
 
 def test_without_lmms_eval_the_command_says_what_to_install(checkpoint, suite, monkeypatch):
