@@ -84,9 +84,9 @@ class DeltaLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         folder, self.commit = locate(pretrained, revision)
         config = AutoConfig.from_pretrained(folder)
+        check_visual_tokens(config, [] if num_visual_tokens is None else [num_visual_tokens], fastv_layer)
         if num_visual_tokens is None:
             num_visual_tokens = config.num_visual_tokens if fastv_layer is None else config.image_seq_length
-        check_visual_tokens(config, [num_visual_tokens], fastv_layer)
         self.num_visual_tokens, self.fastv_layer = num_visual_tokens, fastv_layer
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder,

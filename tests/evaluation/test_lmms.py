@@ -334,6 +334,12 @@ def test_llava_is_asked_as_it_was_trained_and_answers_as_fastv_has_it(llava, doc
     assert len(said) == 3  # else the number would not matter
 
 
+def test_llava_without_fastv_is_refused_and_keeps_all_tokens_by_default(llava):
+    with pytest.raises(ValueError, match="model_type='llava'"):
+        DeltaLlava(str(llava), device="cpu")
+    assert DeltaLlava(str(llava), device="cpu", fastv_layer=1).num_visual_tokens == 144
+
+
 def test_results_with_fastv_are_no_cards(llava, checkpoint, held_out, caches, monkeypatch):
     options = {"suite": SCENES / "suite.yaml", "dtype": "float32", "output_dir": checkpoint}
     text = module.run(llava, [144, 4], fastv_layer=1, **options)
