@@ -75,7 +75,9 @@ class DeltaLlavaConfig(PreTrainedConfig):
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
             `"default"` drops the tower's first token (CLS), `"full"` is for towers without one (SigLIP).
         projector_variant (`str`, *optional*, defaults to `"released"`):
-            `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11.
+            `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11, and
+            `"residual"` ours, not the paper's: the released one's attention, times a gate that starts at zero, is added
+            to the pooled query features, and LLaVA-1.5's MLP maps the sum.
         projector_rank (`int`, *optional*, defaults to 16):
             Rank r of every low-rank update (equation 4).
         projector_num_attention_heads (`int`, *optional*, defaults to 8):
@@ -121,7 +123,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
     query_feature_layer: int = -2
     memory_feature_layers: list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
-    projector_variant: Literal["released", "paper"] = "released"
+    projector_variant: Literal["released", "paper", "residual"] = "released"
     projector_rank: int = 16
     projector_num_attention_heads: int = 8
     projector_intermediate_size: int = 4096

@@ -149,7 +149,7 @@ def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
 def _count_parameters(config: DeltaLlavaConfig, decoder: _Decoder) -> dict[str, int]:
     with torch.device("meta"):
         tower = AutoModel.from_config(config.vision_config)
-    projector = _projector_maps(config, config.num_visual_tokens)
+    projector = _projector_maps(config, config.num_visual_tokens, training=True)
     return {
         "vision_tower": _num_parameters(tower),
         "multi_modal_projector": sum(weights + others for weights, others, _ in projector),
@@ -218,22 +218,35 @@ def _tower_flops(config: DeltaLlavaConfig, num_layers: int) -> int:
     return 2 * patch_embedding.weight.numel() * num_patches + layer * num_layers
 
 
-def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int) -> list[tuple[int, int, int]]:
+def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool) -> list[tuple[int, int, int]]:
     """Weights of each linear map or convolution, biases and norms beside it, and the rows of an image that it maps."""
-    queries = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
-    patches = config.patch_grid_size**2
+    tokens = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-    is_released = config.projector_variant == "released"
+    memory = _memory_tokens(config)
     levels = len(config.memory_feature_layers)
-    memory = patches if is_released else levels * patches
-    memory_size = levels * size if is_released else size
-    updates = 1 if is_released else levels
+    match config.projector_variant:
+        case "released" | "residual":
+            memory_size, updates = levels * size, 1
+            gate = size if config.projector_variant == "residual" else 0
+            text_maps = [(size * text_size, text_size + gate, tokens), (text_size**2, text_size, tokens)]
+        case "paper":
+            memory_size, updates = size, levels
+            mlp_size = config.projector_intermediate_size
+            text_maps = [
+                (size * text_size, text_size, tokens),
+                (text_size * mlp_size, 2 * text_size + mlp_size, tokens),
+                (mlp_size * text_size, text_size, tokens),
+            ]
+        case unknown:
+            raise ValueError(f"The costs of projector_variant={unknown!r} are unknown.")
     rank = config.projector_rank if config.use_delta_projection else 0
+    # A cell with a single memory token needs neither query nor key: only training computes them
+    queries, keys = (tokens, memory) if training or memory > tokens else (0, 0)
 
     maps = [(size**2, 2 * size, queries), (rank * 2 * size, 0, queries)]
-    for _ in ("keys", "values"):
-        maps += [(memory_size * size, 2 * size, memory)]
-        maps += [(rank * (memory_size + size), 0, memory // updates)] * updates
+    for rows in (keys, memory):
+        maps += [(memory_size * size, 2 * size, rows)]
+        maps += [(rank * (memory_size + size), 0, rows // updates)] * updates
     if config.use_refinement_block:
         convolution_size = size // 4
         attention_size = size - convolution_size
@@ -245,28 +258,26 @@ def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int) -> list[tu
         maps += [(attention_size * convolution_size, 0, queries)]
         maps += [(9 * convolution_size * head_dim, 2 * convolution_size, queries), (convolution_size**2, 0, queries)]
         maps += [(size * mlp_size, mlp_size, queries), (mlp_size * size, size, queries)]
-    maps += [(size**2, size, queries)] * 4  # the attention's, none of them on the memory
-    maps += [(size * text_size, text_size, queries)]
-    if is_released:
-        return [*maps, (text_size**2, text_size, queries)]
-    mlp_size = config.projector_intermediate_size
-    return [
-        *maps,
-        (text_size * mlp_size, 2 * text_size + mlp_size, queries),
-        (mlp_size * text_size, text_size, queries),
-    ]
+    # The attention's: of queries and keys, none on the memory where it is larger; of values and the output
+    maps += [(size**2, size, queries)] * 2 + [(size**2, size, tokens)] * 2
+    return maps + text_maps
 
 
-def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
-    """Of one image."""
+def _memory_tokens(config: DeltaLlavaConfig) -> int:
+    """Memory tokens of one image, of all cells together."""
+    levels = {"released": 1, "residual": 1, "paper": len(config.memory_feature_layers)}
+    return levels[config.projector_variant] * config.patch_grid_size**2
+
+
+def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool = False) -> int:
+    """Of one image, in a forward pass."""
     size = config.vision_config.hidden_size
-    memory = config.patch_grid_size**2
-    if config.projector_variant == "paper":
-        memory *= len(config.memory_feature_layers)
-    flops = sum(2 * weights * rows for weights, _, rows in _projector_maps(config, num_visual_tokens))
-    # Each memory token meets the one query of its cell, in every head at full width where it shares the cell
-    flops += 4 * memory * size * (config.projector_num_attention_heads if memory > num_visual_tokens else 1)
-    if config.use_refinement_block and config.use_self_attention:
+    memory = _memory_tokens(config)
+    flops = sum(2 * weights * rows for weights, _, rows in _projector_maps(config, num_visual_tokens, training))
+    if memory > num_visual_tokens:
+        # Each memory token meets the one query of its cell, in every head at full width
+        flops += 4 * memory * size * config.projector_num_attention_heads
+    if config.use_refinement_block and config.use_self_attention and (training or memory > num_visual_tokens):
         flops += 4 * num_visual_tokens**2 * (size - size // 4)
     return flops
 
@@ -321,7 +332,9 @@ def training_flops(
     return {
         "vision_tower": float(num_images * _tower_flops(config, config.vision_config.num_hidden_layers)),
         "multi_modal_projector": float(
-            num_images * _projector_flops(config, num_visual_tokens) * (3 if "multi_modal_projector" in trained else 1)
+            num_images
+            * _projector_flops(config, num_visual_tokens, training=True)
+            * (3 if "multi_modal_projector" in trained else 1)
         ),
         "language_model": float(linear * (3 if "language_model" in trained else 2) + 3 * adapters + 3 * attention),
         "lm_head": float(head * (3 if _head_part(config) in trained else 2)),
@@ -519,7 +532,7 @@ def _projector_bytes(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
     queries = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     levels, patches = len(config.memory_feature_layers), config.patch_grid_size**2
-    memory = patches * (levels if config.projector_variant == "paper" else 1)
+    memory = _memory_tokens(config)
     # Of keys and values alike: before GELU, before the norm in float32, in their cells
     projected = memory * 2 * 8 * size
     # What each head asks for and finds there, at full width

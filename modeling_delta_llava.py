@@ -211,24 +211,30 @@ class CellAttention(nn.MultiheadAttention):
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__(hidden_size, num_heads, batch_first=True)
 
-    def forward(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: torch.Tensor | None, keys: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
         """
         Args:
             queries (`torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`): One of each cell.
             keys, values (`torch.Tensor` of shape `(batch_size, num_queries, memory_size, hidden_size)`):
-                What the query of a cell sees.
+                What the query of a cell sees. Where `memory_size` is 1, the softmax over the one score is 1:
+                `queries` and `keys` change nothing and may be `None`.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
         """
-        if keys.shape[2] == 1:  # as many memory tokens as queries, which would only be widened
-            cells = queries.flatten(0, 1).unsqueeze(1), keys.flatten(0, 1), values.flatten(0, 1)
-            attended, _ = super().forward(*cells, need_weights=False)
-            return attended.view_as(queries)
         query_weight, key_weight, value_weight = self.in_proj_weight.chunk(3)
         query_bias, _, value_bias = self.in_proj_bias.chunk(3)
         heads = (self.num_heads, self.head_dim)
-        queries = (F.linear(queries, query_weight, query_bias) * self.head_dim**-0.5).unflatten(-1, heads)
+        if queries is not None:
+            queries = (F.linear(queries, query_weight, query_bias) * self.head_dim**-0.5).unflatten(-1, heads)
+        if values.shape[2] == 1:
+            attended = F.linear(values[:, :, 0], value_weight, value_bias)
+            if queries is not None:
+                # Weights of 1 and gradients of 0, but gradients: DDP and ZeRO wait for one of every parameter.
+                keys = F.linear(keys[:, :, 0], key_weight).unflatten(-1, heads)
+                weights = (queries * keys).sum(-1, keepdim=True).softmax(-1)
+                attended = (attended.unflatten(-1, heads) * weights).flatten(2)
+            return self.out_proj(attended)
         queries = torch.einsum("bqhd,hdc->bqhc", queries, key_weight.unflatten(0, heads))
         # Not fused: kernels are made for heads of up to 256 channels, and these scores are few
         weights = (queries @ keys.transpose(-1, -2)).softmax(-1, dtype=torch.float32).type_as(values)
@@ -244,7 +250,10 @@ class DeltaProjector(nn.Module):
     The budget is an argument of the call, and no weight depends on it.
 
     Args:
-        config (`DeltaLlavaConfig`): `projector_variant` chooses between the published code and the paper's equations.
+        config (`DeltaLlavaConfig`): `projector_variant` chooses what becomes of the attention's output: an MLP maps it
+            to the language model's width (`"released"`, the published code), a linear map and a refinement do
+            (`"paper"`, equations 3 to 11), or it is added, times a gate that starts at zero, to the mean of the query
+            features of each cell, and LLaVA-1.5's MLP maps the sum (`"residual"`, which is ours and not the paper's).
     """
 
     def __init__(self, config: DeltaLlavaConfig):
@@ -257,25 +266,28 @@ class DeltaProjector(nn.Module):
         rank = config.projector_rank if config.use_delta_projection else 0
         self.num_levels = len(config.memory_feature_layers)
 
+        match self.variant:
+            case "released" | "residual":
+                memory_projection = (self.num_levels * vision_size, vision_size, rank)
+                self.mlp = nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+                if self.variant == "residual":
+                    self.gate = nn.Parameter(torch.zeros(vision_size))
+            case "paper":
+                memory_projection = (vision_size, vision_size, rank, self.num_levels)
+                self.text_projection = nn.Linear(vision_size, text_size)
+                self.mlp = nn.Sequential(
+                    nn.LayerNorm(text_size, eps=1e-6),
+                    nn.Linear(text_size, config.projector_intermediate_size),
+                    nn.GELU(),
+                    nn.Linear(config.projector_intermediate_size, text_size),
+                )
+            case unknown:
+                raise ValueError(f"projector_variant={unknown!r} must be 'released', 'paper' or 'residual'.")
         self.query_projection = DeltaProjection(vision_size, vision_size, rank)
-        if self.variant == "released":
-            memory_projection = (self.num_levels * vision_size, vision_size, rank)
-        else:
-            memory_projection = (vision_size, vision_size, rank, self.num_levels)
         self.key_projection = DeltaProjection(*memory_projection)
         self.value_projection = DeltaProjection(*memory_projection)
         self.refinement_block = RefinementBlock(config) if config.use_refinement_block else None
         self.attention = CellAttention(vision_size, config.projector_num_attention_heads)
-        if self.variant == "released":
-            self.mlp = nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
-        else:
-            self.text_projection = nn.Linear(vision_size, text_size)
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(text_size, eps=1e-6),
-                nn.Linear(text_size, config.projector_intermediate_size),
-                nn.GELU(),
-                nn.Linear(config.projector_intermediate_size, text_size),
-            )
         # A function of the shape, so no checkpoint holds it; `_init_weights` fills it again after `from_pretrained`.
         positions = position_table(vision_size, self.patch_grid_size)
         self.register_buffer("positions", positions, persistent=False)
@@ -304,27 +316,34 @@ class DeltaProjector(nn.Module):
                 f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
                 ' vision_feature_select_strategy="default", one without it "full".'
             )
-        queries = self._queries(query_features, side)
+        grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
         if self.variant == "paper":
             memory_features = memory_features.unflatten(-1, (self.num_levels, -1)).transpose(1, 2)
-        keys = self._cells(self.key_projection(memory_features), side)
+        queries = keys = None
         values = self._cells(self.value_projection(memory_features), side)
+        if self.training or values.shape[2] > 1:  # a single memory token gets all attention, whatever asks for it
+            queries = self._queries(grid, side)
+            keys = self._cells(self.key_projection(memory_features), side)
         attended = self.attention(queries, keys, values)
-        if self.variant == "released":
-            return self.mlp(attended)
-        tokens = self.text_projection(attended)
-        return tokens + self.mlp(tokens)  # equation 11
+        match self.variant:
+            case "released":
+                return self.mlp(attended)
+            case "residual":
+                pooled = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+                return self.mlp(pooled + self.gate * attended)
+            case "paper":
+                tokens = self.text_projection(attended)
+                return tokens + self.mlp(tokens)  # equation 11
 
-    def _queries(self, query_features: torch.Tensor, side: int) -> torch.Tensor:
-        """Refined and projected queries (equations 3 to 6), `(batch_size, V, vision_hidden_size)`."""
-        grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
+    def _queries(self, grid: torch.Tensor, side: int) -> torch.Tensor:
+        """Refined and projected queries (equations 3 to 6): `(batch_size, C, G, G)` to `(batch_size, V, C)`."""
         grid = F.interpolate(grid, size=(side, side), mode=self.query_pooling)
         positions = F.interpolate(self.positions.float(), size=(side, side), mode="bicubic").to(grid.dtype)
-        if self.variant == "released":
-            grid = self._refine(grid) + positions
-            return self.query_projection(grid.flatten(2).transpose(1, 2))
-        queries = self.query_projection((grid + positions).flatten(2).transpose(1, 2))
-        return self._refine(queries.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
+        if self.variant == "paper":
+            queries = self.query_projection((grid + positions).flatten(2).transpose(1, 2))
+            return self._refine(queries.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
+        grid = self._refine(grid) + positions
+        return self.query_projection(grid.flatten(2).transpose(1, 2))
 
     def _refine(self, grid: torch.Tensor) -> torch.Tensor:
         return grid if self.refinement_block is None else self.refinement_block(grid)
@@ -372,6 +391,8 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         if isinstance(module, DeltaProjector):
             hidden_size, grid_size = module.positions.shape[1:3]
             init.copy_(module.positions, position_table(hidden_size, grid_size))
+            if module.variant == "residual":
+                init.zeros_(module.gate)
         elif isinstance(module, nn.Conv2d) or (isinstance(module, DeltaProjection) and module.rank):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):

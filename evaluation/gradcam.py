@@ -168,7 +168,11 @@ def _watch_projector(projector: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
     def attend(module, arguments):
         queries, keys, _ = arguments
-        seen["window_attention"] = _window_attention(module, queries, keys, seen["query_features"].shape[1])
+        num_patches = seen["query_features"].shape[1]
+        if queries is None:  # cells of a single patch, which gets all attention
+            seen["window_attention"] = torch.ones([isqrt(num_patches)] * 2)
+        else:
+            seen["window_attention"] = _window_attention(module, queries, keys, num_patches)
 
     handles = [projector.register_forward_pre_hook(before), projector.register_forward_hook(after)]
     # By its name: the class that came with a checkpoint is another object than the one here.

@@ -51,6 +51,7 @@ VARIANTS = {
     "Qwen3, wide heads": {"text_config": QWEN3},
     "trimmed tower": {"memory_feature_layers": [1, 2], "query_feature_layer": 3},
     "paper": {"projector_variant": "paper", "projector_intermediate_size": 80},
+    "residual": {"projector_variant": "residual"},
     "No DeltaProj": {"use_delta_projection": False},
     "No EMHSA": {"use_self_attention": False},
     "No TB": {"use_refinement_block": False, "projector_variant": "paper"},

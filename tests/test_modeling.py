@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
     GPT2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2Config,
     TextIteratorStreamer,
     TorchAoConfig,
@@ -104,6 +106,45 @@ def test_an_untrained_budget_works_and_warns_once(tiny_model, tiny_processor, no
     for _ in range(2):
         assert len(model.get_image_features(pixel_values, num_visual_tokens=9).pooler_output[0]) == 9
     assert len([message for message in messages if "trained for [36] visual tokens" in message]) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize("num_visual_tokens", [144, 36, 4])
+def test_a_closed_gate_and_the_mlp_of_a_llava_are_that_llava_on_pooled_features(
+    tiny_model, tiny_processor, noise, monkeypatch, num_visual_tokens, siglip
+):
+    model = tiny_model(projector_variant="residual", siglip=siglip)
+    ours = model.model
+    config = LlavaConfig(
+        vision_config=model.config.vision_config,
+        text_config=model.config.text_config,
+        image_token_index=model.config.image_token_id,
+        vision_feature_layer=model.config.query_feature_layer,
+        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    llava.model.vision_tower.load_state_dict(ours.vision_tower.state_dict())
+    llava.model.language_model.load_state_dict(ours.language_model.state_dict())
+    llava.lm_head.load_state_dict(model.lm_head.state_dict())
+    linear = llava.model.multi_modal_projector
+    for theirs, layer in ((linear.linear_1, 0), (linear.linear_2, 2)):
+        theirs.load_state_dict(ours.multi_modal_projector.mlp[layer].state_dict())
+
+    def pooled(features):
+        scale = 12 // int(num_visual_tokens**0.5)
+        cells = features.view(len(features), 12 // scale, scale, 12 // scale, scale, -1).mean((2, 4))
+        return linear_forward(cells.flatten(1, 2))
+
+    linear_forward = linear.forward
+    monkeypatch.setattr(linear, "forward", pooled)
+    inputs = tiny_processor()(
+        images=noise(2), text="USER: <image> and <image>", num_visual_tokens=num_visual_tokens, return_tensors="pt"
+    )
+    expected = llava(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+    ours.multi_modal_projector.gate.fill_(0.5)
+    assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])

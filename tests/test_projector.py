@@ -73,7 +73,9 @@ def test_a_name_that_was_never_published_is_refused():
         projector_from_released({"readout.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize(("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032)])
+@pytest.mark.parametrize(
+    ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 42_504_704)]
+)
 def test_parameter_count_at_clip_l_and_7b(variant, parameters):
     with torch.device("meta"):
         projector = DeltaProjector(DeltaLlavaConfig(projector_variant=variant))
@@ -133,7 +135,7 @@ def test_the_paper_variant_is_its_equations(tiny_config, num_visual_tokens):
     torch.testing.assert_close(projector(query_features, memory_features, num_visual_tokens)[0], expected)
 
 
-@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("variant", ["released", "paper", "residual"])
 @pytest.mark.parametrize(
     ("switch", "missing"),
     [
@@ -157,8 +159,8 @@ def test_a_switch_removes_its_part_and_nothing_else(tiny_config, variant, switch
 def test_area_pooling_lets_every_patch_count(tiny_config):
     width = tiny_config().vision_config.hidden_size
     # One patch in a corner, far from the centre of the single cell that bilinear resizing reads.
-    features = torch.zeros(1, 144, width)
-    features[0, 0] = 1.0
+    features = torch.zeros(1, width, 12, 12)
+    features[0, :, 0, 0] = 1.0
     for pooling, counts in (("bilinear", False), ("area", True)):
         projector = DeltaProjector(tiny_config(query_pooling=pooling, use_refinement_block=False)).eval()
         with torch.no_grad():
@@ -175,6 +177,82 @@ def test_drop_path_acts_in_training_only(tiny_config):
     first, second = projector.train()(*features, 36), projector(*features, 36)
     assert not torch.equal(first, second)
     assert torch.equal(projector.eval()(*features, 36), projector(*features, 36))
+
+
+def random_projector(config):
+    projector = DeltaProjector(config)
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    width = config.vision_config.hidden_size
+    return projector, (torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_visual_tokens", [1, 9, 36, 144])
+def test_residual_adds_what_released_attends_to_onto_pooled_features(tiny_config, num_visual_tokens):
+    projector, features = random_projector(tiny_config(projector_variant="residual"))
+    projector.eval()
+    released = DeltaProjector(tiny_config()).eval()
+    released.load_state_dict({name: weight for name, weight in projector.state_dict().items() if name != "gate"})
+    released.mlp = torch.nn.Identity()
+    attended = released(*features, num_visual_tokens)
+    side = math.isqrt(num_visual_tokens)
+    cells = features[0].view(2, side, 12 // side, side, 12 // side, -1)
+    expected = projector.mlp(cells.mean((2, 4)).flatten(1, 2) + projector.gate * attended)
+    torch.testing.assert_close(projector(*features, num_visual_tokens), expected)
+
+
+def test_the_gate_starts_at_zero_and_opens(tiny_model):
+    model = tiny_model(projector_variant="residual")
+    projector = model.model.multi_modal_projector
+    assert torch.equal(projector.gate, torch.zeros(32))
+    _, features = random_projector(model.config)
+    projector.train()(*features, 9).square().sum().backward()
+    assert projector.gate.grad.abs().min() > 0
+
+
+class Opaque(torch.nn.Module):
+    """A module that can be called and whose weight cannot be read, as vLLM, LoRA and quantization replace modules."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.hidden = [module]
+
+    def forward(self, *args):
+        return self.hidden[0](*args)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("num_visual_tokens", [1, 9, 144])
+@pytest.mark.parametrize("variant", ["released", "paper", "residual"])
+def test_every_submodule_is_called_and_its_weight_never_read(tiny_config, variant, num_visual_tokens, mode):
+    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
+    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    projector.train(mode == "training")
+    expected = projector(*features, num_visual_tokens)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm)
+    names = [name for name, module in projector.named_modules() if isinstance(module, kinds)]
+    assert len(names) > 15
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        parent = projector.get_submodule(parent)
+        module = getattr(parent, child)
+        parent._modules[child] = Opaque(module)
+        assert torch.equal(projector(*features, num_visual_tokens), expected), name
+        parent._modules[child] = module
+
+
+@pytest.mark.parametrize("variant", ["released", "residual"])
+def test_a_single_patch_cell_leaves_out_what_cannot_matter_and_only_in_inference(tiny_config, variant):
+    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
+    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    trained = projector.train()(*features, 144)
+    trained.sum().backward()
+    assert [name for name, weight in projector.named_parameters() if weight.grad is None] == []  # DDP waits for each
+    assert projector.query_projection.U.grad.abs().max() == 0
+    projector.query_projection = projector.key_projection = projector.refinement_block = None
+    torch.testing.assert_close(projector.eval()(*features, 144), trained)
 
 
 def test_low_rank_update_is_part_of_the_map():
