@@ -9,8 +9,9 @@ python -m delta_llava.hub.assemble \
     --num_visual_tokens 144
 ```
 
-Several budgets, `--num_visual_tokens 1 4 16 36 144`, are those that one elastic checkpoint will be trained for. Another
-projector than the default is a matter of the configuration: `--config_overrides '{"projector_variant": "paper"}'`.
+Several budgets, `--num_visual_tokens 1 4 16 36 144`, are those that one elastic checkpoint will be trained for. The
+projector is the `residual` one; the paper's are a matter of the configuration:
+`--config_overrides '{"projector_variant": "released"}'`, or `"paper"`.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def assemble(
             here (Vicuna v1 for Llama, ChatML for Qwen).
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the language model's.
         seed (`int`, *optional*, defaults to 0): Seed of the projector's weights.
-        **config_overrides: Further fields of `DeltaLlavaConfig`.
+        **config_overrides: Further fields of `DeltaLlavaConfig`; `projector_variant` is `"residual"` without one.
 
     Returns:
         `DeltaLlavaForConditionalGeneration`: The model as saved. Its tower and language model are the loaded ones, not
@@ -92,6 +93,7 @@ def assemble(
 
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     add_tokens(tokenizer)
+    config_overrides = {"projector_variant": "residual", **config_overrides}
     config = build_config(vision_config, text_config, tokenizer, num_visual_tokens, **config_overrides)
     processor = DeltaLlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(vision_tower),

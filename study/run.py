@@ -64,7 +64,10 @@ NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_d
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained: a projector of ours by fields of `DeltaLlavaConfig`, or another's; and the budgets it learns."""
+    """
+    What is trained: a projector of ours by fields of `DeltaLlavaConfig` (the released one without them), or another's;
+    and the budgets it learns.
+    """
 
     title: str
     fields: dict = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Method:
 
 METHODS = {
     "delta": Method("Delta-LLaVA, as released"),
+    "residual": Method("Delta added to pooled features (ours)", {"projector_variant": "residual"}),
     "delta-paper": Method("Delta-LLaVA, the paper's equations", {"projector_variant": "paper"}),
     "delta-area": Method("Delta-LLaVA, queries by area", {"query_pooling": "area"}),
     "no-delta-projection": Method("No DeltaProjection", {"use_delta_projection": False}),
@@ -126,7 +130,8 @@ def train(name: str, seed: int, settings: Settings, scenes: Path, folder: Path):
     """
     method = METHODS[name]
     backbones = {part: DEMO / "backbones" / part for part in ("vision_tower", "language_model")}
-    model = assemble(**backbones, output_dir=folder, num_visual_tokens=method.budgets, seed=seed, **method.fields)
+    overrides = {"projector_variant": "released", **method.fields}
+    model = assemble(**backbones, output_dir=folder, num_visual_tokens=method.budgets, seed=seed, **overrides)
     if method.projector is not None:
         torch.manual_seed(seed)
         model.model.multi_modal_projector = method.projector(model.config).apply(model._init_weights)
@@ -513,6 +518,13 @@ CLAIMS = (
         )
         for k in FASTV_LAYERS
     ),
+    *(
+        _lines(
+            "Delta added to pooled features against average pooling", "not asked", "residual", "average-pooling", [b]
+        )
+        for b in BUDGETS
+    ),
+    _lines("Delta added to pooled features against Delta-LLaVA as released", "not asked", "residual", "delta"),
     _lines("One checkpoint for all budgets against one for each", "not asked", "delta", "specialists", BUDGETS),
     _lines("The released projector against the paper's equations", "not asked", "delta", "delta-paper"),
     _lines("Bilinear queries against queries by area", "not asked", "delta", "delta-area"),
@@ -543,7 +555,7 @@ def draw(shares: dict, differences: dict, majority: float, file: Path):
     wide = ("delta-wide-init", "average-pooling-wide-init")
     panels = {
         "Projectors, one elastic checkpoint each": (
-            "delta", "tokenpacker", "average-pooling", "resampler", "mlp", *wide,
+            "delta", "residual", "tokenpacker", "average-pooling", "resampler", "mlp", *wide,
         ),
         "Few tokens made by the projector, or dropped in the language model": (
             "delta", "mlp", *(f"fastv-{layer}" for layer in FASTV_LAYERS),
