@@ -29,7 +29,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
-from .data import FEATURES, BadRecord, num_cores, parse_record
+from .data import FEATURES, BadRecord, parse_record
+from .images import num_cores
 
 
 logger = logging.get_logger(__name__)

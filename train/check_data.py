@@ -23,7 +23,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from .data import IMAGE_MARKER, Check, check_llava_json, other_suffixes, read_records, write_bad_records
+from .data import IMAGE_MARKER, Check, check_llava_json, read_records, write_bad_records
+from .images import other_suffixes
 
 
 # How to mend each kind of bad record, and what each kind of note means elsewhere

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from PIL import Image
 
-from delta_llava.train import data
+from delta_llava.train import data, images
 from delta_llava.train.check_data import FAULTS, NOTES
 from delta_llava.train.data import BadRecord, check_llava_json, load_llava_json, parse_record, read_records
 
@@ -366,7 +366,7 @@ def test_a_stopped_check_leaves_nothing_half_in_the_cache(load, cache, monkeypat
     with pytest.raises(ValueError, match="is not JSON"):
         load(json.dumps([record()] * 2500)[:-1])
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    monkeypatch.setattr(data, "_decode_task", lambda paths: 1 / 0)
+    monkeypatch.setattr(images, "_decode_task", lambda paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load([record()])
     assert {path.suffix for path in cache.iterdir() if path.name.startswith("images")} == {".lock"}
@@ -398,7 +398,7 @@ def test_an_image_too_large_is_bad_and_a_warning_a_note(load, tmp_path, monkeypa
 
 
 def test_several_processes_find_what_one_finds(load, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
     load([record(), record(image="cut.jpg"), record(image="whole.jpg")], skip_bad_records=True, num_proc=2)
     many = list(check_llava_json(tmp_path / "data.json", tmp_path / "images").bad_records())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another_cache")
@@ -414,19 +414,19 @@ by_fork = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reaso
 
 @by_fork
 def test_a_killed_process_is_a_clear_error(load, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
-    monkeypatch.setattr(data, "_decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"One of the 2 processes that decode images was killed.*smaller num_proc"):
         load([record(), record(image="whole.jpg")], num_proc=2)
 
 
 @by_fork
 def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
     records = [record(), record(image="whole.jpg")]
     alive, inherited = multiprocessing.Pipe(duplex=False)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
+        patch.setattr(images, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
         run = multiprocessing.Process(target=load, args=(records,), kwargs={"num_proc": 2})
         run.start()
     while not (cache / "decoding").exists():
@@ -439,7 +439,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypa
 
 @by_fork
 def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkeypatch, tmp_path):
-    original = data._decode_image
+    original = images._decode_image
 
     def decode_slowly(path):
         with open(tmp_path / "decoded.txt", "a") as file:
@@ -447,7 +447,7 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
         time.sleep(0.1)
         return original(path)
 
-    monkeypatch.setattr(data, "_decode_image", decode_slowly)
+    monkeypatch.setattr(images, "_decode_image", decode_slowly)
     runs = [multiprocessing.Process(target=load, args=([record(), record(image="whole.jpg")],)) for _ in range(3)]
     for run in runs:
         run.start()
