@@ -142,6 +142,7 @@ def load_llava_json(
     skip_bad_records: bool = False,
     require_images: bool = False,
     num_proc: int | None = None,
+    follow_links: bool = False,
 ) -> Dataset:
     """
     Read LLaVA's training data: a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}` and a folder.
@@ -154,7 +155,8 @@ def load_llava_json(
             its place in a human turn; the one image of a turn comes before its text, as LLaVA trains. A first turn
             `from: system` is allowed.
         image_folder (`str` or `Path`):
-            Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused.
+            Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused. Its files
+            are opened by [`~delta_llava.processing_delta_llava.open_image`].
         bad_records_path (`str` or `Path`, *optional*, defaults to `"bad_records.jsonl"`):
             Where all bad records are listed, one JSON object a line with `index`, `id`, `file`, `kind` and `reason`.
             When there are none, the file of an earlier call is removed.
@@ -164,6 +166,8 @@ def load_llava_json(
             Whether a record without an image is bad, as it is where the projector alone is trained.
         num_proc (`int`, *optional*, defaults to the cores that this process may use):
             Number of processes that decode images.
+        follow_links (`bool`, *optional*, defaults to `False`):
+            Whether links may lead out of the folder, as where COCO is linked in, or in a snapshot of the Hub.
 
     Returns:
         `datasets.Dataset`: One row per good record, in the file's order, memory-mapped. `images` holds images that are
@@ -175,7 +179,7 @@ def load_llava_json(
         `FileNotFoundError`: The file or the folder does not exist.
         `RuntimeError`: A process that decodes images was killed.
     """
-    check = check_llava_json(json_path, image_folder, require_images, num_proc)
+    check = check_llava_json(json_path, image_folder, require_images, num_proc, follow_links)
     write_bad_records(check, bad_records_path)
     if check.num_bad_records:
         examples = "\n".join(
@@ -206,7 +210,11 @@ def write_bad_records(check: Check, path: str | Path):
 
 
 def check_llava_json(
-    json_path: str | Path, image_folder: str | Path, require_images: bool = False, num_proc: int | None = None
+    json_path: str | Path,
+    image_folder: str | Path,
+    require_images: bool = False,
+    num_proc: int | None = None,
+    follow_links: bool = False,
 ) -> Check:
     """
     Check every record of LLaVA's training data, and decode every image once.
@@ -216,7 +224,8 @@ def check_llava_json(
     finds the images that are known.
 
     Args:
-        json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`):
+        json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`),
+        follow_links (`bool`):
             See [`load_llava_json`].
 
     Returns:
@@ -252,7 +261,7 @@ def check_llava_json(
         num_unreadable = sum(1 for _ in file)
 
     image_paths = pc.unique(_image_paths(records)).to_pylist()
-    stats, lost = locate_images(image_paths, root)
+    stats, lost = locate_images(image_paths, root, follow_links)
     faults = {path: BadRecord(fault["reason"], fault["kind"], image_name(path, root)) for path, fault in lost.items()}
     images, num_decoded, seconds = check_images(cache / f"images-{images_key}.arrow", stats, num_proc)
     notes = {}

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import stat
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,14 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Features, List, Value
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from .. import processing_delta_llava
+from ..processing_delta_llava import open_image
 
 
 # What the cache keeps: a row for every image file
@@ -36,7 +39,7 @@ IMAGE_SCHEMA = Features(
     }
 ).arrow_schema
 # Suffixes that the same image may have been saved under
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", ".GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 _IMAGES_PER_TASK = 32
 _IMAGES_PER_LOOK = 1000
@@ -45,7 +48,8 @@ _LOOKING_THREADS = 16
 
 def checking_code() -> str:
     """All that decides which images are good: another version of it may find other faults."""
-    return Path(__file__).read_text(encoding="utf-8") + PIL.__version__
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, processing_delta_llava.__file__)]
+    return "".join([*sources, PIL.__version__])
 
 
 def read_table(path: Path) -> pa.Table:
@@ -57,16 +61,18 @@ def image_name(path: str, root: str) -> str:
     return path.removeprefix(root + os.sep)
 
 
-def _fault(kind: str, reason: str) -> dict[str, str]:
+def _remark(kind: str, reason: str) -> dict[str, str]:
     return {"kind": kind, "reason": reason}
 
 
-def locate_images(paths: list[str], root: str) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, str]]]:
+def locate_images(
+    paths: list[str], root: str, follow_links: bool
+) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, str]]]:
     """Return size and time of change of the images that are there, and the faults of the others."""
     real_directory = lru_cache(maxsize=None)(os.path.realpath)
 
     def locate(some_paths: list[str]):
-        return [_locate_image(path, root, real_directory) for path in some_paths]
+        return [_locate_image(path, root, real_directory, follow_links) for path in some_paths]
 
     # Threads, because a network's file system answers many questions in the time of one
     chunks = [paths[start : start + _IMAGES_PER_LOOK] for start in range(0, len(paths), _IMAGES_PER_LOOK)]
@@ -78,33 +84,83 @@ def locate_images(paths: list[str], root: str) -> tuple[dict[str, tuple[int, int
     return stats, faults
 
 
-def _locate_image(path: str, root: str, real_directory: Callable[[str], str]) -> tuple[int, int] | dict[str, str]:
+def _locate_image(
+    path: str, root: str, real_directory: Callable[[str], str], follow_links: bool
+) -> tuple[int, int] | dict[str, str]:
     name = image_name(path, root)
     try:
         file = os.path.join(real_directory(os.path.dirname(path)), os.path.basename(path))
         if os.path.islink(file):
             file = os.path.realpath(file)
-        if not file.startswith(root.rstrip(os.sep) + os.sep):
-            return _fault("outside", f"image {name} leaves the image folder: it leads to {file}")
-        status = os.stat(file)
+        inside = root.rstrip(os.sep) + os.sep
+        status, others = None, []
+        if file.startswith(inside) or (follow_links and path.startswith(inside) and ".." not in Path(path).parts):
+            status = os.stat(file)
+        elif path.startswith(inside) or not (others := similar_files(path, root)):
+            return _remark("outside", f"image {name} leaves the image folder: it leads to {file}")
     except (FileNotFoundError, NotADirectoryError):
-        if others := other_suffixes(path):
-            found = " and ".join(os.path.basename(other) for other in others)
-            reason = f"image {name} does not exist in the image folder, but {found} does"
-            return _fault("missing_other_suffix", reason)
-        kind = "missing_ocr_vqa" if name.startswith("ocr_vqa/") else "missing"
-        return _fault(kind, f"image {name} does not exist in the image folder")
+        others = similar_files(path, root)
     except (OSError, ValueError) as error:  # a name too long, a loop of links, a null character
-        return _fault("no_path", f"image {name!r} is no path: {error}")
-    if not stat.S_ISREG(status.st_mode):
-        return _fault("missing", f"image {name} does not exist in the image folder: it is not a file")
-    return status.st_size, status.st_mtime_ns
+        return _remark("no_path", f"image {name!r} is no path: {error}")
+    if status and stat.S_ISREG(status.st_mode):
+        return status.st_size, status.st_mtime_ns
+    reason = f"image {name} does not exist in the image folder"
+    if status:
+        return _remark("missing", f"{reason}: it is not a file")
+    if others:
+        has_other_suffix = _key(os.path.splitext(others[0])[1]) != _key(os.path.splitext(path)[1])
+        found = " and ".join(image_name(other, root) for other in others)
+        return _remark(f"missing_other_{'suffix' if has_other_suffix else 'name'}", f"{reason}, but {found} does")
+    return _remark("missing_ocr_vqa" if name.startswith("ocr_vqa/") else "missing", reason)
 
 
-def other_suffixes(path: str) -> list[str]:
-    """Return the files that lie beside a missing image and differ from it in their suffix only."""
-    stem = os.path.splitext(path)[0]
-    return [stem + suffix for suffix in SUFFIXES if os.path.isfile(stem + suffix)]
+def similar_files(path: str, root: str) -> list[str]:
+    """
+    Find the files that may be meant by the path of a missing image.
+
+    Args:
+        path (`str`): The image's path, in `root` or absolute.
+        root (`str`): The image folder.
+
+    Returns:
+        `list[str]`: Paths in `root` that differ from the missing one in letter case, slashes or Unicode form only, or
+        if there are none, in the suffix too.
+    """
+    *folders, name = [part for part in re.split(r"[\\/]", image_name(path, root)) if part not in ("", ".")] or [""]
+    places = [root]
+    for part in folders:
+        places = [os.path.join(place, other) for place in places for other in _entries(place).get(_key(part), [])]
+    stem, _ = os.path.splitext(name)
+    for wanted in ([name], [stem + suffix for suffix in SUFFIXES]):
+        found = [
+            os.path.join(place, other)
+            for place in places
+            for key in dict.fromkeys(map(_key, wanted))
+            for other in _entries(place).get(key, [])
+        ]
+        if found := list(filter(os.path.isfile, found)):
+            break
+    return found
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _entries(folder: str) -> dict[str, list[str]]:
+    """The names in a folder, by what is the same of similar ones."""
+    try:
+        return _read_entries(folder, os.stat(folder).st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@lru_cache(maxsize=64)
+def _read_entries(folder: str, mtime_ns: int) -> dict[str, list[str]]:
+    entries = {}
+    for name in sorted(os.listdir(folder)):
+        entries.setdefault(_key(name), []).append(name)
+    return entries
 
 
 def check_images(
@@ -180,30 +236,23 @@ def _decode_task(paths: list[str]) -> pa.RecordBatch:
 
 
 def _decode_image(path: str) -> dict[str, Any]:
-    """Decode an image as `datasets.Image` does; a row of `IMAGE_SCHEMA` tells what it found."""
+    """Open an image as training does; a row of `IMAGE_SCHEMA` tells what it found."""
     size, mtime_ns, fault, notes = -1, -1, None, []
     try:
         status = os.stat(path)
         size, mtime_ns = status.st_size, status.st_mtime_ns
-        with warnings.catch_warnings(record=True, action="always") as caught, PIL.Image.open(path) as image:
-            # An eighth of a JPEG's size: all its bits are read, so that a cut is seen, and few pixels computed
-            image.draft("L", (1, 1))
-            image.load()
-            orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
-            if orientation is not None:
-                PIL.ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
-        if isinstance(error, PIL.Image.DecompressionBombError):
-            kind = "too_large"
-        else:
-            kind = "truncated" if "truncated" in str(error) else "unreadable"
-        fault = {"kind": kind, "reason": f"{type(error).__name__}: {error}"}
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            found = open_image(path).info
+    except (OSError, ValueError) as error:
+        error = error.__cause__ or error
+        kind = "too_large" if isinstance(error, PIL.Image.DecompressionBombError) else "unreadable"
+        fault = _remark("truncated" if "truncated" in str(error) else kind, str(error) or type(error).__name__)
     else:
         suffix = os.path.splitext(path)[1]
-        named = PIL.Image.registered_extensions().get(suffix.lower(), image.format)
-        if named != image.format and (named, image.format) != ("JPEG", "MPO"):  # MPO: a JPEG with more behind it
-            notes.append({"kind": "other_format", "reason": f"it is {image.format}, though named {suffix}"})
-        if orientation not in (None, 1):
-            notes.append({"kind": "rotated", "reason": f"EXIF orientation {orientation}: it is shown upright here"})
-        notes += [{"kind": "warning", "reason": f"{item.category.__name__}: {item.message}"} for item in caught]
+        named = PIL.Image.registered_extensions().get(suffix.lower(), found["format"])
+        if named != found["format"] and (named, found["format"]) != ("JPEG", "MPO"):  # a JPEG with more after it
+            notes.append(_remark("other_format", f"it is {found['format']}, though named {suffix}"))
+        if found["orientation"] != 1:
+            notes.append(_remark("rotated", f"EXIF orientation {found['orientation']}: it is shown upright here"))
+        notes += [_remark("warning", f"{item.category.__name__}: {item.message}") for item in caught]
     return {"path": path, "size": size, "mtime_ns": mtime_ns, "fault": fault, "notes": notes}

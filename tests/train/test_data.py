@@ -28,13 +28,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the images that are opened, as they are opened."""
-    names, original = [], PIL.Image.open
+    names, original = [], images.open_image
 
-    def open_and_count(path, *args, **kwargs):
+    def open_and_count(path):
         names.append(os.path.basename(path))
-        return original(path, *args, **kwargs)
+        return original(path)
 
-    monkeypatch.setattr(PIL.Image, "open", open_and_count)
+    monkeypatch.setattr(images, "open_image", open_and_count)
     return names
 
 
@@ -112,14 +112,19 @@ BAD_RECORDS = {
         "missing_other_suffix",
         "image a.jpg does not exist in the image folder, but a.png does",
     ),
+    "other case": (
+        record(image="A.png"),
+        "missing_other_name",
+        "image A.png does not exist in the image folder, but a.png",
+    ),
     "a folder": (
         record(image="folder"),
         "missing",
         "image folder does not exist in the image folder: it is not a file",
     ),
     "path behind a file": (record(image="a.png/b.png"), "missing", "a.png/b.png does not exist"),
-    "unreadable image": (record(image="text.png"), "unreadable", "text.png cannot be read: UnidentifiedImageError"),
-    "truncated image": (record(image="cut.jpg"), "truncated", "cut.jpg cannot be read: OSError"),
+    "unreadable image": (record(image="text.png"), "unreadable", "text.png cannot be read: it is no image of the"),
+    "truncated image": (record(image="cut.jpg"), "truncated", "cut.jpg cannot be read: image file is truncated"),
     "absolute path": (record(image="/etc/hostname"), "outside", "leaves the image folder"),
     "path upwards": (record(image="../outside.png"), "outside", "leaves the image folder"),
     "path up and down": (record(image="folder/../../outside.png"), "outside", "leaves the image folder"),
@@ -315,7 +320,7 @@ def test_what_is_checked_is_not_looked_into_again(load, decoded):
     assert sorted(decoded) == ["a.png", "cut.jpg", "whole.jpg"]
     decoded.clear()
     assert load(records, skip_bad_records=True).with_format("arrow")[:] == first.with_format("arrow")[:]
-    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read: OSError"):
+    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read: image file is truncated"):
         load(records)
     assert decoded == []
 
@@ -389,7 +394,7 @@ def test_a_cut_image_is_found_wherever_it_is_cut(load, tmp_path, suffix):
 
 def test_an_image_too_large_is_bad_and_a_warning_a_note(load, tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 400)
-    with pytest.raises(ValueError, match=r"whole\.jpg cannot be read: DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"whole\.jpg cannot be read: Image size .* exceeds limit"):
         load([record(image="whole.jpg")])
     load([record()])
     (note,) = check_llava_json(tmp_path / "data.json", tmp_path / "images").notes()
