@@ -3,6 +3,7 @@
 import base64
 import binascii
 import difflib
+import inspect
 import os
 import re
 import stat
@@ -120,7 +121,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             for number, message in enumerate(getattr(chat, "messages", chat)):
                 _check_content(number, message.get("content"))
         # Before 5.23 one argument of a call beside a template's would make transformers forget `processor_kwargs`
-        own = {name: kwargs.pop(name) for name in self._known_arguments() & kwargs.keys() - {"return_tensors"}}
+        templates = inspect.signature(super().apply_chat_template).parameters.keys()
+        own = {name: kwargs.pop(name) for name in (self._known_arguments() & kwargs.keys()) - templates}
         if own:
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
         return super().apply_chat_template(conversation, *args, **kwargs)
@@ -555,6 +557,8 @@ class _WatchedJpeg(BytesIO):
             start = marker.end() + 2
             position = max(start, start - 2 + int.from_bytes(data[start - 2 : start], "big"))
             segment = data[start:position]
+            if kind < 0xC0 or 0xF0 <= kind <= 0xFD:
+                self.damage = "its data hold a marker that means nothing"
             if 0xC9 <= kind <= 0xCF and kind != 0xCC:
                 return []  # arithmetic codes, which libjpeg wants in one piece
             while kind == 0xC4 and len(segment) > 17:  # Huffman tables, each with its shortest code first
