@@ -3,6 +3,7 @@
 import base64
 import binascii
 import difflib
+import importlib
 import inspect
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any, is_typeddict
 from urllib.parse import unquote_to_bytes
 
@@ -577,7 +578,7 @@ class _WatchedJpeg(BytesIO):
             _, last, refines = segment[-3:]
             first_used = [first_codes.get(0x10 | tables & 15, 0) for tables in segment[2:-3:2]]
             has_no_zeros = last > 0 and refines < 16 and any(code & 15 for code in first_used)
-            for number in range(len(data)):
+            for number in count():
                 end = _JPEG_MARKER.search(data, position)
                 if not end:
                     return runs  # Pillow finds the file truncated
@@ -677,6 +678,6 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
 DeltaLlavaProcessor.register_for_auto_class()
 # As an import does. transformers' loading of remote code does not, and dill, which `datasets` hands functions to other
 # processes by, then writes these classes out and cannot read them again
-setattr(sys.modules[__package__], __name__.rpartition(".")[2], sys.modules[__name__])
+setattr(importlib.import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = ["DeltaLlavaProcessor", "fetch_image", "open_image"]
