@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
-from .data import FEATURES, load_llava_json
+from .data import check_llava_json, is_json_file, stop_at_bad_records
 from .trainer import is_complete, latest_checkpoint
 
 
@@ -32,12 +32,17 @@ class ScriptArguments:
 
     Args:
         json_path (`str`, *optional*):
-            LLaVA's JSON file.
+            LLaVA's JSON file, or what else [`~delta_llava.train.data.load_llava_json`] reads.
         image_folder (`str`, *optional*):
-            Folder that the images of `json_path` lie in.
+            Folder that the images of `json_path` lie in, unless it carries them.
         stream (`str`, *optional*):
             Instead of both: Hub repository, or folder of Parquet files or WebDataset's tar files, to stream records and
             images from. Then `max_steps` tells how long to train.
+        dataset_config (`str`, *optional*):
+            Configuration of a data set that has several, whose split `train` is read.
+        eval_json_path (`str`, *optional*):
+            Rows for the validation loss, of any kind that `json_path` may be, over the same `image_folder`; of a data
+            set, its split `validation`.
         num_visual_tokens (`list[int]`, *optional*, defaults to the `visual_token_budgets` of the model):
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
@@ -45,17 +50,23 @@ class ScriptArguments:
         projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
             Peak learning rate of the projector, where the language model is trained beside it.
         num_eval_rows (`int`, *optional*, defaults to 0):
-            Rows with images held out of training for the validation loss, which `eval_strategy` and `eval_steps` time.
-            Of a stream, the first ones of its split `validation`.
+            Instead: rows with images held out of training, or of a stream, the first ones of its split `validation`.
+            `eval_strategy` and `eval_steps` say when the validation loss is computed.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, tell what the run would cost, show one sample with its labels, and train nothing. To be
             given on the command line.
     """
 
-    json_path: str | None = field(default=None, metadata={"help": "LLaVA's JSON file."})
+    json_path: str | None = field(
+        default=None, metadata={"help": "JSON list or lines, Parquet file, folder or data set of the Hub."}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the JSON file's images."})
     stream: str | None = field(
         default=None, metadata={"help": "Instead of both: Hub repository or folder of shards to stream."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set that has several."})
+    eval_json_path: str | None = field(
+        default=None, metadata={"help": "Rows for the validation loss of each budget; of a data set, its validation."}
     )
     num_visual_tokens: list[int] | None = field(
         default=None,
@@ -68,7 +79,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
     )
     num_eval_rows: int = field(
-        default=0, metadata={"help": "Rows with images held out for the validation loss of each budget."}
+        default=0, metadata={"help": "Instead, rows with images held out for the validation loss of each budget."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, tell the costs, train nothing."})
 
@@ -152,8 +163,8 @@ def check_recipe(
         )
     if model.is_dir() and model.resolve() == Path(training_args.output_dir).resolve():
         raise ValueError(f"output_dir={training_args.output_dir} holds the model to start from: name another folder.")
-    if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
-        script_args.image_folder
+    if bool(script_args.stream) == bool(script_args.json_path) or (
+        script_args.stream and script_args.image_folder and not script_args.eval_json_path
     ):
         raise ValueError(
             f"json_path={script_args.json_path}, image_folder={script_args.image_folder} and stream="
@@ -163,10 +174,15 @@ def check_recipe(
         raise ValueError("stream needs max_steps: a stream does not tell how many rows it has.")
     if script_args.stream and strategy == "group_by_length":
         logger.warning("Streamed rows come as they come: train_sampling_strategy=group_by_length has no effect.")
-    if bool(script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
+    if script_args.eval_json_path and script_args.num_eval_rows:
         raise ValueError(
-            f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy.value}: one "
-            "says what to hold out for the validation loss, the other when to compute it; give both or neither."
+            f"eval_json_path={script_args.eval_json_path} and num_eval_rows={script_args.num_eval_rows}: name one."
+        )
+    if bool(script_args.eval_json_path or script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
+        raise ValueError(
+            f"eval_json_path={script_args.eval_json_path}, num_eval_rows={script_args.num_eval_rows} and eval_strategy="
+            f"{training_args.eval_strategy.value}: one of the first two says what the validation loss is computed of, "
+            "the last when; give both or neither."
         )
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit need use_peft: quantized weights cannot be trained themselves.")
@@ -225,7 +241,8 @@ def load_rows(
         `tuple[Dataset | IterableDataset, Dataset | None]`: What [`DeltaLlavaTrainer`] takes.
 
     Raises:
-        `ValueError`: A record is bad, no row fits into `max_length`, or fewer rows are there than are to be held out.
+        `ValueError`: A record is bad, no row fits into `max_length`, fewer rows are there than are to be held out, or
+            none of `eval_json_path` has an image.
     """
     fitting = {
         "processor": processor,
@@ -233,13 +250,40 @@ def load_rows(
         "max_length": training_args.max_length,
         "chat_template": chat_template,
     }
-    num_eval_rows = script_args.num_eval_rows
+    num_eval_rows, output_dir = script_args.num_eval_rows, Path(training_args.output_dir)
+    config_name, skip_bad_records = script_args.dataset_config, script_args.skip_bad_records
+
+    def load(json_path: str, config_name: str | None, split: str, report: str) -> Dataset:
+        # One process of a machine checks and measures, and the others then find what it has cached
+        with training_args.main_process_first(local=True, desc="loading the data"):
+            check = check_llava_json(json_path, script_args.image_folder, require_images, None, config_name, split)
+            stop_at_bad_records(check, json_path, output_dir / report, skip_bad_records)
+            return fit_rows(check.dataset(with_notes=True), **fitting)
+
+    held_out = None
+    if eval_json_path := script_args.eval_json_path:
+        eval_config = None if is_json_file(Path(eval_json_path)) else config_name
+        held_out = load(eval_json_path, eval_config, "validation", "bad_eval_records.jsonl")
+        has_image = held_out.with_format("numpy")["num_images"][:] > 0
+        if not has_image.all():
+            logger.warning(
+                f"{(~has_image).sum()} of the {len(held_out)} rows in {eval_json_path} have no image and are left out "
+                "of validation: they would say the same at every budget."
+            )
+            held_out = held_out.select(np.flatnonzero(has_image))
+        if not len(held_out):
+            raise ValueError(f"eval_json_path={eval_json_path} has no row with an image.")
     if script_args.stream:
-        reading = {**fitting, "require_images": require_images, "skip_bad_records": script_args.skip_bad_records}
-        rows = stream_rows(script_args.stream, "train", **reading)
+        reading = {
+            "require_images": require_images,
+            "skip_bad_records": skip_bad_records,
+            "dataset_config": config_name,
+        }
+        rows = stream_rows(script_args.stream, "train", **fitting, **reading)
         if not num_eval_rows:
-            return rows, None
-        held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("id")
+            return rows, held_out
+        held_out = stream_rows(script_args.stream, "validation", **fitting, **reading).remove_columns("id")
+        features = held_out.features
         held_out = held_out.filter(lambda row: row["images"]).take(num_eval_rows)
         held_out = list(held_out)
         if len(held_out) < num_eval_rows:
@@ -247,20 +291,11 @@ def load_rows(
                 f"num_eval_rows={num_eval_rows}, but the split validation of {script_args.stream} has {len(held_out)} "
                 "rows with images."
             )
-        return rows, fit_rows(Dataset.from_list(held_out, features=FEATURES), **fitting)
+        return rows, fit_rows(Dataset.from_list(held_out, features=features), **fitting)
 
-    # One process of a machine checks and measures, and the others then find what it has cached
-    with training_args.main_process_first(local=True, desc="loading the data"):
-        dataset = load_llava_json(
-            script_args.json_path,
-            script_args.image_folder,
-            bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
-            skip_bad_records=script_args.skip_bad_records,
-            require_images=require_images,
-        )
-        dataset = fit_rows(dataset, **fitting)
+    dataset = load(script_args.json_path, config_name, "train", "bad_records.jsonl")
     if not num_eval_rows:
-        return dataset, None
+        return dataset, held_out
     # Rows without images would say the same at every budget
     candidates = np.flatnonzero(dataset.with_format("numpy")["num_images"][:])
     if num_eval_rows >= len(candidates):

@@ -168,13 +168,6 @@ class DeltaLlavaTrainer(SFTTrainer):
             )
 
         group = self.args.train_sampling_strategy == "group_by_length"
-        if self._is_fully_sharded() and not group:
-            num_images = self.train_dataset.with_format("numpy")["num_images"][:]
-            if (num_images == 0).any():
-                raise ValueError(
-                    "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step "
-                    "and others have none: set train_sampling_strategy=group_by_length."
-                )
         sampler = BudgetSampler(
             self.train_dataset,
             batch_size=self._train_batch_size * self.accelerator.num_processes,
@@ -183,6 +176,15 @@ class DeltaLlavaTrainer(SFTTrainer):
             group=group,
             epoch=lambda: int(self.state.epoch or 0),
         )
+        if self._is_fully_sharded() and (not group or sampler.num_mixed):
+            num_images = self.train_dataset.with_format("numpy")["num_images"][:]
+            if (num_images == 0).any():
+                raise ValueError(
+                    f"{(num_images == 0).sum()} of {len(num_images)} rows have no image. FSDP and ZeRO-3 wait for ever "
+                    "when some processes have images at a step and others have none: set "
+                    "train_sampling_strategy=group_by_length, with rows of either kind for at least half of a batch of "
+                    f"{sampler.batch_size}, leave one kind out, or train by DDP or ZeRO-2."
+                )
         dataloader = self._dataloader(
             BudgetedRows(self.train_dataset),
             self.args.dataloader_num_workers,
