@@ -403,7 +403,9 @@ def _open_dataset(name: str | Path, config: str | None, split: str) -> Dataset:
             raise ValueError(f"it has the splits {sorted(dataset)}, but {split!r} is needed")
         return dataset[split] if isinstance(dataset, DatasetDict) else dataset
     except (DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"json_path={name} cannot be read by datasets (configuration {config}): {error}") from error
+        raise ValueError(
+            f"json_path={name} cannot be read by datasets with dataset_config={config} and split={split}: {error}"
+        ) from error
 
 
 def _dataset_records(dataset: Dataset) -> Iterator[Any]:

@@ -128,14 +128,14 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
         names, speakers, roles = ["the prompt", *names], ["the key system", *speakers], ["system", *roles]
         turns = [{"value": record["system"]}, *turns]
 
-    messages, loss, notes, sources, all_texts = [], [], [], [], True
+    messages, loss, notes, sources, all_texts, num_images = [], [], [], [], True, 0
     for name, speaker, role, turn in zip(names, speakers, roles, turns, strict=True):
         _refuse(turn, UNSUPPORTED_TURN_KEYS, name)
         ignored |= {f"{form}[].{key}" for key in turn.keys() - TURN_KEYS}
         value = _one_of(turn, ("value", "content"), name)
         if isinstance(value, list):
             all_texts = False
-            content = _content_of_parts(value, name, sources, ignored)
+            content = _content_of_parts(value, name, num_images, sources, ignored)
         elif isinstance(value, str):
             if form == "conversations" and _moves_marker(value):
                 notes.append({"kind": "marker_moved", "reason": f"{IMAGE_MARKER} comes after the question's text"})
@@ -147,6 +147,7 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
         if not any(part["type"] == "image" or part["text"].strip() for part in content):
             raise BadRecord(f"{name} has the value {short(value)}, not a text", "turns")
         messages.append({"role": role, "content": content})
+        num_images += sum(part["type"] == "image" for part in content)
         loss.append(_keeps_loss(turn, role, f"{name} from {speaker}"))
     if not any(keeps for keeps, role in zip(loss, roles, strict=True) if role == "assistant"):
         raise BadRecord("the record keeps the loss of none of its answers: nothing is left to learn", "loss")
@@ -158,28 +159,27 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
         raise BadRecord("the record has no image, and this stage trains the projector alone", "no_image")
     if require_images and roles != ["user", "assistant"]:
         raise BadRecord(f"the turns are from {short(speakers)}: this stage takes one question and one answer", "answer")
-    foreign = [] if not images else foreign_markers(messages)
-    num_markers = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if images and not num_markers and not foreign and all_texts and form != "conversations":
-        # As TRL does with contents that are texts
-        first = next(message for message in messages if message["role"] == "user")
-        first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
-        num_markers = len(images)
-    if num_markers != len(images):
-        if foreign:
-            raise BadRecord(
-                f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images; "
-                f"{short(foreign[0][0])} is what another program writes for one",
-                "marker_foreign",
-            )
-        raise BadRecord(
-            f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images",
-            "marker_missing" if num_markers < len(images) else "marker_surplus",
-        )
-    if foreign:
+    _match(messages, num_images, images, may_insert=all_texts and form != "conversations")
+    if images and (foreign := foreign_markers(messages)):
         notes.append({"kind": "foreign_text", "reason": f"{short(foreign[0][0])} is trained as a text"})
     notes += [{"kind": "ignored_key", "reason": _printable(key)} for key in sorted(ignored)]
     return Chat(images, messages, loss, notes)
+
+
+def _match(messages: list[dict[str, Any]], num_markers: int, images: list, may_insert: bool):
+    """Check that each image has its place; if it may be, and there is no place at all, make the places."""
+    if num_markers == len(images):
+        return
+    foreign = foreign_markers(messages) if num_markers < len(images) else []
+    if may_insert and not num_markers and not foreign:
+        # As TRL does with contents that are texts
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
+        return
+    reason = f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images"
+    if foreign:
+        raise BadRecord(f"{reason}; other programs write {short(foreign[0][0])} for an image", "marker_foreign")
+    raise BadRecord(reason, "marker_missing" if num_markers < len(images) else "marker_surplus")
 
 
 def foreign_markers(messages: list[dict[str, Any]]) -> list[re.Match]:
@@ -211,7 +211,7 @@ def _printable(text: str) -> str:
 
 def _without_none(mapping: dict) -> dict:
     # Arrow writes None for every key that another record has
-    return {key: value for key, value in mapping.items() if value is not None}
+    return {key: value for key, value in mapping.items() if value is not None} if None in mapping.values() else mapping
 
 
 def _one_of(mapping: dict, names: tuple[str, ...], where: str) -> Any:
@@ -251,18 +251,18 @@ def _turns(record: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             for key, role in (("prompt", "user"), ("completion", "assistant"))
         )
         # As TRL does: completions alone are learnt
-        for turn in prompt:
+        for index, turn in enumerate(prompt):
             is_answer = ROLES.get(str(turn.get("role", turn.get("from")))) == "assistant"
             if is_answer and not turn.keys() & set(LOSS_KEYS):
-                turn["loss"] = False
+                prompt[index] = {**turn, "loss": False}
         return form, prompt + completion
     turns = _objects(record[form], form)
     if form == "texts":  # of The Cauldron: pairs
         pairs, turns = turns, []
         for pair in pairs:
-            question = {key: value for key, value in pair.items() if key != "assistant"}
-            turns += [{"role": "user", "content": question.pop("user", None), **question}]
-            turns += [{"role": "assistant", "content": pair.get("assistant")}]
+            answer = {key: value for key, value in pair.items() if key != "user"}
+            turns += [_without_none({"role": "user", "content": pair.get("user")})]
+            turns += [_without_none({"role": "assistant", "content": answer.pop("assistant", None), **answer})]
     return form, turns
 
 
@@ -272,8 +272,13 @@ def _objects(values: Any, name: str) -> list[dict[str, Any]]:
     return [_without_none(value) for value in values]
 
 
-def _content_of_parts(parts: list, name: str, sources: list, ignored: set[str]) -> list[dict[str, str | None]]:
-    """A turn's content; the images that its parts name are added to `sources`, and keys unknown here to `ignored`."""
+def _content_of_parts(
+    parts: list, name: str, num_images: int, sources: list, ignored: set[str]
+) -> list[dict[str, str | None]]:
+    """
+    A turn's content, after `num_images` images in earlier ones. The images that its parts name are added to `sources`,
+    and keys unknown here to `ignored`.
+    """
     content = []
     for part in parts:
         part = _without_none(part) if isinstance(part, dict) else {"type": part}
@@ -288,7 +293,10 @@ def _content_of_parts(parts: list, name: str, sources: list, ignored: set[str]) 
             if source is not None:
                 encoded = "base64" in part and isinstance(source, str)
                 sources.append(_image(f"data:;base64,{source}" if encoded else source, ignored))
-            known = {"type", *SOURCE_KEYS}
+            if part.get("index", num_images) != num_images:
+                raise BadRecord(f"{name} has image {short(part['index'])} where {num_images} is due", "part")
+            num_images += 1
+            known = {"type", "index", *SOURCE_KEYS}
         else:
             raise BadRecord(f"{name} has the part {short(part)}: text, image and image_url may be its type", "part")
         ignored |= {f"content[].{key}" for key in part.keys() - known}

@@ -131,7 +131,7 @@ def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatc
     assert [row["num_messages"] for row in rows.remove_columns("images")] == [2, 4, 2]
     (warning,) = warnings
     assert f"2 of 4 rows are longer than max_length={max_length} at 4 visual tokens" in warning
-    assert "1 are cut behind their last whole answer that fits, and 1, whose first answer does not fit" in warning
+    assert "1 are cut after their last whole answer that fits, and 1, whose first answer does not fit" in warning
     assert "The first: The row 'What? What?" in warning
     # at another budget, the same rows have other lengths
     fitted([record(), late, LONG, record()], num_visual_tokens=144, max_length=max_length + 140)

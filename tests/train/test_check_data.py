@@ -80,7 +80,7 @@ KNOWN_NOTES = {
     "GIF named .jpg": ("other_format", "it is GIF, though named .jpg", record(image="coco/gif.jpg")),
     "PNG named .jpg": ("other_format", "it is PNG, though named .jpg", record(image="coco/png.jpg")),
     "rotated by EXIF": ("rotated", "EXIF orientation 6", record(image="coco/rotated.jpg")),
-    "marker behind the text": ("marker_moved", "behind the question's text", record(question="What?\n<image>")),
+    "marker behind the text": ("marker_moved", "after the question's text", record(question="What?\n<image>")),
 }
 
 
