@@ -32,7 +32,7 @@ SOURCE_KEYS = ("image", "image_url", "url", "path", "base64")
 FOREIGN_MARKER = re.compile(
     r"(?!(?-i:<image>))(?:"
     r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>"
-    r"|<\|?(?:image|img)[ _-]?(?:here|pad|token|placeholder|(?P<number>\d+))?\|?>"
+    r"|<\|?(?:image|/?img)[ _-]?(?:here|pad|token|soft_token|placeholder|(?P<number>\d+))?\|?>"
     r"|<start_of_image>|<im_start>|(?-i:\[IMG\]))",
     re.IGNORECASE,
 )

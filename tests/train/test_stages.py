@@ -117,6 +117,14 @@ BAD_RECIPES = {
     "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
     "no such model": ({"model_name_or_path": "runs/vicuna/stage1"}, "runs/vicuna/stage1 is not a folder: name what"),
     "validation without rows": ({"eval_strategy": "steps"}, "num_eval_rows=0 and eval_strategy=.*steps"),
+    "two validations": (
+        {"eval_strategy": "steps", "num_eval_rows": 2, "eval_json_path": "eval.json"},
+        "eval_json_path=eval.json and num_eval_rows=2: name one",
+    ),
+    "a configuration of a file": (
+        {"dataset_config": "one"},
+        "dataset_config=one is of no use for the file .*data.json",
+    ),
     "validation of all rows": (
         {"eval_strategy": "steps", "num_eval_rows": 12},
         "leaves nothing of the 12 rows with images",
@@ -155,6 +163,21 @@ def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data
     assert json.loads((tmp_path / "out" / "bad_records.jsonl").read_text())["id"] == "scene-3"
     output_dir = run(pretrain, json_path=str(tmp_path / "bad.json"), skip_bad_records=True)
     assert (output_dir / "model.safetensors").exists()
+
+
+def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("delta_llava.train.recipe.logger.warning", warnings.append)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "num_visual_tokens": [4, 36], "save_strategy": "steps"}
+    output_dir = run(finetune, **options, eval_json_path=str(data[1] / "mixed.json"), save_steps=2)
+    history = json.loads((output_dir / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_4_loss" in entry for entry in history) == sum("eval_36_loss" in entry for entry in history) == 2
+    assert [warning for warning in warnings if "8 of the 20 rows in" in warning and "have no image" in warning]
+    records = json.loads(data[0].read_text())
+    (tmp_path / "bad.json").write_text(json.dumps([{**records[0], "image": "none.png"}, *records]))
+    with pytest.raises(ValueError, match=r"1 of the 13 records in .*bad\.json are bad"):
+        run(finetune, "bad", **options, eval_json_path=str(tmp_path / "bad.json"))
+    assert json.loads((tmp_path / "bad" / "bad_eval_records.jsonl").read_text())["index"] == 0
 
 
 def test_mixed_precision_trains_in_float32_and_saves_in_bfloat16(run, monkeypatch):
