@@ -145,7 +145,7 @@ def fit(
         max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    first = next(index for index in answers if loss is None or loss[index])
+    first = next((index for index in answers if loss is None or loss[index]), -1)
     fitting = [
         place
         for place in places
@@ -381,6 +381,7 @@ def stream_rows(
     require_images: bool = False,
     skip_bad_records: bool = False,
     dataset_config: str | None = None,
+    one_answer: bool = False,
 ) -> IterableDataset:
     """
     Stream records and their images from shards.
@@ -403,6 +404,8 @@ def stream_rows(
             Leave out records that are bad or whose first answer is too long, each with a warning, instead of stopping.
         dataset_config (`str`, *optional*):
             Configuration of a data set that has several.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
 
     Returns:
         `IterableDataset`: Rows of `STREAMED_FEATURES`, whose images are not decoded yet.
@@ -420,7 +423,7 @@ def stream_rows(
 
     def to_row(sample):
         record = sample_record(sample, columns)
-        chat = parse_record(record, require_images)
+        chat = parse_record(record, require_images, one_answer)
         if files := [image for image in chat.images if isinstance(image, str)]:
             raise BadRecord(f"image {files[0]} is a file, but a stream has to carry its images")
         (places,) = places_to_cut([chat.messages], literal, chat_template)

@@ -211,7 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dataset_config", help="configuration of a data set that has several")
     parser.add_argument("--split", default="train", help="split of a data set (default: train)")
     parser.add_argument(
-        "--require_images", action="store_true", help="a record must be an image, one question and one answer (stage 1)"
+        "--require_images",
+        action="store_true",
+        help="a record must have an image, one question and one answer, as stage 1 wants it",
     )
     parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
     parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
@@ -222,7 +224,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write_clean and not is_json_file(Path(options.json)):
         parser.error(f"--write_clean {options.write_clean} writes JSON, which {options.json} is not")
     report = options.report or Path(options.write_clean or "").parent / "bad_records.jsonl"
-    settings = {"require_images": options.require_images, "num_proc": options.num_proc}
+    settings = {
+        "require_images": options.require_images,
+        "one_answer": options.require_images,
+        "num_proc": options.num_proc,
+    }
 
     source = {"dataset_config": options.dataset_config, "split": options.split}
     check = check_llava_json(options.json, options.images, **settings, **source)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,26 @@ import PIL.Image
 import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    Video,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import records as records_module
-from .records import FORMS, BadRecord, parse_record, short
+from .records import FORMS, BadRecord, Chat, parse_record, short
 
 
 logger = logging.get_logger(__name__)
@@ -161,6 +173,7 @@ def load_llava_json(
     num_proc: int | None = None,
     dataset_config: str | None = None,
     split: str = "train",
+    one_answer: bool = False,
 ) -> Dataset:
     """
     Read training data: LLaVA's JSON list of `{id?, image?, conversations: [{from: human|gpt, value}]}` and its folder
@@ -195,11 +208,13 @@ def load_llava_json(
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Leave bad records out, with a warning that counts them, instead of raising.
         require_images (`bool`, *optional*, defaults to `False`):
-            Whether a record must be images, one question and one answer, as where the projector alone is trained.
+            Whether a record without an image is bad, as it is where the projector alone is trained.
         num_proc (`int`, *optional*, defaults to the cores that this process may use):
             Number of processes that decode images.
         dataset_config (`str`, *optional*), split (`str`, *optional*, defaults to `"train"`):
             Configuration and split of a data set that has several.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
 
     Returns:
         `datasets.Dataset`: One row for each good record, in the file's order, memory-mapped. `images` holds images that
@@ -212,7 +227,15 @@ def load_llava_json(
         `FileNotFoundError`: The file or the folder does not exist.
         `RuntimeError`: A process that decodes images was killed.
     """
-    check = check_llava_json(json_path, image_folder, require_images, num_proc, dataset_config, split)
+    check = check_llava_json(
+        json_path,
+        image_folder,
+        require_images=require_images,
+        num_proc=num_proc,
+        dataset_config=dataset_config,
+        split=split,
+        one_answer=one_answer,
+    )
     stop_at_bad_records(check, json_path, bad_records_path, skip_bad_records)
     return check.dataset()
 
@@ -257,6 +280,7 @@ def check_llava_json(
     num_proc: int | None = None,
     dataset_config: str | None = None,
     split: str = "train",
+    one_answer: bool = False,
 ) -> Check:
     """
     Check every record of training data, and decode every image once.
@@ -267,7 +291,7 @@ def check_llava_json(
 
     Args:
         json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`),
-        dataset_config (`str`), split (`str`):
+        dataset_config (`str`), split (`str`), one_answer (`bool`):
             See [`load_llava_json`].
 
     Returns:
@@ -290,11 +314,12 @@ def check_llava_json(
     # Another version of this code or of Pillow may find other faults
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, records_module.__file__)]
     images_key = _digest(*code, PIL.__version__, str(root))
-    records_key = _digest(images_key, content, str(require_images))
+    records_key = _digest(images_key, content, str(require_images), str(one_answer))
 
     folder = cache / f"records-{records_key}"
     if not folder.is_dir():
-        _cache_records(read, root, require_images, folder)
+        parse = partial(parse_record, require_images=require_images, one_answer=one_answer)
+        _cache_records(read, root, parse, folder)
     records = _read_table(folder / "records.arrow")
     with open(folder / "bad_records.jsonl", encoding="utf-8") as file:
         num_unreadable = sum(1 for _ in file)
@@ -416,7 +441,7 @@ def _dataset_records(dataset: Dataset) -> Iterator[Any]:
 
 def undecoded_samples(samples: IterableDataset, source: Any) -> tuple[IterableDataset, list[str]]:
     """
-    The samples of a data set of records, with their images not decoded, and the columns of images or of lists of them.
+    The samples of a data set of records with nothing decoded but JSON, and the columns of images or of lists of them.
 
     Raises:
         `ValueError`: No column can hold turns.
@@ -441,7 +466,7 @@ def _undecoded(feature: Any) -> Any:
         return {name: _undecoded(part) for name, part in feature.items()}
     if isinstance(feature, List):
         return List(_undecoded(feature.feature), length=feature.length)
-    return Image(decode=False) if isinstance(feature, Image) else feature
+    return replace(feature, decode=False) if isinstance(feature, Audio | Image | Video) else feature
 
 
 def sample_record(sample: dict[str, Any], columns: list[str]) -> Any:
@@ -538,14 +563,14 @@ def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> It
         raise ValueError(f"the list is followed by {extra[:40]!r}")
 
 
-def _cache_records(read: Callable[[], Iterator[Any]], root: str | None, require_images: bool, folder: Path):
+def _cache_records(read: Callable[[], Iterator[Any]], root: str | None, parse: Callable[[Any], Chat], folder: Path):
     # The lock spares the other processes of a start the work. Where the file system has none, whoever is first wins.
     with FileLock(f"{folder}.lock"), TemporaryDirectory(dir=folder.parent) as unfinished:
         if folder.is_dir():
             return
         new_folder = Path(unfinished, "records")
         new_folder.mkdir()
-        _write_records(read, root, require_images, new_folder)
+        _write_records(read, root, parse, new_folder)
         try:
             new_folder.rename(folder)
         except OSError:
@@ -553,7 +578,7 @@ def _cache_records(read: Callable[[], Iterator[Any]], root: str | None, require_
                 raise
 
 
-def _write_records(read: Callable[[], Iterator[Any]], root: str | None, require_images: bool, folder: Path):
+def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: Callable[[Any], Chat], folder: Path):
     schema, rows, num_bytes = RECORD_FEATURES.arrow_schema, [], 0
     with (
         pa.ipc.new_stream(str(folder / "records.arrow"), schema) as writer,
@@ -563,7 +588,7 @@ def _write_records(read: Callable[[], Iterator[Any]], root: str | None, require_
         for index, record in enumerate(tqdm(read(), desc="Reading records", unit=" records")):
             record_id = record.get("id") if isinstance(record, dict) else None
             try:
-                chat = parse_record(record, require_images)
+                chat = parse(record)
                 images, notes = [], list(chat.notes)
                 for number, image in enumerate(chat.images):
                     if isinstance(image, str):

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None):
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
     collator = Collator(processor, training_args.max_length, template)
-    rows, held_out = load_rows(script_args, training_args, processor, config, template, require_images=True)
+    rows, held_out = load_rows(script_args, training_args, processor, config, template, is_stage_1=True)
 
     ################
     # Model

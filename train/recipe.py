@@ -226,7 +226,7 @@ def load_rows(
     processor: ProcessorMixin,
     config: DeltaLlavaConfig,
     chat_template: str | None = None,
-    require_images: bool = False,
+    is_stage_1: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
     Rows to train on and rows held out, as the recipe names them.
@@ -235,7 +235,8 @@ def load_rows(
         script_args (`ScriptArguments`), training_args (`SFTConfig`): The recipe.
         processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the collator has them.
         config ([`DeltaLlavaConfig`]): With the budgets that are to be trained.
-        require_images (`bool`, *optional*, defaults to `False`): Whether a record without an image is bad.
+        is_stage_1 (`bool`, *optional*, defaults to `False`): Whether every record must have an image, one question and
+            one answer.
 
     Returns:
         `tuple[Dataset | IterableDataset, Dataset | None]`: What [`DeltaLlavaTrainer`] takes.
@@ -256,7 +257,14 @@ def load_rows(
     def load(json_path: str, config_name: str | None, split: str, report: str) -> Dataset:
         # One process of a machine checks and measures, and the others then find what it has cached
         with training_args.main_process_first(local=True, desc="loading the data"):
-            check = check_llava_json(json_path, script_args.image_folder, require_images, None, config_name, split)
+            check = check_llava_json(
+                json_path,
+                script_args.image_folder,
+                require_images=is_stage_1,
+                one_answer=is_stage_1,
+                dataset_config=config_name,
+                split=split,
+            )
             stop_at_bad_records(check, json_path, output_dir / report, skip_bad_records)
             return fit_rows(check.dataset(with_notes=True), **fitting)
 
@@ -275,7 +283,8 @@ def load_rows(
             raise ValueError(f"eval_json_path={eval_json_path} has no row with an image.")
     if script_args.stream:
         reading = {
-            "require_images": require_images,
+            "require_images": is_stage_1,
+            "one_answer": is_stage_1,
             "skip_bad_records": skip_bad_records,
             "dataset_config": config_name,
         }

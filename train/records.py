@@ -84,7 +84,7 @@ class Chat(NamedTuple):
     notes: list[dict[str, str]]
 
 
-def parse_record(record: Any, require_images: bool = False) -> Chat:
+def parse_record(record: Any, require_images: bool = False, one_answer: bool = False) -> Chat:
     """
     Check one record and turn it into a chat. No file is looked at.
 
@@ -92,7 +92,9 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
         record (`dict`):
             A record of one of the forms that [`~delta_llava.train.data.load_llava_json`] lists.
         require_images (`bool`, *optional*, defaults to `False`):
-            Whether a record must be images, one question and one answer, as where the projector alone is trained.
+            Whether a record without an image is bad, as it is where the projector alone is trained.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
 
     Returns:
         [`Chat`]: What it says.
@@ -157,7 +159,7 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
     images = sources or images
     if require_images and not images:
         raise BadRecord("the record has no image, and this stage trains the projector alone", "no_image")
-    if require_images and roles != ["user", "assistant"]:
+    if one_answer and roles != ["user", "assistant"]:
         raise BadRecord(f"the turns are from {short(speakers)}: this stage takes one question and one answer", "answer")
     _match(messages, num_images, images, may_insert=all_texts and form != "conversations")
     if images and (foreign := foreign_markers(messages)):

@@ -125,6 +125,11 @@ def test_text_only_rows_are_counted_and_bad_where_images_are_required(check):
     status, printed = check(records, "--require_images")
     assert status == 1
     assert FAULTS["no_image"] in printed
+    two = record()
+    two["conversations"] += [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    status, printed = check([record(), two], "--require_images")
+    assert status == 1
+    assert FAULTS["answer"] in printed
 
 
 MESSAGE = {"role": "assistant", "content": "That."}

@@ -11,7 +11,7 @@ import time
 import datasets
 import PIL.Image
 import pytest
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value, Video
 from datasets import Image as Image_
 from PIL import Image
 
@@ -304,6 +304,13 @@ def test_a_broken_byte_is_an_error(tmp_path):
         list(read_records(tmp_path / "data.json"))
 
 
+def test_stage_1_takes_one_question_and_one_answer(load):
+    two = record(conversations=turns("<image>\nWhat?", "A square.", "Sure?", "Yes."))
+    with pytest.raises(ValueError, match=r"record 1 .*: this stage takes one question and one answer"):
+        load([record(), two], one_answer=True)
+    assert len(load([record(), two])) == 2  # the cache tells both apart
+
+
 def test_links_inside_the_image_folder_are_followed(load):
     rows = load([record(image="folder/inside.png"), record(image="alias/inside.png"), record(image="folder/../a.png")])
     assert [row["images"][0].size for row in rows] == [(30, 20)] * 3
@@ -475,6 +482,14 @@ def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, dec
     assert (note["kind"], note["reason"]) == ("other_format", "image a.jpg: it is PNG, though named .jpg")
 
 
+def test_a_video_of_a_data_set_is_refused_undecoded(tmp_path):
+    features = Features({"video": Video(), "prompt": Value("string"), "completion": Value("string")})
+    row = {"video": {"bytes": b"no video", "path": None}, "prompt": "What?", "completion": "That."}
+    path = as_parquet([row, {**row, "video": None}], features, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .* has video, which cannot be trained on"):
+        load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
+
+
 def test_a_data_set_is_read_by_configuration_and_split(load, tmp_path):
     folder = tmp_path / "images"
     for name in ("one", "two"):
@@ -573,8 +588,8 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
 def test_where_locks_do_not_hold_whoever_is_first_wins(load, monkeypatch):
     write_records = data._write_records
 
-    def write_and_be_outrun(read, root, require_images, folder):
-        write_records(read, root, require_images, folder)
+    def write_and_be_outrun(read, root, parse, folder):
+        write_records(read, root, parse, folder)
         (lock,) = folder.parents[1].glob("records-*.lock")
         shutil.copytree(folder, lock.with_suffix(""))  # as another node does in the meantime
 

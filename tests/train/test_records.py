@@ -248,9 +248,9 @@ STAGE_1 = {
 def test_stage_1_takes_one_question_and_one_answer(record, kind):
     parse_record(record)
     with pytest.raises(BadRecord) as error:
-        parse_record(record, require_images=True)
+        parse_record(record, require_images=True, one_answer=True)
     assert error.value.kind == kind
-    assert parse_record(llava("<image>", "b", image="a.png"), require_images=True).images == ["a.png"]
+    assert parse_record(llava("<image>", "b", image="a.png"), require_images=True, one_answer=True).images == ["a.png"]
 
 
 def test_keys_that_nothing_reads_are_noted_by_name():

@@ -165,6 +165,21 @@ def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data
     assert (output_dir / "model.safetensors").exists()
 
 
+def test_stage_1_refuses_a_second_question(run, data):
+    with pytest.raises(ValueError, match=r"14 of the 20 records.*\n.*scene-1.*one question and one answer"):
+        run(pretrain, json_path=str(data[1] / "mixed.json"))
+
+
+def test_fully_sharded_training_refuses_batches_with_and_without_images(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.DeltaLlavaTrainer, "_is_fully_sharded", lambda self: True)
+    records = json.loads((data[1] / "mixed.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(records[:13]))
+    options = {"json_path": str(tmp_path / "few.json"), "per_device_train_batch_size": 4}
+    for strategy in ("random", "group_by_length"):
+        with pytest.raises(ValueError, match=r"1 of 13 rows have no image\. FSDP .* at least half of a batch of 4"):
+            run(finetune, **options, train_sampling_strategy=strategy)
+
+
 def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("delta_llava.train.recipe.logger.warning", warnings.append)
