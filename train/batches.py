@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from datasets.fingerprint import Hasher
 from PIL.Image import Image as PilImage
 from tokenizers import normalizers
 from torch.utils.data import Sampler, get_worker_info
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
@@ -68,9 +69,7 @@ def break_special_tokens(messages: list[dict], processor: ProcessorMixin) -> lis
     Raises:
         `ValueError`: The tokenizer finds its token in there even so.
     """
-    added = processor.tokenizer.added_tokens_decoder
-    special = {token.content: token_id for token_id, token in added.items() if token.special}
-    spelt = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    special, spelt = _special_tokens(processor.tokenizer)
 
     def broken(match: re.Match) -> str:
         text = f"{match[0][:1]}{BREAK}{match[0][1:]}"
@@ -85,6 +84,14 @@ def break_special_tokens(messages: list[dict], processor: ProcessorMixin) -> lis
         return part if part["text"] is None else {**part, "text": spelt.sub(broken, part["text"])}
 
     return [{**message, "content": list(map(break_part, message["content"]))} for message in messages]
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
+    """Ids of the special tokens, and what finds them in a text."""
+    added = tokenizer.added_tokens_decoder
+    special = {token.content: token_id for token_id, token in added.items() if token.special}
+    return special, re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
 def places_to_cut(
