@@ -33,7 +33,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
-from .data import ROW_FEATURES, num_cores, sample_record, undecoded_samples
+from ..processing_delta_llava import open_image
+from .data import ROW_FEATURES, sample_record, undecoded_samples
+from .images import num_cores
 from .records import BadRecord, parse_record
 
 
@@ -346,7 +348,7 @@ class BudgetedRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        # Decoded below: of a list of images `datasets` decodes the first one twice
+        # Opened below, as everywhere
         self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -368,10 +370,10 @@ def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
     decoded = []
     for image in images:
         try:
-            decoded.append(Image().decode_example(image))
-        except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
+            decoded.append(open_image(image["path"] if image["bytes"] is None else image["bytes"]))
+        except ValueError as error:
             name = image["path"] or "of its own"
-            raise ValueError(f"{_name(row)}: image {name} cannot be read: {error}") from error
+            raise ValueError(f"{_name(row)}: image {name} cannot be read: {error.__cause__}") from error
     return decoded
 
 

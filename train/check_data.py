@@ -24,7 +24,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from .data import Check, check_llava_json, is_json_file, other_suffixes, read_records, write_bad_records
+from .data import Check, check_llava_json, is_json_file, read_records, write_bad_records
+from .images import similar_files
 from .records import FOREIGN_MARKER, IMAGE_MARKER, ROLES, name_keys
 
 
@@ -52,11 +53,13 @@ FAULTS = {
     "again, save all as .jpg, and leave out what stays missing.",
     "missing_other_suffix": "The same name is there with another suffix: write that into the record. --write_clean "
     "does, where there is only one.",
-    "outside": "Copy the image into the folder: no path, and no link on it, may lead out.",
+    "missing_other_name": "The same name is there in other letter case, with other slashes or in another Unicode form: "
+    "write that into the record. --write_clean does, where there is only one.",
+    "outside": "Copy the image into the folder, or allow links that lead out by --follow_links; no path may leave it.",
     "no_path": "Mend the path: no file system can hold it.",
     "unreadable": "Download the image again: it is empty, damaged or of no known format.",
     "truncated": "Download the image again: its end is missing.",
-    "too_large": "Scale the image down: Pillow takes so many pixels for an attack.",
+    "too_large": "Scale the image down or cut it: so much memory is not spent on one image.",
 }
 NOTES = {
     "marker_moved": "It is moved before the text, as LLaVA does; other tools may leave it where it is.",
@@ -146,16 +149,13 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
         return None
     key = "images" if record.get("images") is not None else "image"
     images = [record.get(key)] if isinstance(record.get(key), str) else record.get(key)
-    if fault["kind"] == "missing_other_suffix" and images:
+    if fault["kind"] in ("missing_other_suffix", "missing_other_name") and images:
         root = os.path.realpath(image_folder)
         missing = os.path.join(root, fault["file"])
-        others = other_suffixes(missing)
+        others = similar_files(missing, root)
         if len(others) == 1:
-            suffix = os.path.splitext(others[0])[1]
-            images = [
-                os.path.splitext(image)[0] + suffix if os.path.join(root, image) == missing else image
-                for image in images
-            ]
+            name = Path(others[0]).relative_to(root).as_posix()
+            images = [name if os.path.join(root, image) == missing else image for image in images]
             return {**record, key: images[0] if isinstance(record[key], str) else images}
     form = "conversations" if record.get("conversations") is not None else "messages"
     if fault["kind"] in ("marker_missing", "marker_foreign") and form in record and images:
@@ -215,6 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="a record must have an image, one question and one answer, as stage 1 wants it",
     )
+    parser.add_argument("--follow_links", action="store_true", help="links may lead out of the folder of the images")
     parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
     parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
     parser.add_argument("--num_proc", type=int, help="processes that decode images (default: one per core)")
@@ -228,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         "require_images": options.require_images,
         "one_answer": options.require_images,
         "num_proc": options.num_proc,
+        "follow_links": options.follow_links,
     }
 
     source = {"dataset_config": options.dataset_config, "split": options.split}

@@ -47,6 +47,8 @@ class ScriptArguments:
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Train without the bad records instead of stopping at them.
+        follow_links (`bool`, *optional*, defaults to `False`):
+            Allow links that lead out of `image_folder`.
         projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
             Peak learning rate of the projector, where the language model is trained beside it.
         num_eval_rows (`int`, *optional*, defaults to 0):
@@ -75,6 +77,7 @@ class ScriptArguments:
     skip_bad_records: bool = field(
         default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
     )
+    follow_links: bool = field(default=False, metadata={"help": "Allow links that lead out of image_folder."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
     )
@@ -262,6 +265,7 @@ def load_rows(
                 script_args.image_folder,
                 require_images=is_stage_1,
                 one_answer=is_stage_1,
+                follow_links=script_args.follow_links,
                 dataset_config=config_name,
                 split=split,
             )
