@@ -31,7 +31,7 @@ LOCK = "run.lock"
 # Options that change where, how fast and with how much memory a run computes, but not what it learns
 _NOT_LEARNT = re.compile(
     "_?(log|eval_|per_device_eval|save_|hub_|push_to|report_to|run_name|project$|trackio|disable_tqdm|ddp_|fsdp|deepspeed|"
-    "debug|skip_memory|local_rank|resume|dry_run|allow_changes|output_dir|json_path|image_folder|model_|use_cpu|do_|"
+    "debug|skip_memory|local_rank|resume|dry_run|allow_changes|output_dir|json_path|image_folder|model_|use_cpu|do_|stream$|"
     "include_|torch_|gradient_checkpointing|activation_|auto_find|dataloader_(pin|persistent|prefetch)|use_cache|"
     "skip_bad_records|dtype|attn_)"
 )

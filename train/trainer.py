@@ -239,8 +239,8 @@ class DeltaLlavaTrainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Lower learning_rate, or look for "
-                f"what is special in the data of this step. {self._way_on()}"
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Lower learning_rate (with "
+                f"--allow_changes), or look for what is special in the data of this step. {self._way_on()}"
             )
         return loss
 
@@ -252,7 +252,7 @@ class DeltaLlavaTrainer(SFTTrainer):
         if not self.accelerator.gather(finite).all():
             raise FloatingPointError(
                 f"At step {self.state.global_step}, trained weights are not finite any more; nothing is saved. Lower "
-                f"learning_rate. {self._way_on()}"
+                f"learning_rate (with --allow_changes). {self._way_on()}"
             )
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with self._naming_what_could_not_be_written(f"checkpoint of step {self.state.global_step}"):

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from delta_llava.train import finetune, trainer
-from delta_llava.train.trainer import latest_checkpoint
+from delta_llava.train.runs import latest_checkpoint, why_incomplete
 
 
 ELASTIC = {
@@ -138,9 +138,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path
         time.sleep(moments.uniform(first_checkpoint, duration - 1))
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
-        checkpoints = sorted((tmp_path / "killed").glob("checkpoint-*"))
-        incomplete += any(not (checkpoint / "trainer_state.json").exists() for checkpoint in checkpoints)
-        complete = any((checkpoint / "trainer_state.json").exists() for checkpoint in checkpoints)
+        incomplete += any(map(why_incomplete, (tmp_path / "killed").glob("checkpoint-*")))
+        complete = latest_checkpoint(SimpleNamespace(output_dir=tmp_path / "killed"))
         resumed = start(run, "killed", **options, **({"resume_from_checkpoint": "latest"} if complete else {}))
         assert resumed.wait() == 0, (seed, trial, resumed.stderr.read())
         assert (tmp_path / "killed" / "model.safetensors").read_bytes() == expected, (seed, trial)
