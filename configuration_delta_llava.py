@@ -143,7 +143,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         if not config_dict:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds no config.json. If it holds an adapter, make a checkpoint "
-                "of it by delta_llava.hub.merge_adapter."
+                "of it by hub.merge_adapter of the package delta-llava."
             )
         return config_dict, kwargs
 

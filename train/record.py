@@ -19,8 +19,10 @@ FOLDER = "training"
 MARK = "# Written by delta_llava.train"
 # What a run writes into the folder, or copies into it from the model's
 OURS = re.compile(r"sources\.yaml|(pretrain|finetune)(-\d+)?\.(yaml|json|png)")
-# What a result is made of
-RESULT = ("config.json", "*_config.json", "*.safetensors", "*.index.json", "tokenizer*", "*.jinja", "*_delta_llava.py")
+# What a result is made of, a whole model or an adapter
+RESULT = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "tokenizer.json")
+RESULT += ("chat_template.jinja", *(f"{part}_config.json" for part in ("generation", "processor", "tokenizer")))
+RESULT += ("config.json", "adapter_config.json", "trained_config.json")
 PACKAGES = ("delta-llava", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,9 @@ def _lock(folder: Path) -> int:
             ) from error
         except OSError as error:
             logger.warning(f"{folder} cannot be locked ({error}): see to it that no other run writes there.")
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
         os.close(file)  # the other run has ended just now, and taken this file away
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}".encode(), 0)
@@ -191,15 +192,20 @@ def _number(checkpoint: Path) -> int:
 def _record(checkpoint: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return record if record.pop("sha256") == _digest_record(record) else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return record if isinstance(record, dict) and "run" in record else None
 
 
 def _write_record(checkpoint: Path, record: dict[str, Any]):
+    record = json.loads(json.dumps(record, default=str))
     unfinished = checkpoint / f"{RECORD}.tmp"
-    unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps({**record, "sha256": _digest_record(record)}, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(checkpoint / RECORD)
+
+
+def _digest_record(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _step(checkpoint: Path) -> int:

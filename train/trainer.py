@@ -21,15 +21,11 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from .batches import BudgetedRows, BudgetSampler, StreamedBatches
-from .record import Record
+from .record import RESULT, Record
 from .runs import begin_checkpoint, finish_checkpoint, latest_checkpoint
 
 
 logger = logging.get_logger(__name__)
-
-
-# What an earlier run's result may consist of, an adapter or a whole model
-RESULT = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "*config.json")
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -85,7 +81,7 @@ class DeltaLlavaTrainer(SFTTrainer):
         projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
         skip_bad_records (`bool`, *optional*, defaults to `False`): Leave streamed rows with an unreadable image out.
         record ([`~delta_llava.train.record.Record`], *optional*): Of the run, for its result and its checkpoints.
-            Without one, no checkpoint may be saved.
+            Without one, `save_strategy` must be `"no"`.
         **kwargs: Further arguments of `SFTTrainer`; `data_collator` is a [`~delta_llava.train.batches.Collator`].
     """
 
@@ -98,6 +94,8 @@ class DeltaLlavaTrainer(SFTTrainer):
         record: Record | None = None,
         **kwargs,
     ):
+        if record is None and kwargs["args"].save_strategy != "no":
+            raise ValueError(f"save_strategy={kwargs['args'].save_strategy.value} needs a record, or must be 'no'.")
         self.projector_learning_rate = projector_learning_rate
         self.skip_bad_records = skip_bad_records
         self.record = record
