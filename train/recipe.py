@@ -82,7 +82,7 @@ class ScriptArguments:
             Of a stream, the first ones of its split `validation`.
         allow_changes (`bool`, *optional*, defaults to `False`):
             Go on from a checkpoint with other data, budgets, batches, rates or other settings than it was trained with.
-            The result tells of the change.
+            The record of the result names the change.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, tell what the run would cost, show one sample with its labels, and train nothing. To be
             given on the command line.

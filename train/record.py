@@ -20,8 +20,12 @@ MARK = "# Written by delta_llava.train"
 # What a run writes into the folder, or copies into it from the model's
 OURS = re.compile(r"sources\.yaml|(pretrain|finetune)(-\d+)?\.(yaml|json|png)")
 # What a result is made of, a whole model or an adapter
-RESULT = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "tokenizer.json")
-RESULT += ("chat_template.jinja", *(f"{part}_config.json" for part in ("generation", "processor", "tokenizer")))
+RESULT = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+RESULT += (
+    "tokenizer.json",
+    "chat_template.jinja",
+    *(f"{part}_config.json" for part in ("generation", "processor", "tokenizer")),
+)
 RESULT += ("config.json", "adapter_config.json", "trained_config.json")
 PACKAGES = ("delta-llava", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 

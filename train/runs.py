@@ -1,7 +1,8 @@
-"""What a run leaves behind and goes on from: its hold on the output folder, its checkpoints, and how it was set."""
+"""What lets a run go on: its lock on the output folder, its checkpoints, and the settings they were trained with."""
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi, snapshot_download
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import ModelConfig, SFTConfig
 
@@ -107,11 +109,6 @@ def _lock(folder: Path) -> int:
     return file
 
 
-####################
-# Checkpoints
-####################
-
-
 def why_incomplete(checkpoint: Path) -> str | None:
     """
     What keeps a run from going on from a checkpoint: a file is missing, or is not as it was written.
@@ -151,17 +148,15 @@ def latest_checkpoint(training_args: SFTConfig) -> str | None:
 
 
 def begin_checkpoint(checkpoint: Path, run: dict[str, Any]):
-    """
-    Empty a checkpoint's folder and mark it as this run's.
-
-    Raises:
-        `OSError`: Something lies there that this run has not written.
-    """
+    """Make an empty folder for a checkpoint, marked as this run's; what it has not written there is moved aside."""
     if checkpoint.exists():
-        record = _record(checkpoint)
-        if not _is_unfinished(checkpoint) and not _is_of(record, run["id"], checkpoint):
-            raise OSError(f"{checkpoint} is there already, and this run has not written it")
-        _delete(checkpoint)
+        if _is_replaceable(checkpoint, run["id"]):
+            _delete(checkpoint)
+        else:
+            names = (checkpoint.with_name(f"{checkpoint.name}.{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            checkpoint.rename(aside)
+            logger.warning(f"{checkpoint} was there already, and this run had not written it: it is now {aside}.")
     checkpoint.mkdir(parents=True)
     _write_record(checkpoint, {"run": run})
 
@@ -226,24 +221,26 @@ def _is_of(record: dict[str, Any] | None, run_id: str, checkpoint: Path) -> bool
     return record is not None and record["run"]["id"] == run_id and record.get("step") == _number(checkpoint)
 
 
-def _is_unfinished(checkpoint: Path) -> bool:
+def _is_replaceable(checkpoint: Path, run_id: str) -> bool:
+    """Whether a checkpoint is this run's, or one that a run has left unfinished."""
     record = _record(checkpoint)
     if record is None:
         return all(path.name == f"{RECORD}.tmp" for path in checkpoint.iterdir())
-    return "files" not in record
+    return "files" not in record or _is_of(record, run_id, checkpoint)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    """Whether a run has written a checkpoint to its end, be it damaged now."""
+    record = _record(checkpoint)
+    return (checkpoint / TRAINER_STATE_NAME).exists() if record is None else "files" in record
 
 
 def _delete(checkpoint: Path):
-    # The record last: it tells whose the rest is, should this be interrupted
+    # The record last: should this be interrupted, it says whose the rest is
     for path in checkpoint.iterdir():
         if path.name != RECORD:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(checkpoint)
-
-
-####################
-# Going on
-####################
 
 
 def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
@@ -258,7 +255,7 @@ def checkpoint_to_resume(training_args: SFTConfig) -> str | None:
 
 def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
     asked, folder = str(training_args.resume_from_checkpoint), Path(training_args.output_dir)
-    finished = [path for path in sorted(_checkpoints(folder), key=_step) if not _is_unfinished(path)]
+    finished = [path for path in sorted(_checkpoints(folder), key=_step) if _is_finished(path)]
     if asked.lower() in ("none", "false"):
         if finished:
             raise ValueError(
@@ -310,8 +307,8 @@ def configured_run(
     """
     What every checkpoint says of the run that writes it: a new run, or that of a checkpoint as it goes on.
 
-    Settings are compared whole: options, processes, budgets, data and model. Data and model are told by digests of what
-    their files hold, wherever they lie: the sources whole, and texts and images of up to 1,000 rows.
+    Settings are compared whole: options, processes, budgets, data and model. Data and model are compared by digests of
+    what their files hold, wherever they lie: the sources whole, and texts and images of up to 1,000 rows.
 
     Args:
         stage (`str`): `pretrain` or `finetune`.
@@ -322,7 +319,7 @@ def configured_run(
         checkpoint (`str`, *optional*): A complete one, to go on from.
 
     Returns:
-        `dict[str, Any]`: `id`; `settings`; `recipe`, as published, which tells what has changed at which step; and
+        `dict[str, Any]`: `id`; `settings`; `recipe`, as published, which says what has changed at which step; and
         `budgets`, all that the run has trained. The same in all processes.
 
     Raises:
@@ -367,25 +364,28 @@ def _go_on(run: dict[str, Any], checkpoint: str, allow_changes: bool, training_a
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     if not changed:
         return earlier
-    told = "; ".join(
+    changes = "; ".join(
         f"{name} has changed" if name in _DIGESTS else f"{name} was {before[name]}, is {now[name]}" for name in changed
     )
+    # A rate that begins or ceases to be set divides the optimizer's parameters otherwise
     impossible = [
         name
         for name in changed
-        if name in _FIXED or (training_args.deepspeed_plugin and _FIXED_BY_DEEPSPEED.fullmatch(name))
+        if name in _FIXED
+        or (training_args.deepspeed_plugin and _FIXED_BY_DEEPSPEED.fullmatch(name))
+        or (name.endswith("learning_rate") and None in (before[name], now[name]))
     ]
     if impossible:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {told}. It cannot go on with another "
+            f"{checkpoint} was trained with other settings: {changes}. It cannot go on with another "
             f"{', '.join(impossible)}: give what it was trained with, or start a new run in another output_dir."
         )
     if not allow_changes:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {told}. Give what it was trained with, or go on with the "
-            "changes by --allow_changes."
+            f"{checkpoint} was trained with other settings: {changes}. Give what it was trained with, or go on with "
+            "the changes by --allow_changes."
         )
-    logger.warning(f"From {checkpoint} on: {told}.")
+    logger.warning(f"From {checkpoint} on: {changes}.")
     recipe = dict(earlier["recipe"])
     for name in changed:
         was = recipe.get(name, before[name])

@@ -332,5 +332,5 @@ class DeltaLlavaTrainer(SFTTrainer):
 
 
 def _save_trained_config(model: PeftModel, folder: Path):
-    # Tells which budgets were trained. As config.json it would make the folder a whole model for transformers.
+    # Says which budgets were trained. As config.json it would make the folder a whole model for transformers.
     model.get_base_model().config.to_json_file(folder / "trained_config.json")

@@ -103,7 +103,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(run, launch, s
     assert facts["sizes"] == {str(step): expected for step in range(1, 7)}
 
 
-def test_another_number_of_processes_is_told_and_may_go_on(run, launch, still_checkpoint, tmp_path):
+def test_another_number_of_processes_is_noticed_and_may_go_on(run, launch, still_checkpoint, tmp_path):
     options = {"model_name_or_path": str(still_checkpoint), "save_strategy": "steps", "save_steps": 2}
     folder = run(finetune, "run", **options, max_steps=4)
     resume = [*run.recipe("run", **options, max_steps=4), "--resume_from_checkpoint", "latest"]

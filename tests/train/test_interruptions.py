@@ -218,6 +218,14 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(run, checkpoint
     assert latest_checkpoint(SimpleNamespace(output_dir=resumed)) == str(resumed / "checkpoint-9")
 
 
+def test_a_run_goes_on_in_another_folder(run, checkpoints, unbroken_weights):
+    moved = run(finetune, "moved", ["--resume_from_checkpoint", str(checkpoints / "checkpoint-8")], **ELASTIC)
+    assert (moved / "model.safetensors").read_bytes() == unbroken_weights
+    assert {path.name for path in moved.glob("checkpoint-*")} == {"checkpoint-9"}
+    expected, record = ((folder / "training/finetune.yaml").read_text() for folder in (checkpoints, moved))
+    assert record == expected
+
+
 def test_without_a_complete_checkpoint_nothing_is_deleted(run, checkpoints):
     for checkpoint in checkpoints.glob("checkpoint-*"):
         (checkpoint / "optimizer.pt").unlink()
@@ -239,14 +247,15 @@ def test_a_run_deletes_its_own_checkpoints_alone(run, checkpoints):
     run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
     left = {path.name for path in checkpoints.glob("checkpoint-*")}
     assert left == {f"checkpoint-{name}" for name in ("1", "2-kept", "3", "9", "best")}
-    # Nor does it write into what is not its own
-    with pytest.raises(ValueError, match=r"holds checkpoint-1, checkpoint-9 of another run or of later steps than "):
+    with pytest.raises(ValueError, match=r"holds checkpoint-9 of another run or of later steps than .*checkpoint-3"):
         run(finetune, "run", ["--resume_from_checkpoint", str(checkpoints / "checkpoint-3")], **options)
-    shutil.rmtree(checkpoints / "checkpoint-9")
+    # What is in the way moves aside: something foreign, and what has lost the record of whose it is
     (checkpoints / "checkpoint-1").rename(checkpoints / "checkpoint-4")
-    with pytest.raises(OSError, match=r"checkpoint-4 is there already, and this run has not written it"):
-        run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
-    assert (checkpoints / "checkpoint-4/notes.txt").read_text() == "mine"
+    (checkpoints / "checkpoint-9/run.json").unlink()
+    run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
+    assert (checkpoints / "checkpoint-4.1/notes.txt").read_text() == "mine"
+    assert (checkpoints / "checkpoint-9.1/model.safetensors").exists()
+    assert latest_checkpoint(SimpleNamespace(output_dir=checkpoints)) == str(checkpoints / "checkpoint-9")
 
 
 def test_a_forged_pickle_is_refused_without_torchs_advice(run, checkpoints, capfd):
@@ -330,14 +339,14 @@ def test_a_resumed_run_notices_other_data_and_another_model(run, data, checkpoin
         resume()
 
 
-def test_changes_that_are_allowed_take_effect_and_are_told(run, checkpoints, caplog):
+def test_changes_that_are_allowed_take_effect_and_are_recorded(run, checkpoints, caplog):
     for step in (8, 9):
         shutil.rmtree(checkpoints / f"checkpoint-{step}")
     options = {**ELASTIC, "num_visual_tokens": [4, 36], "learning_rate": 0.001, "per_device_train_batch_size": 3}
     resume = ["--resume_from_checkpoint", "latest", "--allow_changes"]
     folder = run(finetune, "run", resume, **options)
-    told = "learning_rate was 0.01, is 0.001; num_visual_tokens was [1, 4, 16], is [4, 36]"
-    assert f"checkpoint-6 on: {told}; per_device_train_batch_size was 2, is 3" in caplog.text
+    changes = "learning_rate was 0.01, is 0.001; num_visual_tokens was [1, 4, 16], is [4, 36]"
+    assert f"checkpoint-6 on: {changes}; per_device_train_batch_size was 2, is 3" in caplog.text
     history = json.loads((folder / "checkpoint-9/trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
     # a linear schedule down to zero, at a tenth from step 6 on; what is logged is the rate of the step
@@ -354,8 +363,9 @@ def test_changes_that_are_allowed_take_effect_and_are_told(run, checkpoints, cap
     run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
     assert yaml.safe_load((folder / "training/finetune.yaml").read_text()) == recipe
     assert json.loads((folder / "config.json").read_text())["visual_token_budgets"] == [1, 4, 16, 36]
-    with pytest.raises(ValueError, match="It cannot go on with another use_peft"):
-        run(finetune, "run", resume, **options, use_peft=True)
+    for impossible in ({"use_peft": True}, {"projector_learning_rate": 0.001}):
+        with pytest.raises(ValueError, match=f"It cannot go on with another {next(iter(impossible))}"):
+            run(finetune, "run", resume, **options, **impossible)
 
 
 def test_two_runs_do_not_share_a_folder(run, tmp_path):
