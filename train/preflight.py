@@ -71,12 +71,15 @@ def report(
         rows,
         rows_per_gpu * world_size,
         config.visual_token_budgets,
-        training_args.seed,
+        training_args.seed if training_args.data_seed is None else training_args.data_seed,
         group=training_args.train_sampling_strategy == "group_by_length",
     )
     num_steps = training_args.max_steps
     if num_steps <= 0:
-        num_steps = math.ceil(training_args.num_train_epochs * math.ceil(len(sampler) / rows_per_step))
+        # accelerate fills up the last batch of all processes, or drops it
+        rounded = math.floor if training_args.dataloader_drop_last else math.ceil
+        num_batches = rounded(len(sampler) / (rows_per_gpu * world_size))
+        num_steps = math.ceil(training_args.num_train_epochs * max(math.ceil(num_batches / accumulated), 1))
     print(
         f"{num_steps:,} steps of {rows_per_step} rows: {rows_per_gpu} on each of {world_size} processes, {accumulated}"
         " accumulated."
@@ -130,6 +133,8 @@ def report(
             f" {sum(flops.values()) * world_size * accumulated / 1e12:,.4g} | {memory['total'] / 2**30:,.3g} |"
         )
     print("The memory is computed, for the longest batch; context, fragmentation and NCCL come on top.")
+    if model_args.load_in_8bit:
+        print("It counts 16 bits for each weight: load_in_8bit takes less.")
     _print_sample(rows, collator, max(config.visual_token_budgets))
     print("\nDry run: nothing was trained, nothing was saved.")
 
@@ -162,7 +167,7 @@ def _print_ignored_keys(rows: Dataset):
 def _sharding(training_args: SFTConfig) -> str:
     if training_args.deepspeed_plugin is not None:
         return f"zero{training_args.deepspeed_plugin.zero_stage}"
-    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
+    return "fsdp2" if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
 
 
 def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:

@@ -1,7 +1,7 @@
 """What a recipe says: the arguments of both stages, the checks of them, and the rows and the model that they name."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,43 @@ from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
 from .data import check_llava_json, is_json_file, stop_at_bad_records
-from .trainer import is_complete, latest_checkpoint
+from .record import check_output_dir
+from .runs import checkpoint_to_resume
 
 
 logger = logging.get_logger(__name__)
+
+# Options of TRL's that nothing here would heed, and why
+_WITHOUT_EFFECT = {
+    "rows are LLaVA's records, read, cut and batched here": (
+        "dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset truncation_mode packing_strategy "
+        "eval_packing completion_only_loss remove_unused_columns label_names length_column_name "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "the checkpoint and this package's own classes decide it": (
+        "eos_token pad_token model_init_kwargs trust_remote_code use_cache lora_task_type"
+    ),
+    "each budget has a loss, there is no other metric, and the result is the last step's; any checkpoint-N is a model, "
+    "too, or an adapter that merge_adapter takes": (
+        "load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only include_for_metrics "
+        "batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps bf16_full_eval "
+        "fp16_full_eval do_predict"
+    ),
+    "SIGTERM ends a run after a checkpoint anyway": "enable_jit_checkpoint restore_callback_states_from_checkpoint",
+    "there are no such kernels for this model": "use_liger_kernel liger_kernel_config",
+    "a result is published by `python -m delta_llava.hub.push --checkpoint OUTPUT_DIR --repo_id ORG/NAME`": (
+        "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"
+    ),
+}
+# Options that only another one gives a meaning
+_PARTS = {
+    "use_peft": (
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora "
+        "use_dora"
+    ),
+    "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "eval_strategy": "do_eval eval_steps eval_delay eval_on_start",
+}
 
 
 @dataclass
@@ -54,6 +87,9 @@ class ScriptArguments:
         num_eval_rows (`int`, *optional*, defaults to 0):
             Instead: rows with images held out of training, or of a stream, the first ones of its split `validation`.
             `eval_strategy` and `eval_steps` say when the validation loss is computed.
+        allow_changes (`bool`, *optional*, defaults to `False`):
+            Go on from a checkpoint with other data, budgets, batches, rates or other settings than it was trained with.
+            The record of the result names the change.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, tell what the run would cost, show one sample with its labels, and train nothing. To be
             given on the command line.
@@ -84,6 +120,9 @@ class ScriptArguments:
     num_eval_rows: int = field(
         default=0, metadata={"help": "Instead, rows with images held out for the validation loss of each budget."}
     )
+    allow_changes: bool = field(
+        default=False, metadata={"help": "Resume with other settings than the checkpoint was trained with."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, tell the costs, train nothing."})
 
     def __post_init__(self):
@@ -112,7 +151,7 @@ def parse_recipe(
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), allow_abbrev=False)
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     values = {**training_args.to_dict(), **asdict(model_args), **asdict(script_args)}
-    private = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name"}
+    private = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name", "allow_changes"}
     recipe = {name: _readable(values[name]) for name in sorted(named & values.keys() - private)}
     return script_args, training_args, model_args, recipe
 
@@ -132,23 +171,25 @@ def _readable(value: Any) -> Any:
 
 
 def check_recipe(
-    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]
 ) -> tuple[DeltaLlavaConfig, str | None]:
     """
     Check what can be checked of a recipe before data and weights are loaded.
 
     Args:
-        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`):
-            The recipe.
+        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`), recipe (`dict`):
+            What [`parse_recipe`] returns.
 
     Returns:
         `tuple[DeltaLlavaConfig, str | None]`: The model's configuration with the budgets that are to be trained, and
         the checkpoint to resume from, if that was asked for.
 
     Raises:
-        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from, or
-            options are missing, exclude each other or cannot be had with images.
+        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from,
+            `output_dir` holds what a run would replace, or options are missing, exclude each other, would have no
+            effect or cannot be had with images.
     """
+    _check_options(training_args, model_args, recipe)
     strategy = training_args.train_sampling_strategy
     if training_args.packing or training_args.padding_free or training_args.pad_to_multiple_of:
         raise ValueError(
@@ -196,31 +237,40 @@ def check_recipe(
     config.visual_token_budgets = budgets
     if config.num_visual_tokens not in budgets:
         config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
-    return config, _checkpoint_to_resume(training_args)
+    check_output_dir(training_args.output_dir)
+    return config, checkpoint_to_resume(training_args)
 
 
-def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
-    asked = str(training_args.resume_from_checkpoint)
-    if asked.lower() in ("none", "false"):
-        if checkpoint := latest_checkpoint(training_args):
-            raise ValueError(
-                f"output_dir={training_args.output_dir} holds {Path(checkpoint).name} of an earlier run, which a new "
-                "one would delete. Go on from it by --resume_from_checkpoint latest, or name another folder."
-            )
-        return None
-    if asked.lower() not in ("latest", "true"):
-        if not is_complete(Path(asked), training_args.world_size):
-            raise ValueError(
-                f"resume_from_checkpoint={asked} is not a complete checkpoint of {training_args.world_size} processes. "
-                f"Name another, or 'latest' for the newest complete one in {training_args.output_dir}."
-            )
-        return asked
-    if checkpoint := latest_checkpoint(training_args):
-        return checkpoint
-    raise ValueError(
-        f"resume_from_checkpoint={asked}, but {training_args.output_dir} holds no complete checkpoint of "
-        f"{training_args.world_size} processes. Leave resume_from_checkpoint out to start from the beginning."
-    )
+def _check_options(training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]):
+    defaults = {
+        option.name: option.default_factory() if option.default is MISSING else option.default
+        for option in (*fields(SFTConfig), *fields(ModelConfig))
+        if option.name in recipe
+    }
+    named = {name: recipe[name] for name, default in defaults.items() if recipe[name] != _readable(default)}
+    for reason, options in _WITHOUT_EFFECT.items():
+        for name in options.split():
+            if name in named:
+                raise ValueError(f"{name}={named[name]} would have no effect: {reason}. Leave it out.")
+    for whole, options in _PARTS.items():
+        is_on = training_args.eval_strategy != "no" if whole == "eval_strategy" else getattr(model_args, whole)
+        for name in options.split():
+            if name in named and not is_on:
+                raise ValueError(f"{name}={named[name]} has no effect without {whole}: give both or neither.")
+    dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+    if recipe.get("dtype", dtype) != dtype:
+        raise ValueError(f"dtype={recipe['dtype']}, but bf16 and fp16 decide it: {dtype}. Leave dtype out.")
+    if recipe.get("assistant_only_loss") is False or recipe.get("do_train") is False:
+        raise ValueError("A run trains, and on answers alone: leave do_train=False and assistant_only_loss=False out.")
+    if training_args.save_strategy == "best" or training_args.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise ValueError(
+            f"save_strategy={training_args.save_strategy.value} and lr_scheduler_type="
+            f"{training_args.lr_scheduler_type.value}: 'best' and 'reduce_lr_on_plateau' need one metric, but each "
+            "budget has a loss of its own."
+        )
+    template = training_args.chat_template_path
+    if template and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
+        raise ValueError(f"chat_template_path={template} must be a file .jinja or .j2.")
 
 
 def load_rows(

@@ -62,6 +62,9 @@ def test_a_dry_run_counts_what_is_there(dry_run, data):
     assert output.count("learnt ") == 1
     assert output.rstrip().endswith("nothing was trained, nothing was saved.")
 
+    short = dry_run(finetune, dataloader_drop_last=True, num_train_epochs=3, **options, per_device_train_batch_size=16)
+    assert "3 steps of 32 rows: 16 on each" in short  # one whole batch an epoch
+
     grouped = dry_run(finetune, train_sampling_strategy="group_by_length", **options)
     assert numbers(grouped, "36")[1] < numbers(output, "36")[1]  # less padding
 

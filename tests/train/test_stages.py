@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
 from delta_llava.train import batches, finetune, pretrain, trainer
 
 
@@ -130,6 +130,47 @@ BAD_RECIPES = {
         "leaves nothing of the 12 rows with images",
     ),
     "quantized without adapters": ({"load_in_4bit": True}, "need use_peft"),
+    "rank without adapters": ({"lora_r": 64}, "lora_r=64 has no effect without use_peft"),
+    "quantization type without quantization": (
+        {"use_peft": True, "bnb_4bit_quant_type": "fp4"},
+        "bnb_4bit_quant_type=fp4 has no effect without load_in_4bit",
+    ),
+    "validation steps without validation": ({"eval_steps": 5}, "eval_steps=5 has no effect without eval_strategy"),
+    "loss on all tokens": ({"assistant_only_loss": False}, "on answers alone"),
+    "no training": ({"do_train": False}, "A run trains"),
+    "dtype of its own": ({"dtype": "bfloat16"}, "dtype=bfloat16, but bf16 and fp16 decide it: float32"),
+    "one best metric": ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model=loss would"),
+    "a plateau of one metric": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "num_eval_rows": 2, "eval_strategy": "steps", "eval_steps": 1},
+        "need one metric",
+    ),
+    "best model": (
+        {
+            "load_best_model_at_end": True,
+            "num_eval_rows": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+        "load_best_model_at_end=True would have no effect",
+    ),
+    "push": ({"push_to_hub": True}, "python -m delta_llava.hub.push"),
+    "template that is none": ({"chat_template_path": "org/model"}, r"chat_template_path=org/model must be a file"),
+    **{
+        f"{name} without effect": ({name: value}, f"{name}=.* would have no effect: .*Leave it out")
+        for name, value in {
+            "completion_only_loss": True,
+            "dataloader_in_order": False,
+            "eos_token": "</s>",
+            "hub_model_id": "org/model",
+            "include_for_metrics": ["loss"],
+            "model_init_kwargs": {"dtype": "float16"},
+            "pad_token": "<unk>",
+            "shuffle_dataset": True,
+            "use_liger_kernel": True,
+        }.items()
+    },
     "nothing to resume": ({"resume_from_checkpoint": True}, "no complete checkpoint"),
     "no latest to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
     "no such checkpoint": (
@@ -318,6 +359,27 @@ def test_the_projector_may_have_its_own_learning_rate(run, monkeypatch, strategy
         assert all(("multi_modal_projector" in name) == (rate == 0.003) for name in names)
     everything = [name for _, _, names in groups for name in names]
     assert len(everything) == len(set(everything))
+
+
+def test_an_adapter_is_not_taken_for_a_model(run, tmp_path):
+    adapter = run(finetune, use_peft=True, lora_r=2, max_steps=1, save_strategy="steps", save_steps=1)
+    for folder in (adapter, adapter / "checkpoint-1"):
+        for stage in (pretrain, finetune):
+            with pytest.raises(ValueError, match=r"holds no config\.json.*adapter.* by hub\.merge_adapter"):
+                run(stage, "next", model_name_or_path=str(folder))
+        with pytest.raises(ValueError, match="of it by hub"):
+            DeltaLlavaConfig.from_pretrained(folder)
+
+
+def test_a_chat_template_is_that_of_the_run_the_dry_run_and_the_result(run, checkpoint, tmp_path, capsys):
+    template = DeltaLlavaProcessor.from_pretrained(checkpoint).chat_template.replace("ASSISTANT:", "ROBOT:")
+    (tmp_path / "own.jinja").write_text(template)
+    run(finetune, "dry", ["--dry_run"], chat_template_path=str(tmp_path / "own.jinja"))
+    assert "ROBOT:' " in (output := capsys.readouterr().out).replace("\n", " ") and "ASSISTANT:" not in output
+    folder = run(finetune, chat_template_path=str(tmp_path / "own.jinja"))
+    assert (folder / "chat_template.jinja").read_text() == template
+    with pytest.raises(ValueError, match="chat_template_path has no place in stage 1"):
+        run(pretrain, "stage-1", chat_template_path=str(tmp_path / "own.jinja"))
 
 
 def test_a_new_run_does_not_delete_what_an_earlier_one_has_left(run):
