@@ -471,7 +471,7 @@ def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, dec
     good = {"photos": [{"bytes": png(), "path": "a.jpg"}, {"bytes": png("blue"), "path": None}], "texts": [pair, pair]}
     cut = {"photos": [{"bytes": png()[:-30], "path": "b.png"}], "texts": [pair]}
     path = as_parquet([good, cut], features, tmp_path / "data")
-    with pytest.raises(ValueError, match=r"record 1 \(id None\): image b.png cannot be read: OSError"):
+    with pytest.raises(ValueError, match=r"record 1 \(id None\): image b.png cannot be read: "):
         load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
     decoded.clear()
     rows = load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl", skip_bad_records=True)
