@@ -145,8 +145,10 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
     if not isinstance(record, dict):
         return None
     key = "images" if record.get("images") is not None else "image"
-    images = [record.get(key)] if isinstance(record.get(key), str) else record.get(key)
-    if fault["kind"] == "missing_other_suffix" and images:
+    images = record[key] if isinstance(record.get(key), list) else [record.get(key)]
+    if not all(isinstance(image, str) for image in images):
+        return None
+    if fault["kind"] == "missing_other_suffix":
         root = os.path.realpath(image_folder)
         missing = os.path.join(root, fault["file"])
         others = other_suffixes(missing)
@@ -158,7 +160,7 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
             ]
             return {**record, key: images[0] if isinstance(record[key], str) else images}
     form = "conversations" if record.get("conversations") is not None else "messages"
-    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record and images:
+    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record:
         turns = [dict(turn) for turn in record[form]]
         if _mend_markers([turn for turn in turns if ROLES[turn.get("from") or turn["role"]] == "user"], len(images)):
             return {**record, form: turns}
