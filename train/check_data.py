@@ -148,8 +148,10 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
     if not isinstance(record, dict):
         return None
     key = "images" if record.get("images") is not None else "image"
-    images = [record.get(key)] if isinstance(record.get(key), str) else record.get(key)
-    if fault["kind"] in ("missing_other_suffix", "missing_other_name") and images:
+    images = record[key] if isinstance(record.get(key), list) else [record.get(key)]
+    if not all(isinstance(image, str) for image in images):
+        return None
+    if fault["kind"] in ("missing_other_suffix", "missing_other_name"):
         root = os.path.realpath(image_folder)
         missing = os.path.join(root, fault["file"])
         others = similar_files(missing, root)
@@ -158,7 +160,7 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
             images = [name if os.path.join(root, image) == missing else image for image in images]
             return {**record, key: images[0] if isinstance(record[key], str) else images}
     form = "conversations" if record.get("conversations") is not None else "messages"
-    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record and images:
+    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record:
         turns = [dict(turn) for turn in record[form]]
         if _mend_markers([turn for turn in turns if ROLES[turn.get("from") or turn["role"]] == "user"], len(images)):
             return {**record, form: turns}

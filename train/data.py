@@ -362,15 +362,15 @@ def _open_records(
 ) -> tuple[str, Callable[[], Iterator[Any]]]:
     """Return a digest of what lies there, and what yields its records."""
     path = Path(json_path)
+    if dataset_config and not has_configurations(path):
+        raise ValueError(f"dataset_config={dataset_config} is of no use for {json_path}: leave it out.")
     if is_json_file(path):
-        if dataset_config:
-            raise ValueError(f"dataset_config={dataset_config} is of no use for the file {json_path}: leave it out.")
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), partial(read_records, path)
     dataset = _open_dataset(json_path, dataset_config, split)
     files = [Path(file["filename"]) for file in dataset.cache_files]
     states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _digest(split, *map(str, files), str(states)), partial(_dataset_records, dataset)
+    return _digest(split, *map(str, files), str(states)), partial(_dataset_records, dataset, json_path)
 
 
 def is_json_file(path: Path) -> bool:
@@ -392,12 +392,18 @@ def is_json_file(path: Path) -> bool:
         return file.read(4) != b"PAR1"
 
 
+def has_configurations(path: Path) -> bool:
+    """Whether `datasets` loads what is there by configurations, as it does neither a file nor what it has saved."""
+    saved = (path / "state.json", path / "dataset_dict.json")
+    return not path.is_file() and not any(file.is_file() for file in saved)
+
+
 def _open_dataset(name: str | Path, config: str | None, split: str) -> Dataset:
     path = Path(name)
     try:
         if path.is_file():
             return load_dataset("parquet", data_files=str(path), split="train", keep_in_memory=False)
-        if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        if has_configurations(path):
             return load_dataset(str(name), config, split=split, keep_in_memory=False)
         dataset = load_from_disk(str(path), keep_in_memory=False)
         if isinstance(dataset, DatasetDict) and split not in dataset:
@@ -409,8 +415,8 @@ def _open_dataset(name: str | Path, config: str | None, split: str) -> Dataset:
         ) from error
 
 
-def _dataset_records(dataset: Dataset) -> Iterator[Any]:
-    samples, columns = undecoded_samples(dataset.to_iterable_dataset(), dataset)
+def _dataset_records(dataset: Dataset, name: str | Path) -> Iterator[Any]:
+    samples, columns = undecoded_samples(dataset.to_iterable_dataset(), name)
     for sample in samples:
         yield sample_record(sample, columns)
 

@@ -18,7 +18,7 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
-from .data import check_llava_json, is_json_file, stop_at_bad_records
+from .data import check_llava_json, has_configurations, stop_at_bad_records
 from .record import check_output_dir
 from .runs import checkpoint_to_resume
 
@@ -324,7 +324,7 @@ def load_rows(
 
     held_out = None
     if eval_json_path := script_args.eval_json_path:
-        eval_config = None if is_json_file(Path(eval_json_path)) else config_name
+        eval_config = config_name if has_configurations(Path(eval_json_path)) else None
         held_out = load(eval_json_path, eval_config, "validation", "bad_eval_records.jsonl")
         has_image = held_out.with_format("numpy")["num_images"][:] > 0
         if not has_image.all():

@@ -151,6 +151,8 @@ GUESSES = [
     record(question="<image>", image=["coco/a.jpg", "coco/a.jpg"]),
     record(question="What?", image="coco/none.jpg"),
     record(answer="<image>"),
+    record(image={"path": "ocr_vqa/other.jpg"}),
+    record(question="What?", image={"path": "coco/a.jpg"}),
     "no record",
 ]
 GOOD = [record(id="ä\ud83d", model="other", n=[1.5, None]), record(question="What?\n<image>", image="coco/rotated.jpg")]
@@ -160,11 +162,11 @@ def test_the_clean_file_passes_with_good_records_unchanged_and_others_mended_or_
     status, printed = check([GOOD[0], *MENDABLE, *GUESSES, GOOD[1]], "--write_clean", "out/clean.json")
     assert status == 0
     assert json.loads((images.parent / "out" / "clean.json").read_text()) == [GOOD[0], *MENDED, GOOD[1]]
-    assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 10
+    assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 12
     assert "Wrote 6 records to out/clean.json" in printed
     actions = {tuple(line.split()) for line in printed.splitlines() if line.startswith("     ")}
     assert {("mended", "missing_other_suffix", "3"), ("mended", "marker_missing", "3")} < actions
-    assert {("left", "out", "missing_other_suffix", "1"), ("left", "out", "missing", "1")} < actions
+    assert {("left", "out", "missing_other_suffix", "2"), ("left", "out", "missing", "1")} < actions
 
     shutil.copy("out/clean.json", "clean.json")
     assert len(load_llava_json("clean.json", images)) == 6

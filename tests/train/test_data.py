@@ -509,9 +509,11 @@ def test_a_data_set_is_read_by_configuration_and_split(load, tmp_path):
     with pytest.raises(ValueError, match=r"set cannot be read by datasets with dataset_config=None .*\n.*'one', 'two'"):
         load_llava_json(tmp_path / "set", folder)
     (tmp_path / "data.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"dataset_config=two is of no use for the file .*data\.json"):
+    with pytest.raises(ValueError, match=r"dataset_config=two is of no use for .*data\.json"):
         load_llava_json(tmp_path / "data.json", folder, dataset_config="two")
     as_saved_splits([record()], None, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"dataset_config=two is of no use for .*saved"):
+        load_llava_json(tmp_path / "saved", folder, dataset_config="two")
     with pytest.raises(ValueError, match=r"it has the splits \['test', 'train'\], but 'validation' is needed"):
         load_llava_json(tmp_path / "saved", folder, split="validation")
 

@@ -123,7 +123,7 @@ BAD_RECIPES = {
     ),
     "a configuration of a file": (
         {"dataset_config": "one"},
-        "dataset_config=one is of no use for the file .*data.json",
+        "dataset_config=one is of no use for .*data.json",
     ),
     "validation of all rows": (
         {"eval_strategy": "steps", "num_eval_rows": 12},
