@@ -12,7 +12,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import zip_longest
-from typing import Any, Unpack, is_typeddict
+from typing import Any, is_typeddict
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -21,7 +21,7 @@ from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageFile
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
 from .configuration_delta_llava import AUTO_MAP, query_grid_size
 
@@ -116,7 +116,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """transformers' own, for chats of texts and images alone: a part of another type is an error."""
-        is_batch = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
+        is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+        is_batch = is_list and not isinstance(conversation[0], dict)
         for chat in conversation if is_batch else [conversation]:
             for number, message in enumerate(getattr(chat, "messages", chat)):
                 _check_content(number, message.get("content"))
@@ -129,7 +130,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _known_arguments(self) -> set[str]:
         known = {"common_kwargs", *self.valid_processor_kwargs.__annotations__}
-        parts = (*self.valid_processor_kwargs.__annotations__.values(), self.image_processor.valid_kwargs)
+        parts = (
+            *self.valid_processor_kwargs.__annotations__.values(),
+            getattr(self.image_processor, "valid_kwargs", None),
+        )
         return known.union(*(part.__annotations__ for part in parts if is_typeddict(part)))
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -476,7 +480,7 @@ def _check_png(image: Image.Image, data: bytes):
         raise ValueError("the file is damaged: rows of its pixels are missing")
 
 
-_JPEG_MARKER = re.compile(rb"\xff+[\x01-\xfe]")  # 0xff00 is a byte of data
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")  # 0xff00 is a byte of data
 _MAX_JPEG_SCANS = 200  # each is a pass over all pixels, however few bytes it has
 _STRAY_BYTES = 32  # some cameras leave a few at the end of an image that is whole
 _PADDING = bytes(16)  # more than libjpeg looks ahead
@@ -516,10 +520,9 @@ class _WatchedJpeg(BytesIO):
         """Hand out the parts from now on."""
         data, position, parts = self.getvalue(), 0, []
         for start, end in self._runs(data):
-            if end - start > 2 * _STRAY_BYTES:
-                stop = end - _STRAY_BYTES
-                while 0xFF in data[stop - 1 : stop + 2]:  # half a marker
-                    stop -= 1
+            # Not within 0xff00, half of which is no code
+            places = range(end - _STRAY_BYTES, start + _STRAY_BYTES, -1)
+            if stop := next((place for place in places if 0xFF not in data[place - 1 : place + 2]), None):
                 parts += [("", data[position:stop]), ("", data[stop : stop + 1])]
                 parts.append(("too many", data[stop + 1 : stop + 2]))
                 position = stop + 2
@@ -613,8 +616,8 @@ def _from_pil(image: Image.Image) -> Image.Image:
     _check_size(*image.size)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in IMAGE_FORMATS:
         raise ValueError(f"its format {image.format} is none of {', '.join(IMAGE_FORMATS)}")
-    # Of deeper colours Pillow keeps the upper 8 bits; grey ones keep all
-    is_deep = ";16" in str(getattr(image, "tile", "")) and not image.mode.startswith("I")
+    # Of deep colours Pillow keeps the upper 8 bits alone
+    is_deep = re.search(";16[BLN]", str(getattr(image, "tile", ""))) and image.mode in ("RGB", "RGBA", "RGBa", "LA")
     image.load()
     if is_deep:
         _check_depth(image)
