@@ -76,9 +76,9 @@ class Check:
         num_bad_records (`int`):
             Number of records that are bad, by themselves or by an image.
         num_images (`int`):
-            Number of different images that `records` name.
+            Number of images that `records` carry, and of different ones that they name.
         num_decoded (`int`):
-            How many of them had to be decoded, because they were new or had changed.
+            How many of the latter had to be decoded, because they were new or had changed.
         seconds (`float`):
             Time that decoding them took.
         bad_rows (`dict[int, BadRecord]`):
@@ -331,7 +331,7 @@ def check_llava_json(
         folder=folder,
         records=records,
         num_bad_records=num_unreadable + len(bad_rows),
-        num_images=len(image_paths),
+        num_images=len(image_paths) + _image_paths(records).null_count,
         num_decoded=num_decoded,
         seconds=seconds,
         bad_rows=bad_rows,

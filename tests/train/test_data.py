@@ -483,7 +483,9 @@ def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, dec
     assert decoded == []
     assert [image.getpixel((0, 0)) for image in rows[0]["images"]] == [(255, 0, 0), (0, 0, 255)]
     assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image", "image", "text"]
-    (note,) = check_llava_json(path).notes()
+    check = check_llava_json(path)
+    assert (check.num_records, check.num_bad_records, check.num_images) == (2, 1, 2)
+    (note,) = check.notes()
     assert (note["kind"], note["reason"]) == ("other_format", "image a.jpg: it is PNG, though named .jpg")
 
 
