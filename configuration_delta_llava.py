@@ -138,6 +138,17 @@ class DeltaLlavaConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """[`~PreTrainedConfig.get_config_dict`], but no `config.json` is an error and not the default model of 7B."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no config.json. If it holds an adapter, make a checkpoint "
+                "of it by hub.merge_adapter of the package delta-llava."
+            )
+        return config_dict, kwargs
+
     def __post_init__(self, **kwargs):
         self.vision_config = _sub_config(
             self.vision_config,

@@ -27,18 +27,22 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
         `tuple[Path, str or None]`: The folder, and the commit of what is on the Hub.
 
     Raises:
-        ValueError: If a revision of a folder is asked for.
+        ValueError: If a revision of a folder is asked for, or it holds an adapter.
         OSError: If there is neither such a folder nor such a repository.
     """
     if Path(checkpoint).is_dir():
         if revision:
             raise ValueError(f"{checkpoint} is a folder, which has no revision {revision!r}.")
-        return Path(checkpoint), None
-    try:
-        folder = Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=FILES))
-    except ValueError as error:  # what cannot name a repository
-        raise FileNotFoundError(f"{checkpoint} is neither a folder nor a repository of the Hub: {error}") from error
-    return folder, folder.name
+        folder, commit = Path(checkpoint), None
+    else:
+        try:
+            folder = Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=FILES))
+        except ValueError as error:  # what cannot name a repository
+            raise FileNotFoundError(f"{checkpoint} is neither a folder nor a repository of the Hub: {error}") from error
+        commit = folder.name
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{checkpoint} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
+    return folder, commit
 
 
 def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], fastv_layer: int | None = None):

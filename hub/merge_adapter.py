@@ -6,7 +6,7 @@ python -m delta_llava.hub.merge_adapter --adapter runs/vicuna-7b-finetune-lora -
 ```
 
 The adapter is merged into the weights that it was trained on, without quantization. They are looked for where they were
-in training, or where `--base_model` says.
+in training, or where `--base_model` says. A `checkpoint-N` of the training is an adapter, too.
 """
 
 import argparse
@@ -20,6 +20,9 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 
 
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trained_config.json", "training")
+
+
 def merge_adapter(
     adapter: str | Path, output_dir: str | Path, base_model: str | None = None
 ) -> DeltaLlavaForConditionalGeneration:
@@ -27,7 +30,8 @@ def merge_adapter(
     Merge an adapter and save the result with its processor and code files.
 
     Args:
-        adapter (`str` or `Path`): Folder that `delta_llava.train.finetune` has written with `use_peft`.
+        adapter (`str` or `Path`): Folder that `delta_llava.train.finetune` has written with `use_peft`, or one of its
+            `checkpoint-N`.
         output_dir (`str` or `Path`): New or empty folder for the checkpoint.
         base_model (`str`, *optional*): Folder or Hub repository of the checkpoint that the adapter was trained on;
             by default where the adapter says it was.
@@ -42,6 +46,11 @@ def merge_adapter(
     adapter, output_dir = Path(adapter), Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir={output_dir} holds files already: name a new or an empty folder.")
+    if missing := [name for name in NEEDED if not (adapter / name).exists()]:
+        raise ValueError(
+            f"{adapter} lacks {', '.join(missing)}: name a folder that delta_llava.train.finetune has written with "
+            "use_peft, or a checkpoint-N in it."
+        )
     adapter_config = PeftConfig.from_pretrained(adapter)
     base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
     config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
@@ -60,7 +69,9 @@ def merge_adapter(
 
 def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", required=True, help="folder that training with use_peft has written")
+    parser.add_argument(
+        "--adapter", required=True, help="folder that training with use_peft has written, or a checkpoint-N"
+    )
     parser.add_argument("--output_dir", required=True, help="new folder for the checkpoint")
     parser.add_argument("--base_model", help="where the model lies that the adapter was trained on, if it has moved")
     options = parser.parse_args(arguments)

@@ -1,10 +1,13 @@
 """The batches that both stages train on: which rows, in which order, at which token budget, with which labels."""
 
+import copy
 import itertools
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +26,17 @@ from datasets import (
 )
 from datasets.fingerprint import Hasher
 from PIL.Image import Image as PilImage
+from tokenizers import normalizers
 from torch.utils.data import Sampler, get_worker_info
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
 from ..processing_delta_llava import open_image
-from .data import FEATURES, BadRecord, parse_record
+from .data import ROW_FEATURES, sample_record, undecoded_samples
 from .images import num_cores
+from .records import BadRecord, parse_record
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +47,53 @@ TAR_IMAGES = [f"{number}{suffix}" for number in ("", *(f"{n}." for n in range(10
 # transformers follows the spans of a template in one place for all threads, and `datasets` reads shards in several
 template_lock = threading.Lock()
 ROWS_WORTH_PROCESSES = 10_000  # they take longer to start than fewer rows take to measure
+# A character that Unicode keeps for a program's own use
+BREAK = "\ufdd0"
+
+
+def skip_breaks(processor: ProcessorMixin) -> ProcessorMixin:
+    """A copy of a processor whose tokenizer skips every `BREAK`, as [`break_special_tokens`] writes them."""
+    processor = copy.deepcopy(processor)
+    backend = processor.tokenizer.backend_tokenizer
+    skip = normalizers.Replace(BREAK, "")
+    backend.normalizer = normalizers.Sequence([skip, backend.normalizer] if backend.normalizer else [skip])
+    return processor
+
+
+def break_special_tokens(messages: list[dict], processor: ProcessorMixin) -> list[dict]:
+    """
+    Write a `BREAK` into every special token that a text spells out, so that it is encoded as the text that it is.
+
+    Args:
+        messages (`list[dict]`): A chat whose contents are lists of parts.
+        processor ([`DeltaLlavaProcessor`]): What [`skip_breaks`] returns.
+
+    Raises:
+        `ValueError`: The tokenizer finds its token in there even so.
+    """
+    special, spelt = _special_tokens(processor.tokenizer)
+
+    def broken(match: re.Match) -> str:
+        text = f"{match[0][:1]}{BREAK}{match[0][1:]}"
+        if special[match[0]] in processor.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids:
+            raise ValueError(
+                f"{_name({'messages': messages})} spells out {match[0]!r}, which this tokenizer can encode as its "
+                "special token alone: delete it from the text."
+            )
+        return text
+
+    def break_part(part: dict) -> dict:
+        return part if part["text"] is None else {**part, "text": spelt.sub(broken, part["text"])}
+
+    return [{**message, "content": list(map(break_part, message["content"]))} for message in messages]
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], re.Pattern]:
+    """Ids of the special tokens, and what finds them in a text."""
+    added = tokenizer.added_tokens_decoder
+    special = {token.content: token_id for token_id, token in added.items() if token.special}
+    return special, re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
 def places_to_cut(
@@ -52,7 +104,8 @@ def places_to_cut(
 
     Args:
         conversations (`list[list[dict]]`): Chats whose contents are lists of parts.
-        processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the [`Collator`] has them.
+        processor ([`DeltaLlavaProcessor`]): What [`skip_breaks`] returns.
+        chat_template (`str`, *optional*): As the [`Collator`] has it.
 
     Returns:
         `list[list[tuple[int, int, int]]]`: Of each conversation, messages, tokens (an image counts as one) and images
@@ -61,7 +114,7 @@ def places_to_cut(
     """
     with template_lock:
         tokens = processor.tokenizer.apply_chat_template(
-            conversations,
+            [break_special_tokens(messages, processor) for messages in conversations],
             chat_template=chat_template or processor.chat_template,
             tokenize=True,
             return_dict=True,
@@ -85,18 +138,28 @@ def _places(messages: list[dict], assistant_mask: list[int]) -> list[tuple[int, 
 
 
 def fit(
-    places: list[tuple[int, int, int]], num_visual_tokens: int, max_length: int | None
+    places: list[tuple[int, int, int]],
+    messages: list[dict],
+    loss: list[bool] | None,
+    num_visual_tokens: int,
+    max_length: int | None,
 ) -> tuple[int, int, int] | None:
     """
-    The last place to cut at that leaves no more than `max_length` tokens; `None` if there is no such place.
+    The last place to cut at that leaves an answer to learn and no more than `max_length` tokens, or `None`.
 
     Args:
         places (`list[tuple[int, int, int]]`): A conversation's, as [`places_to_cut`] returns them.
+        messages (`list[dict]`), loss (`list[bool]`, *optional*): The conversation, and which of its messages count.
         num_visual_tokens (`int`): Tokens of one image.
         max_length (`int`, *optional*): Tokens that a row may have; `None` for any number.
     """
-    lengths = [num_tokens + num_images * (num_visual_tokens - 1) for _, num_tokens, num_images in places]
-    fitting = [place for place, length in zip(places, lengths, strict=True) if not max_length or length <= max_length]
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    first = next((index for index in answers if loss is None or loss[index]), -1)
+    fitting = [
+        place
+        for place in places
+        if place[0] > first and (not max_length or place[1] + place[2] * (num_visual_tokens - 1) <= max_length)
+    ]
     return fitting[-1] if fitting else None
 
 
@@ -110,8 +173,8 @@ def fit_rows(
     """
     Measure every row, so that none needs to be cut where it must not be.
 
-    A row longer than `max_length` is cut behind its last whole answer that fits; one whose first answer does not fit
-    is left out. A warning counts both.
+    A row longer than `max_length` is cut after its last whole answer that fits; one whose first answer (that is to be
+    learnt) does not fit is left out. A warning counts both.
 
     Args:
         dataset (`Dataset`): Rows as [`~delta_llava.train.data.load_llava_json`] returns them.
@@ -128,10 +191,14 @@ def fit_rows(
     """
     columns = ("num_messages", "num_tokens", "num_images", "is_cut")
 
-    def measure(conversations):
+    literal = skip_breaks(processor)
+
+    def measure(conversations, losses=None):
         rows = []
-        for places in places_to_cut(conversations, processor, chat_template):
-            place = fit(places, num_visual_tokens, max_length)
+        all_places = places_to_cut(conversations, literal, chat_template)
+        losses = losses or [None] * len(conversations)
+        for places, messages, loss in zip(all_places, conversations, losses, strict=True):
+            place = fit(places, messages, loss, num_visual_tokens, max_length)
             rows.append((*(place or (0, 0, 0)), place != places[-1]))
         return {name: [row[position] for row in rows] for position, name in enumerate(columns)}
 
@@ -139,7 +206,7 @@ def fit_rows(
     measured = dataset.map(
         measure,
         batched=True,
-        input_columns=["messages"],
+        input_columns=[name for name in ("messages", "loss") if name in dataset.column_names],
         remove_columns=dataset.column_names,
         features=Features({name: Value("int32") for name in columns}),
         num_proc=num_cores() if len(dataset) >= ROWS_WORTH_PROCESSES else None,
@@ -161,7 +228,7 @@ def fit_rows(
         name = _name(dataset.select_columns("messages")[first])
         logger.warning(
             f"{is_cut.sum()} of {len(dataset)} rows are longer than max_length={max_length} at {num_visual_tokens} "
-            f"visual tokens an image: {(is_cut & kept).sum()} are cut behind their last whole answer that fits, and "
+            f"visual tokens an image: {(is_cut & kept).sum()} are cut after their last whole answer that fits, and "
             f"{(~kept).sum()}, whose first answer does not fit, are left out. The first: {name}."
         )
     rows = concatenate_datasets([dataset, measured.remove_columns("is_cut")], axis=1)
@@ -188,7 +255,8 @@ class BudgetSampler(Sampler[tuple[int, int]]):
         group (`bool`, *optional*, defaults to `False`):
             Whether the rows of a batch are of about the same length and, as in LLaVA-1.5, all with images or all
             without. So all processes have images at a step or none has, which fully sharded training depends on. What
-            is missing to a kind's last batch is filled up with rows of that kind, which occur twice in that epoch. The
+            is missing to a kind's last batch is filled up with rows of that kind, which occur twice in that epoch.
+            Where a kind has too few rows to do so, both kinds share batches, and `num_mixed` counts its rows. The
             longest batch comes first: if the memory does not suffice, it shows at once.
         epoch (`Callable`, *optional*):
             Tells the epoch. (`set_epoch` does not reach a sampler when several processes resume.)
@@ -212,18 +280,35 @@ class BudgetSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
         self.num_rows = len(dataset)
         self.kinds = None
+        self.num_mixed = 0
         if group:
             columns = dataset.select_columns(["num_tokens", "num_images"]).with_format("torch")[:]
             num_tokens, num_images = columns["num_tokens"], columns["num_images"]
             self.lengths = num_tokens + num_images * (max(num_visual_tokens) - 1)
-            self.kinds = [
-                kind for kind in ((num_images > 0).nonzero()[:, 0], (num_images == 0).nonzero()[:, 0]) if len(kind)
-            ]
+            kinds = [kind.nonzero()[:, 0] for kind in (num_images > 0, num_images == 0) if kind.any()]
+            few = [kind for kind in kinds if self._num_missing(len(kind)) > len(kind)]
+            if few and len(kinds) == 2:
+                self.num_mixed = min(map(len, few))
+                kinds = [torch.arange(self.num_rows)]
+            self.kinds = kinds
 
     def __len__(self) -> int:
         if self.kinds is None:
             return self.num_rows
-        return sum(-(-len(kind) // self.batch_size) * self.batch_size for kind in self.kinds)
+        return self.num_rows + self.num_repeated
+
+    @property
+    def num_repeated(self) -> int:
+        """Number of rows that occur twice in an epoch, to fill the last batch of their kind."""
+        return sum(self._num_repeated(len(kind)) for kind in self.kinds or ())
+
+    def _num_missing(self, num_rows: int) -> int:
+        return -num_rows % self.batch_size
+
+    def _num_repeated(self, num_rows: int) -> int:
+        # No row occurs more than twice: of too few, the only batch stays partial
+        missing = self._num_missing(num_rows)
+        return missing if missing <= num_rows else 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch()
@@ -245,9 +330,9 @@ class BudgetSampler(Sampler[tuple[int, int]]):
             generator = torch.Generator().manual_seed(order.getrandbits(63))
             lengths = self.lengths[kind].tolist()
             grouped = kind[get_length_grouped_indices(lengths, self.batch_size, generator=generator)]
-            missing = -len(kind) % self.batch_size
-            grouped = torch.cat([grouped, grouped.repeat(-(-missing // len(kind)))[-missing:]]) if missing else grouped
-            batches += grouped.view(-1, self.batch_size).tolist()
+            repeated = self._num_repeated(len(kind))
+            batches += torch.cat([grouped, grouped[len(grouped) - repeated :]]).split(self.batch_size)
+        batches = [batch.tolist() for batch in batches]
         order.shuffle(batches)
         longest = max(range(len(batches)), key=lambda position: self.lengths[batches[position]].max())
         batches[0], batches[longest] = batches[longest], batches[0]
@@ -272,10 +357,12 @@ class BudgetedRows(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         index, num_visual_tokens = key
         row = self.dataset[index].to_pylist()[0]
+        num_messages = row["num_messages"]
         return {
             "images": _decode(row, row["images"][: row["num_images"]]),
-            "messages": row["messages"][: row["num_messages"]],
+            "messages": row["messages"][:num_messages],
             "num_visual_tokens": num_visual_tokens,
+            **({"loss": row["loss"][:num_messages]} if "loss" in row else {}),
         }
 
 
@@ -285,13 +372,12 @@ def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
         try:
             decoded.append(open_image(image["path"] if image["bytes"] is None else image["bytes"]))
         except ValueError as error:
-            raise ValueError(f"{_name(row)}: image {image['path']} cannot be read: {error.__cause__}") from error
+            name = image["path"] or "of its own"
+            raise ValueError(f"{_name(row)}: image {name} cannot be read: {error.__cause__}") from error
     return decoded
 
 
-STREAMED_FEATURES = Features(
-    {"images": List(Image(decode=False)), "messages": FEATURES["messages"], "id": Value("string")}
-)
+STREAMED_FEATURES = Features({**ROW_FEATURES, "images": List(Image(decode=False)), "id": Value("string")})
 
 
 def stream_rows(
@@ -303,18 +389,20 @@ def stream_rows(
     chat_template: str | None = None,
     require_images: bool = False,
     skip_bad_records: bool = False,
+    dataset_config: str | None = None,
+    one_answer: bool = False,
 ) -> IterableDataset:
     """
-    Stream LLaVA's records and their images from shards.
+    Stream records and their images from shards.
 
     Conversations longer than `max_length` are cut as [`fit_rows`] does; a warning tells of the first.
 
     Args:
         source (`str`):
-            Hub repository or folder of Parquet files or of WebDataset's tar files. A sample is one of LLaVA's records
-            (`id`, `conversations`), or has one as `json`, and has its images in image columns, in a column of lists of
-            images, or in a tar file as `KEY.jpg` or `KEY.0.jpg`, `KEY.1.jpg` … (any of `IMAGE_SUFFIXES`), in the order
-            of their `<image>`.
+            Hub repository or folder of Parquet files or of WebDataset's tar files. A sample is a record of one of the
+            forms that [`~delta_llava.train.data.load_llava_json`] lists, or has one as `json`, and has its images in
+            image columns, in a column of lists of images, or in a tar file as `KEY.jpg` or `KEY.0.jpg`, `KEY.1.jpg` …
+            (any of `IMAGE_SUFFIXES`), in the order of their places.
         split (`str`):
             Such as `"train"`.
         processor ([`DeltaLlavaProcessor`]), num_visual_tokens (`int`), max_length (`int`), chat_template (`str`):
@@ -323,48 +411,44 @@ def stream_rows(
             Whether a record without an image is bad.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Leave out records that are bad or whose first answer is too long, each with a warning, instead of stopping.
+        dataset_config (`str`, *optional*):
+            Configuration of a data set that has several.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
 
     Returns:
-        `IterableDataset`: Rows with `images` (not decoded yet), `messages` and the record's `id`.
+        `IterableDataset`: Rows of `STREAMED_FEATURES`, whose images are not decoded yet.
 
     Raises:
-        `ValueError`: The samples hold no records or no images; while streaming: a record is bad.
+        `ValueError`: The samples hold no records; while streaming: a record is bad.
     """
     features = None
-    if load_dataset_builder(source).name == "webdataset":
+    if load_dataset_builder(source, dataset_config).name == "webdataset":
         # Else they would be those of the first five samples, and what later ones have beside would be lost
         features = Features({"__key__": Value("string"), "json": Json(), **dict.fromkeys(TAR_IMAGES, Image())})
-    stream = load_dataset(source, split=split, streaming=True, features=features)
-    features = stream.features or {}
-    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
-    lists = [
-        name for name, feature in features.items() if isinstance(feature, List) and isinstance(feature.feature, Image)
-    ]
-    if not columns + lists or not {"conversations", "json"} & set(features):
-        raise ValueError(
-            f"The samples of {source} have the columns {sorted(features)}, but LLaVA's conversations (or json, a whole "
-            "record) and a column of images are needed."
-        )
-    for name in lists:
-        stream = stream.cast_column(name, List(Image(decode=False)))
-    for name in columns:
-        stream = stream.cast_column(name, Image(decode=False))
+    stream = load_dataset(source, dataset_config, split=split, streaming=True, features=features)
+    stream, columns = undecoded_samples(stream, source)
+    literal = skip_breaks(processor)
 
     def to_row(sample):
-        record = sample["json"] if "json" in sample else sample
-        images = [sample[name] for name in columns] + [image for name in lists for image in sample[name] or ()]
-        images = [image for image in images if image is not None]
-        if isinstance(record, dict):  # which images it names does not matter: they have come with it
-            record = {**record, "image": [f"image {number}" for number in range(len(images))]}
-        _, messages = parse_record(record, require_images)
-        (places,) = places_to_cut([messages], processor, chat_template)
-        place = fit(places, num_visual_tokens, max_length)
+        record = sample_record(sample, columns)
+        chat = parse_record(record, require_images, one_answer)
+        if files := [image for image in chat.images if isinstance(image, str)]:
+            raise BadRecord(f"image {files[0]} is a file, but a stream has to carry its images")
+        (places,) = places_to_cut([chat.messages], literal, chat_template)
+        place = fit(places, chat.messages, chat.loss, num_visual_tokens, max_length)
         if place is None:
             raise BadRecord(f"its first answer lies beyond max_length={max_length}")
         if place != places[-1]:
-            logger.warning_once(f"Rows longer than max_length={max_length} are cut behind their last whole answer.")
+            logger.warning_once(f"Rows longer than max_length={max_length} are cut after their last whole answer.")
         num_messages, _, num_images = place
-        return {"images": images[:num_images], "messages": messages[:num_messages], "id": str(record["id"])}
+        return {
+            "images": chat.images[:num_images],
+            "messages": chat.messages[:num_messages],
+            "loss": chat.loss[:num_messages],
+            "notes": chat.notes,
+            "id": str(record["id"]) if record.get("id") is not None else None,
+        }
 
     def to_rows(batch):  # a batch of one, of which no row may be left
         sample = {name: values[0] for name, values in batch.items()}
@@ -470,7 +554,8 @@ class Collator:
 
     Args:
         processor ([`DeltaLlavaProcessor`]):
-            Its chat template has `{% generation %}` spans: their tokens are the labels, all else is `-100`.
+            Its chat template has `{% generation %}` spans: their tokens are the labels, all else is `-100`. Special
+            tokens that a text spells out are encoded as text.
         max_length (`int`, *optional*):
             Tokens that a row may have at most; [`fit_rows`] and [`stream_rows`] see to it.
         chat_template (`str`, *optional*, defaults to the processor's):
@@ -482,18 +567,25 @@ class Collator:
         (num_images,).
 
     Raises:
-        `ValueError`: A row has no label, or is longer than `max_length`.
+        `ValueError`: A row has no label, or is longer than `max_length`, or turns off the loss of an answer that the
+            template does not keep apart.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
     chat_template: str | None = None
 
+    def __post_init__(self):
+        self.processor = skip_breaks(self.processor)
+
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         # The first row's: rows of the epoch's start may fill up its last batch, when several processes train
         num_visual_tokens = rows[0]["num_visual_tokens"]
         batch = self.processor.apply_chat_template(
-            [prepare_multimodal_messages(row["messages"], images=row["images"]) for row in rows],
+            [
+                prepare_multimodal_messages(break_special_tokens(row["messages"], self.processor), images=row["images"])
+                for row in rows
+            ],
             chat_template=self.chat_template,
             tokenize=True,
             return_dict=True,
@@ -506,7 +598,11 @@ class Collator:
                 "add_special_tokens": False,  # the chat template writes them
             },
         )
-        batch["labels"] = batch["input_ids"].masked_fill(batch.pop("assistant_masks") == 0, -100)
+        is_label = batch.pop("assistant_masks").bool()
+        for row, row_is_label in zip(rows, is_label, strict=True):
+            if not all(row.get("loss", ())):
+                row_is_label &= self._keeps_loss(row, row_is_label)
+        batch["labels"] = batch["input_ids"].masked_fill(~is_label, -100)
 
         lengths = batch["attention_mask"].sum(dim=1)
         if self.max_length is not None and (lengths > self.max_length).any():
@@ -522,6 +618,18 @@ class Collator:
                 "the chat template marks no answer by {% generation %}."
             )
         return batch
+
+    def _keeps_loss(self, row: dict[str, Any], is_label: torch.Tensor) -> torch.Tensor:
+        """Of each token, bool (length,), whether the answer that it belongs to, or the last one before it, counts."""
+        answers = zip(row["messages"], row["loss"], strict=True)
+        keeps = torch.tensor([True, *(keeps for message, keeps in answers if message["role"] == "assistant")])
+        starts = is_label & ~torch.cat([is_label.new_zeros(1), is_label[:-1]])
+        if starts.sum() != len(keeps) - 1:
+            raise ValueError(
+                f"{_name(row)} turns off the loss of an answer, but the chat template marks {int(starts.sum())} spans "
+                f"by {{% generation %}} for its {len(keeps) - 1} answers."
+            )
+        return keeps[starts.cumsum(dim=0)]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -1,12 +1,13 @@
 r"""
-Check LLaVA's training data before it is trained on: every record and every image, and how to mend what is wrong.
+Check training data before it is trained on: every record and every image, and how to fix what is wrong.
 
 ```
 python -m delta_llava.train.check_data --json llava_v1_5_mix665k.json --images LLaVA-Tuning \
     --write_clean llava_v1_5_mix665k.clean.json
 ```
 
-Bad records stop a training; notes are harmless here. Training on the same file and images finds all of it checked.
+`--json` takes what `--json_path` of a training takes. Bad records stop a training; notes are harmless here. Training on
+the same file and images finds all of it checked.
 """
 
 import argparse
@@ -23,20 +24,29 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from .data import IMAGE_MARKER, Check, check_llava_json, read_records, write_bad_records
+from .data import Check, check_llava_json, is_json_file, read_records, write_bad_records
 from .images import similar_files
+from .records import FOREIGN_MARKER, IMAGE_MARKER, ROLES, name_keys
 
 
-# How to mend each kind of bad record, and what each kind of note means elsewhere
+# How to fix each kind of bad record, and what each kind of note means elsewhere
 FAULTS = {
-    "record": "A record is an object with id, conversations and maybe image, a path or a list of paths: mend the JSON.",
+    "record": "A record is an object with conversations (or another form of turns) and maybe id and image, a path or a "
+    "list of paths, and no object in it has a key twice: fix the JSON.",
     "no_image": "Leave text-only records out: with --require_images every record needs an image (stage 1).",
-    "turns": "Turns alternate, human first and gpt last, each with a text that is not empty: mend the JSON.",
+    "answer": "Stage 1 learns one answer to one question, without a system prompt: split the record, or leave it to "
+    "stage 2.",
+    "turns": "Turns alternate, human first and gpt last, each with a text that is not empty: fix the JSON.",
+    "part": "A part of a content is {type: text, text}, {type: image} or {type: image_url, image_url}: delete others.",
+    "loss": "loss, weight and train are 0, 1, false or true, turn off the loss of answers alone, and leave one on.",
+    "unsupported": "The model sees images and texts alone, and learns plain answers: leave such records out.",
     "text": "Half of a UTF-16 surrogate pair is left of a character: write the whole character, or delete it.",
     "marker_in_answer": f"Only human turns may contain {IMAGE_MARKER}: delete it elsewhere.",
     "marker_missing": f"Write one {IMAGE_MARKER} per image into the human turns. --write_clean puts that of a single "
     "image at the start of the first one.",
     "marker_surplus": f"Delete the {IMAGE_MARKER} that have no image, or add the images to the record.",
+    "marker_foreign": f"Write {IMAGE_MARKER} in its place. --write_clean does, where there is one for each image.",
+    "address": "Download the image and name its file: nothing is fetched during training. A data: URL is in base64.",
     "missing": "Complete the download or mend the path; for LLaVA, --images is the folder that holds coco/, gqa/, "
     "ocr_vqa/, textvqa/ and vg/.",
     "missing_ocr_vqa": "OCR-VQA's images are downloaded one by one, and some links are dead: run its loadDataset.py "
@@ -55,6 +65,8 @@ NOTES = {
     "marker_moved": "It is moved before the text, as LLaVA does; other tools may leave it where it is.",
     "other_format": "It is read by its content here; for other tools, rename it and its path in the records.",
     "rotated": "It is shown upright here; LLaVA's own loader ignores EXIF and trains on it as it is stored.",
+    "foreign_text": "Another program writes this for an image; each image has its <image> already: delete it.",
+    "ignored_key": "Nothing here reads it, so it changes nothing: rename it if it was meant to.",
     "warning": "It is read all the same; save it anew with Pillow to be rid of the warning.",
 }
 
@@ -85,7 +97,7 @@ def write_clean(check: Check, json_path: str | Path, image_folder: str | Path, c
     with TemporaryDirectory(dir=clean_path.parent) as folder:
         # A mended record may have another fault behind the first: the next round finds it
         for number in count():
-            candidate = Path(folder, f"{number}.json")
+            candidate = Path(folder, f"{number}{clean_path.suffix}")
             _mend_all(check, source, image_folder, candidate, mended, left_out)
             if left_out.total() == num_records:
                 raise ValueError(f"No record of {json_path} is good or can be mended: {clean_path} is not written.")
@@ -100,8 +112,9 @@ def _mend_all(
 ):
     faults = check.bad_records()
     fault = next(faults, None)
+    opening, between, closing = ("", "\n", "\n") if target.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     with open(target, "w", encoding="utf-8") as file:
-        separator = "[\n"
+        separator = opening
         for index, record in enumerate(read_records(source)):
             if fault and fault["index"] == index:
                 record = mend(record, fault, image_folder)
@@ -109,9 +122,12 @@ def _mend_all(
                 fault = next(faults, None)
                 if record is None:
                     continue
-            file.write(separator + json.dumps(record))
-            separator = ",\n"
-        file.write("\n]\n")
+            try:
+                file.write(separator + json.dumps(record))
+            except RecursionError:
+                raise ValueError(f"{source}: record {index} is nested too deeply to be written") from None
+            separator = between
+        file.write(closing)
 
 
 def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[str, Any] | None:
@@ -129,43 +145,78 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
     Returns:
         `dict`, *optional*: A record without this fault; `None` if that would need a guess.
     """
+    if not isinstance(record, dict):
+        return None
+    key = "images" if record.get("images") is not None else "image"
+    images = record[key] if isinstance(record.get(key), list) else [record.get(key)]
+    if not all(isinstance(image, str) for image in images):
+        return None
     if fault["kind"] in ("missing_other_suffix", "missing_other_name"):
         root = os.path.realpath(image_folder)
         missing = os.path.join(root, fault["file"])
         others = similar_files(missing, root)
         if len(others) == 1:
             name = Path(others[0]).relative_to(root).as_posix()
-            images = [record["image"]] if isinstance(record["image"], str) else record["image"]
             images = [name if os.path.join(root, image) == missing else image for image in images]
-            return {**record, "image": images[0] if isinstance(record["image"], str) else images}
-    if fault["kind"] == "marker_missing" and (isinstance(record["image"], str) or len(record["image"]) == 1):
-        turns = [dict(turn) for turn in record["conversations"]]
-        first = next(turn for turn in turns if turn["from"] == "human")
-        first["value"] = f"{IMAGE_MARKER}\n{first['value']}"
-        return {**record, "conversations": turns}
+            return {**record, key: images[0] if isinstance(record[key], str) else images}
+    form = "conversations" if record.get("conversations") is not None else "messages"
+    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record:
+        turns = [dict(turn) for turn in record[form]]
+        if _mend_markers([turn for turn in turns if ROLES[turn.get("from") or turn["role"]] == "user"], len(images)):
+            return {**record, form: turns}
     return None
 
 
+def _mend_markers(questions: list[dict[str, Any]], num_images: int) -> bool:
+    texts = [turn.get("value") or turn.get("content") for turn in questions]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    found = [match for text in texts for match in FOREIGN_MARKER.finditer(text)]
+    numbers = [int(match["number"]) for match in found if match["number"]]
+    if not found and num_images == 1:
+        texts[0] = f"{IMAGE_MARKER}\n{texts[0]}"
+    elif len(found) == num_images and numbers in ([], [*range(len(found))], [*range(1, len(found) + 1)]):
+        texts = [FOREIGN_MARKER.sub(IMAGE_MARKER, text) for text in texts]
+    else:
+        return False
+    for turn, text in zip(questions, texts, strict=True):
+        turn["value" if turn.get("value") is not None else "content"] = text
+    return True
+
+
 def _print_table(severity: str, remedies: dict[str, str], lines: Iterable[dict[str, Any]]):
-    counts, examples = Counter(), {}
+    counts, examples, ignored_keys, last_index = Counter(), {}, Counter(), None
     for line in lines:
-        counts[line["kind"]] += 1
         examples.setdefault(line["kind"], line)
+        if line["kind"] == "ignored_key":
+            ignored_keys[line["reason"]] += 1
+            if line["index"] == last_index:  # a record may have several
+                continue
+            last_index = line["index"]
+        counts[line["kind"]] += 1
     for kind, remedy in remedies.items():
         if kind in counts:
             example = examples[kind]
-            file = f", {example['file']}" if example["file"] else ""
+            file = f", {example['file']!r}" if example["file"] else ""
             unit = "images" if severity == "note" and file else "records"
             print(f"{severity:4} {kind:20} {counts[kind]:>9,} {unit}")
             print(f"       record {example['index']} (id {example['id']!r}){file}: {example['reason']}")
             print(f"       {remedy}")
+    if ignored_keys:
+        print(f"       {name_keys(ignored_keys)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="LLaVA's JSON file")
-    parser.add_argument("--images", required=True, help="folder that its images lie in")
-    parser.add_argument("--require_images", action="store_true", help="a record without an image is bad (stage 1)")
+    parser.add_argument("--json", required=True, help="JSON list or lines, Parquet file, folder or data set of the Hub")
+    parser.add_argument("--images", help="folder that its images lie in, if they are files")
+    parser.add_argument("--dataset_config", help="configuration of a data set that has several")
+    parser.add_argument("--split", default="train", help="split of a data set (default: train)")
+    parser.add_argument(
+        "--require_images",
+        action="store_true",
+        help="a record must have an image, one question and one answer, as stage 1 wants it",
+    )
     parser.add_argument("--follow_links", action="store_true", help="links may lead out of the folder of the images")
     parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
     parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
@@ -173,10 +224,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.write_clean and Path(options.write_clean).resolve() == Path(options.json).resolve():
         parser.error(f"--write_clean {options.write_clean} would overwrite --json: name another file")
+    if options.write_clean and not is_json_file(Path(options.json)):
+        parser.error(f"--write_clean {options.write_clean} writes JSON, which {options.json} is not")
     report = options.report or Path(options.write_clean or "").parent / "bad_records.jsonl"
-    settings = {name: getattr(options, name) for name in ("require_images", "num_proc", "follow_links")}
+    settings = {
+        "require_images": options.require_images,
+        "one_answer": options.require_images,
+        "num_proc": options.num_proc,
+        "follow_links": options.follow_links,
+    }
 
-    check = check_llava_json(options.json, options.images, **settings)
+    source = {"dataset_config": options.dataset_config, "split": options.split}
+    check = check_llava_json(options.json, options.images, **settings, **source)
     write_bad_records(check, report)
     num_images = pc.list_value_length(check.records["images"])
     print(f"{options.json}: {check.num_records:,} records, {check.num_bad_records:,} of them bad")
@@ -204,4 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

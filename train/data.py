@@ -1,32 +1,47 @@
-"""LLaVA's JSON and image folder as a `datasets.Dataset`: every record and image is checked, and checked only once."""
+"""Records and images as a `datasets.Dataset`: every record and image is checked, and checked only once."""
 
 import hashlib
 import heapq
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import datasets.config
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, List, Value
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    Video,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
 from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .images import check_images, checking_code, image_name, locate_images, read_table
+from . import records as records_module
+from .images import check_images, checking_code, decode_image, image_name, locate_images, read_table
+from .records import FORMS, BadRecord, Chat, parse_record, short
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_MARKER = "<image>"
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 FEATURES = Features(
     {
         "images": List(Image()),
@@ -35,40 +50,23 @@ FEATURES = Features(
         ),
     }
 )
-# What the cache keeps: a row for every record that can be read (`id` is its JSON, `marker_moved` a note)
-RECORD_FEATURES = Features(
-    {"index": Value("int64"), "id": Value("string"), "marker_moved": Value("bool"), **FEATURES},
-)
+_REMARK = {"kind": Value("string"), "reason": Value("string")}
+# What training reads beside `FEATURES`, as `records.Chat` has it
+ROW_FEATURES = Features({**FEATURES, "loss": List(Value("bool")), "notes": List(_REMARK)})
+# What the cache keeps: a row for every record that can be read (`id` is its JSON)
+RECORD_FEATURES = Features({"index": Value("int64"), "id": Value("string"), **ROW_FEATURES})
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CHARACTERS_PER_READ = 2**20
 _MAX_CHARACTERS_PER_RECORD = 2**26  # what is longer is a fault, most likely of a quotation mark
 _ROWS_PER_BATCH = 1000
-
-
-class BadRecord(ValueError):
-    """
-    A record that cannot be trained on.
-
-    Args:
-        reason (`str`):
-            What is wrong with it.
-        kind (`str`, *optional*, defaults to `"record"`):
-            The kind of fault, one of the keys of `delta_llava.train.check_data.FAULTS`.
-        file (`str`, *optional*):
-            The image that is to blame, as the record names it.
-    """
-
-    def __init__(self, reason: str, kind: str = "record", file: str | None = None):
-        super().__init__(reason)
-        self.kind = kind
-        self.file = file
+_BYTES_PER_BATCH = 2**26
 
 
 @dataclass
 class Check:
     """
-    What was found in a JSON file and its images.
+    What was found in records and their images.
 
     Args:
         folder (`Path`):
@@ -78,9 +76,9 @@ class Check:
         num_bad_records (`int`):
             Number of records that are bad, by themselves or by an image.
         num_images (`int`):
-            Number of different images that `records` name.
+            Number of images that `records` carry, and of different ones that they name.
         num_decoded (`int`):
-            How many of them had to be decoded, because they were new or had changed.
+            How many of the latter had to be decoded, because they were new or had changed.
         seconds (`float`):
             Time that decoding them took.
         bad_rows (`dict[int, BadRecord]`):
@@ -100,63 +98,90 @@ class Check:
 
     @property
     def num_records(self) -> int:
-        """Number of records of the JSON file."""
+        """Number of records that were read."""
         return len(self.records) + self.num_bad_records - len(self.bad_rows)
 
     def bad_records(self) -> Iterator[dict[str, Any]]:
         """Yield `{index, id, file, kind, reason}` of every bad record, in the file's order."""
         by_image = (
-            {**name, "file": fault.file, "kind": fault.kind, "reason": str(fault)}
+            {
+                "index": name["index"],
+                "id": name["id"],
+                "file": fault.file,
+                "kind": fault.kind,
+                "reason": str(fault),
+            }
             for name, fault in zip(self._names(self.bad_rows), self.bad_rows.values(), strict=True)
         )
         with open(self.folder / "bad_records.jsonl", encoding="utf-8") as by_itself:
             yield from heapq.merge(map(json.loads, by_itself), by_image, key=lambda line: line["index"])
 
     def notes(self) -> Iterator[dict[str, Any]]:
-        """Yield `{index, id, file, kind, reason}` of what is harmless: once per record, or once per image."""
-        note = {"file": None, "kind": "marker_moved", "reason": f"{IMAGE_MARKER} stands behind the question's text"}
-        for name in self._names(pc.indices_nonzero(self.records["marker_moved"])):
-            yield {**name, **note}
+        """Yield `{index, id, file, kind, reason}` of what is harmless: of records, and once for each image."""
+        for name in self._names(pc.indices_nonzero(pc.list_value_length(self.records["notes"]))):
+            for note in name.pop("notes"):
+                yield {**name, "file": None, **note}
         names = self._names([row for row, _, _ in self.image_notes])
         for name, (_, file, note) in zip(names, self.image_notes, strict=True):
+            del name["notes"]
             yield {**name, "file": file, **note}
 
-    def dataset(self) -> Dataset:
-        """The good records, as [`load_llava_json`] returns them."""
-        dataset = Dataset.from_file(str(self.folder / "records.arrow")).select_columns(list(FEATURES))
+    def dataset(self, with_notes: bool = False) -> Dataset:
+        """The good records, as [`load_llava_json`] returns them, and if asked with their `notes`."""
+        all_learnt = pc.all(pc.list_flatten(self.records["loss"])).as_py() is not False
+        columns = [*FEATURES, *([] if all_learnt else ["loss"]), *(["notes"] if with_notes else [])]
+        dataset = Dataset.from_file(str(self.folder / "records.arrow")).select_columns(columns)
         if self.bad_rows:
             dataset = dataset.select([row for row in range(len(dataset)) if row not in self.bad_rows])
         return dataset
 
     def _names(self, rows: Iterable[int]) -> Iterator[dict[str, Any]]:
-        named = self.records.select(["index", "id"]).take(pa.array(rows, pa.uint64()))
+        named = self.records.select(["index", "id", "notes"]).take(pa.array(rows, pa.uint64()))
         for batch in named.to_batches(_ROWS_PER_BATCH):
             for name in batch.to_pylist():
-                yield {"index": name["index"], "id": json.loads(name["id"])}
+                yield {**name, "id": json.loads(name["id"])}
 
 
 def load_llava_json(
     json_path: str | Path,
-    image_folder: str | Path,
+    image_folder: str | Path | None = None,
     bad_records_path: str | Path = "bad_records.jsonl",
     skip_bad_records: bool = False,
     require_images: bool = False,
     num_proc: int | None = None,
     follow_links: bool = False,
+    dataset_config: str | None = None,
+    split: str = "train",
+    one_answer: bool = False,
 ) -> Dataset:
     """
-    Read LLaVA's training data: a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}` and a folder.
+    Read training data: LLaVA's JSON list of `{id?, image?, conversations: [{from: human|gpt, value}]}` and its folder
+    of images, or what else people have.
 
     Every record is checked, and every image is decoded once, before anything is returned: see [`check_llava_json`].
 
+    A record has its turns in one of these forms:
+
+    - `conversations`, LLaVA's and ShareGPT's: `{from, value}`. Each image has one `<image>` at its place in a human
+      turn; the one image of a turn comes before its text, as LLaVA trains.
+    - `messages`, OpenAI's and TRL's: `{role, content}`, whose content is a text, or parts `{type: text, text}`,
+      `{type: image}` (`image`, `url`, `path` or `base64` may name the image) and `{type: image_url, image_url}`. Where
+      all contents are texts without `<image>`, images come before the first question, as TRL has it.
+    - `prompt` and `completion`, TRL's: texts or lists of messages. Answers in the prompt are not learnt.
+    - `texts`, The Cauldron's: `{user, assistant}`, after the images.
+
+    Questions and answers alternate; a turn from the system, or the key `system` of the record, may come first. An
+    answer with `loss`, `weight` or `train` of 0 or `false` is not learnt. `image` or `images` is a path or a list of
+    paths inside the folder, a `data:` URL, or what an image column of `datasets` holds. Other keys are ignored, and
+    noted; those that mean what cannot be trained (`video`, `tools`, …) make a record bad.
+
     Args:
         json_path (`str` or `Path`):
-            JSON file. `image` is a path inside the folder or a list of paths, and each of them has one `<image>` at
-            its place in a human turn; the one image of a turn comes before its text, as LLaVA trains. A first turn
-            `from: system` is allowed.
-        image_folder (`str` or `Path`):
-            Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused. Its files
-            are opened by [`~delta_llava.processing_delta_llava.open_image`].
+            A JSON list, JSON lines, a Parquet file, a folder that `datasets` has saved or can load, or the name of a
+            data set on the Hub. (What carries its images is copied to the cache of `datasets`.)
+        image_folder (`str` or `Path`, *optional*):
+            Folder that every image file lies in. A path that leaves it, by `..` or through a link too, is refused.
+            Its files are opened by [`~delta_llava.processing_delta_llava.open_image`].
         bad_records_path (`str` or `Path`, *optional*, defaults to `"bad_records.jsonl"`):
             Where all bad records are listed, one JSON object a line with `index`, `id`, `file`, `kind` and `reason`.
             When there are none, the file of an earlier call is removed.
@@ -168,34 +193,56 @@ def load_llava_json(
             Number of processes that decode images.
         follow_links (`bool`, *optional*, defaults to `False`):
             Whether links may lead out of the folder, as where COCO is linked in, or in a snapshot of the Hub.
+        dataset_config (`str`, *optional*), split (`str`, *optional*, defaults to `"train"`):
+            Configuration and split of a data set that has several.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
 
     Returns:
-        `datasets.Dataset`: One row per good record, in the file's order, memory-mapped. `images` holds images that are
-        decoded when the row is read (`[]` for a text-only record), `messages` is a chat whose contents are lists of
-        `{"type": "image", "text": None}` and `{"type": "text", "text": …}`.
+        `datasets.Dataset`: One row for each good record, in the file's order, memory-mapped. `images` holds images that
+        are decoded when the row is read (`[]` for a text-only record), `messages` is a chat whose contents are lists of
+        `{"type": "image", "text": None}` and `{"type": "text", "text": …}`. If a record turns a loss off, there is a
+        third column, `loss`: of each message, whether it counts.
 
     Raises:
-        `ValueError`: The file is no JSON list, a record is bad and `skip_bad_records` is off, or no record is good.
+        `ValueError`: The file cannot be read, a record is bad and `skip_bad_records` is off, or no record is good.
         `FileNotFoundError`: The file or the folder does not exist.
         `RuntimeError`: A process that decodes images was killed.
     """
-    check = check_llava_json(json_path, image_folder, require_images, num_proc, follow_links)
-    write_bad_records(check, bad_records_path)
-    if check.num_bad_records:
-        examples = "\n".join(
-            f"  record {line['index']} (id {line['id']!r}): {line['reason']}" for line in islice(check.bad_records(), 3)
-        )
-        message = (
-            f"{check.num_bad_records} of the {check.num_records} records in {json_path} are bad. The first:\n"
-            f"{examples}\nAll are listed in {bad_records_path}, and `python -m delta_llava.train.check_data` tells how "
-            "to mend them."
-        )
-        if check.num_bad_records == check.num_records:
-            raise ValueError(f"{message} No record is left to train on.")
-        if not skip_bad_records:
-            raise ValueError(f"{message} Or leave them out with --skip_bad_records.")
-        logger.warning(f"{message} They are left out.")
+    check = check_llava_json(
+        json_path,
+        image_folder,
+        require_images=require_images,
+        num_proc=num_proc,
+        follow_links=follow_links,
+        dataset_config=dataset_config,
+        split=split,
+        one_answer=one_answer,
+    )
+    stop_at_bad_records(check, json_path, bad_records_path, skip_bad_records)
     return check.dataset()
+
+
+def stop_at_bad_records(
+    check: Check, json_path: str | Path, bad_records_path: str | Path, skip_bad_records: bool = False
+):
+    """List the bad records of a check, and raise a `ValueError` if there are any, or warn if they may be left out."""
+    write_bad_records(check, bad_records_path)
+    if not check.num_bad_records:
+        return
+    examples = "\n".join(
+        f"  record {line['index']} (id {line['id']!r}): {line['reason']}" for line in islice(check.bad_records(), 3)
+    )
+    message = (
+        f"{check.num_bad_records} of the {check.num_records} records in {json_path} are bad. The first:\n"
+        f"{examples}\nAll are listed in {bad_records_path}, and `python -m delta_llava.train.check_data` says how to "
+        "fix them."
+    )
+    if check.num_bad_records == check.num_records:
+        raise ValueError(f"{message} No record is left to train on.")
+    if not skip_bad_records:
+        raise ValueError(f"{message} Or leave them out with --skip_bad_records.")
+    logger.warning(f"{message} They are left out.")
 
 
 def write_bad_records(check: Check, path: str | Path):
@@ -211,56 +258,57 @@ def write_bad_records(check: Check, path: str | Path):
 
 def check_llava_json(
     json_path: str | Path,
-    image_folder: str | Path,
+    image_folder: str | Path | None = None,
     require_images: bool = False,
     num_proc: int | None = None,
     follow_links: bool = False,
+    dataset_config: str | None = None,
+    split: str = "train",
+    one_answer: bool = False,
 ) -> Check:
     """
-    Check every record of LLaVA's training data, and decode every image once.
+    Check every record of training data, and decode every image once.
 
-    What was found is kept in the cache of `datasets`: records by the content of the JSON file, images by their size and
-    time of change. A second check of the same data looks only at the latter, and any JSON file over the same folder
-    finds the images that are known.
+    What was found is kept in the cache of `datasets`: records by the content of the file, images by their size and
+    time of change. A second check of the same data looks only at the latter, and any file over the same folder finds
+    the images that are known.
 
     Args:
         json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`),
-        follow_links (`bool`):
+        follow_links (`bool`), dataset_config (`str`), split (`str`), one_answer (`bool`):
             See [`load_llava_json`].
 
     Returns:
         [`Check`]: What was found.
 
     Raises:
-        `ValueError`: The file is no JSON list of records.
+        `ValueError`: The file cannot be read, or holds no records.
         `FileNotFoundError`: The file or the folder does not exist.
         `RuntimeError`: A process that decodes images was killed.
     """
-    json_path, image_folder = Path(json_path), Path(image_folder)
-    if not json_path.is_file():
-        raise FileNotFoundError(f"json_path={json_path} is not a file: name LLaVA's JSON file.")
-    if not image_folder.is_dir():
+    if image_folder is not None and not Path(image_folder).is_dir():
         raise FileNotFoundError(f"image_folder={image_folder} is not a folder: name the folder that the images lie in.")
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc={num_proc} must be at least 1; without it, all cores are used.")
-    root = os.path.realpath(image_folder)
+    content, read = _open_records(json_path, dataset_config, split)
+    root = None if image_folder is None else os.path.realpath(image_folder)
     cache = Path(datasets.config.HF_DATASETS_CACHE, "delta_llava")
     cache.mkdir(parents=True, exist_ok=True)
 
     # Another version of the code may find other faults
-    with json_path.open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    images_key = _digest(checking_code(), root)
-    records_key = _digest(Path(__file__).read_text(encoding="utf-8"), images_key, content, str(require_images))
+    images_key = _digest(checking_code(), str(root))
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, records_module.__file__)]
+    records_key = _digest(*code, images_key, content, str(require_images), str(one_answer))
 
     folder = cache / f"records-{records_key}"
     if not folder.is_dir():
-        _cache_records(json_path, root, require_images, folder)
+        parse = partial(parse_record, require_images=require_images, one_answer=one_answer)
+        _cache_records(read, root, parse, folder)
     records = read_table(folder / "records.arrow")
     with open(folder / "bad_records.jsonl", encoding="utf-8") as file:
         num_unreadable = sum(1 for _ in file)
 
-    image_paths = pc.unique(_image_paths(records)).to_pylist()
+    image_paths = pc.unique(_image_paths(records).drop_null()).to_pylist()
     stats, lost = locate_images(image_paths, root, follow_links)
     faults = {path: BadRecord(fault["reason"], fault["kind"], image_name(path, root)) for path, fault in lost.items()}
     images, num_decoded, seconds = check_images(cache / f"images-{images_key}.arrow", stats, num_proc)
@@ -283,7 +331,7 @@ def check_llava_json(
         folder=folder,
         records=records,
         num_bad_records=num_unreadable + len(bad_rows),
-        num_images=len(image_paths),
+        num_images=len(image_paths) + _image_paths(records).null_count,
         num_decoded=num_decoded,
         seconds=seconds,
         bad_rows=bad_rows,
@@ -296,7 +344,10 @@ def _digest(*parts: str) -> str:
 
 
 def _image_paths(records: pa.Table) -> pa.ChunkedArray:
-    return pc.struct_field(pc.list_flatten(records["images"]), "path")
+    """The path of each image, or null for one that is in the table itself."""
+    images = pc.list_flatten(records["images"])
+    is_file = pc.is_null(pc.struct_field(images, "bytes"))
+    return pc.if_else(is_file, pc.struct_field(images, "path"), pa.scalar(None, pa.string()))
 
 
 def _rows_with_images(records: pa.Table, paths: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -306,16 +357,125 @@ def _rows_with_images(records: pa.Table, paths: Iterable[str]) -> Iterator[tuple
     yield from zip(rows.to_pylist(), _image_paths(records).filter(found).to_pylist(), strict=True)
 
 
+def _open_records(
+    json_path: str | Path, dataset_config: str | None, split: str
+) -> tuple[str, Callable[[], Iterator[Any]]]:
+    """Return a digest of what lies there, and what yields its records."""
+    path = Path(json_path)
+    if dataset_config and not has_configurations(path):
+        raise ValueError(f"dataset_config={dataset_config} is of no use for {json_path}: leave it out.")
+    if is_json_file(path):
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest(), partial(read_records, path)
+    dataset = _open_dataset(json_path, dataset_config, split)
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _digest(split, *map(str, files), str(states)), partial(_dataset_records, dataset, json_path)
+
+
+def is_json_file(path: Path) -> bool:
+    """
+    Whether a path is a file that is not Parquet, and so has to be JSON.
+
+    Raises:
+        `FileNotFoundError`: There is nothing of that name, and it is not one of a data set on the Hub either.
+    """
+    if not path.exists() and (
+        path.is_absolute() or len(path.parts) != 2 or path.suffix in (".json", ".jsonl", ".parquet")
+    ):
+        raise FileNotFoundError(
+            f"json_path={path} is not a file: name a JSON or Parquet file, a folder, or a data set on the Hub."
+        )
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) != b"PAR1"
+
+
+def has_configurations(path: Path) -> bool:
+    """Whether `datasets` loads what is there by configurations, as it does neither a file nor what it has saved."""
+    saved = (path / "state.json", path / "dataset_dict.json")
+    return not path.is_file() and not any(file.is_file() for file in saved)
+
+
+def _open_dataset(name: str | Path, config: str | None, split: str) -> Dataset:
+    path = Path(name)
+    try:
+        if path.is_file():
+            return load_dataset("parquet", data_files=str(path), split="train", keep_in_memory=False)
+        if has_configurations(path):
+            return load_dataset(str(name), config, split=split, keep_in_memory=False)
+        dataset = load_from_disk(str(path), keep_in_memory=False)
+        if isinstance(dataset, DatasetDict) and split not in dataset:
+            raise ValueError(f"it has the splits {sorted(dataset)}, but {split!r} is needed")
+        return dataset[split] if isinstance(dataset, DatasetDict) else dataset
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(
+            f"json_path={name} cannot be read by datasets with dataset_config={config} and split={split}: {error}"
+        ) from error
+
+
+def _dataset_records(dataset: Dataset, name: str | Path) -> Iterator[Any]:
+    samples, columns = undecoded_samples(dataset.to_iterable_dataset(), name)
+    for sample in samples:
+        yield sample_record(sample, columns)
+
+
+def undecoded_samples(samples: IterableDataset, source: Any) -> tuple[IterableDataset, list[str]]:
+    """
+    The samples of a data set of records with nothing decoded but JSON, and the columns of images or of lists of them.
+
+    Raises:
+        `ValueError`: No column can hold turns.
+    """
+    features = samples.features or {}
+    if not {*FORMS, "json"} & set(features):
+        raise ValueError(
+            f"The samples of {source} have the columns {sorted(features)}, but one of {list(FORMS)} (or json, a whole "
+            "record) and, for records about images, a column of images are needed."
+        )
+    columns = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature.feature if isinstance(feature, List) else feature, Image)
+    ]
+    # Not by `decode(False)`, which would leave JSON undecoded too
+    return samples.cast(Features({name: _undecoded(feature) for name, feature in features.items()})), columns
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    return replace(feature, decode=False) if isinstance(feature, Audio | Image | Video) else feature
+
+
+def sample_record(sample: dict[str, Any], columns: list[str]) -> Any:
+    """The record that a sample of a data set is, with the images of its `columns`, not decoded, as `images`."""
+    record = sample["json"] if "json" in sample else sample
+    if not columns or not isinstance(record, dict):
+        return record
+    values = [sample[name] for name in columns]
+    images = [image for value in values for image in (value if isinstance(value, list) else [value]) if image]
+    # Which images it names does not matter: they have come with it
+    return {
+        **{key: value for key, value in record.items() if key not in ("image", "images", *columns)},
+        "images": images,
+    }
+
+
 def read_records(json_path: str | Path) -> Iterator[Any]:
     """
-    Yield the records of a JSON list one by one, so that the file never lies in memory as a whole.
+    Yield the records of a JSON list, or of JSON lines, one by one, so that the file never lies in memory as a whole.
 
     Args:
         json_path (`str` or `Path`):
             JSON file in UTF-8.
 
     Yields:
-        The records, of whatever type they are.
+        The records, of whatever type they are; in the place of one in which an object has a key twice, a
+        [`~delta_llava.train.records.BadRecord`].
 
     Raises:
         `ValueError`: The file is not JSON, maybe after many a good record, or it is no list, or an empty one.
@@ -325,133 +485,74 @@ def read_records(json_path: str | Path) -> Iterator[Any]:
         with open(json_path, encoding="utf-8", newline="") as file:
             text = file.read(_CHARACTERS_PER_READ)
             start = _SPACE.match(text).end()
-            if not text.startswith("[", start):
+            if text.startswith("{", start):
+                yield from _decode_records(file, text, start, is_list=False)
+            elif not text.startswith("[", start):
                 found = type(json.loads(text + file.read())).__name__
             elif text.startswith("]", _SPACE.match(text, start + 1).end()):
                 found = "an empty list"
             else:
-                yield from _decode_list(file, text, start + 1)
+                yield from _decode_records(file, text, start + 1, is_list=True)
     except ValueError as error:
-        raise ValueError(f"{json_path} is not JSON ({error}). A JSON list of records in UTF-8 is needed.") from error
+        raise ValueError(f"{json_path} is not JSON ({error}). JSON records in UTF-8 are needed.") from error
     if found:
         raise ValueError(f"{json_path} holds {found}, where a JSON list of records is needed.")
 
 
-def _decode_list(file: TextIO, text: str, position: int) -> Iterator[Any]:
+def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> Iterator[Any]:
     # The standard library's decoder on a moving window: ijson is made for this, but its C parser turns half a surrogate
     # pair into "?" without a word
-    decoder, index, delimiter = json.JSONDecoder(), 0, ","
-    while delimiter == ",":
+    repeated_keys = []
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated_keys.append(next(key for key in keys if keys.count(key) > 1))
+        return found
+
+    decoder, index = json.JSONDecoder(object_pairs_hook=to_object), 0
+    while True:
+        repeated_keys.clear()
+        is_complete = False
         try:
             record, end = decoder.raw_decode(text, _SPACE.match(text, position).end())
             end = _SPACE.match(text, end).end()
-            fault = "the file ends before the list does" if end == len(text) else None
+            is_complete, fault = True, "the file ends before the list does" if end == len(text) else None
         except json.JSONDecodeError as error:
             fault = f"{error.msg} at {text[error.pos : error.pos + 40]!r}"
+        except RecursionError:
+            raise ValueError(f"record {index}: it is nested too deeply") from None
+        except ValueError as error:  # a number of too many digits
+            raise ValueError(f"record {index}: {error}") from None
         if fault:  # or the record goes on in what is not yet read
             length = len(text) - position
             more = file.read(max(length, _CHARACTERS_PER_READ)) if length < _MAX_CHARACTERS_PER_RECORD else ""
-            if not more:
+            if more:
+                text, position = text[position:] + more, 0
+                continue
+            if is_list or not is_complete:
                 raise ValueError(f"record {index}: {fault}")
-            text, position = text[position:] + more, 0
-            continue
-        delimiter = text[end]
-        if delimiter not in ",]":
-            raise ValueError(
-                f"record {index} is followed by {text[end : end + 40]!r}, not by a comma or the list's end"
-            )
-        yield record
-        index, position = index + 1, end + 1
+        delimiter = text[end : end + 1]
+        if delimiter not in ((",", "]") if is_list else ("{", "")):
+            expected = "by a comma or the list's end" if is_list else "by an object"
+            raise ValueError(f"record {index} is followed by {text[end : end + 40]!r}, not {expected}")
+        yield BadRecord(f"an object has the key {short(repeated_keys[0])} twice") if repeated_keys else record
+        index, position = index + 1, end + is_list
+        if delimiter in ("]", ""):
+            break
     if extra := (text[position:] + file.read()).strip():
         raise ValueError(f"the list is followed by {extra[:40]!r}")
 
 
-def parse_record(record: Any, require_images: bool = False) -> tuple[list[str], list[dict]]:
-    """
-    Check one record of LLaVA's training data and turn it into a chat. No file is looked at.
-
-    Args:
-        record (`dict`):
-            `{id, image?, conversations: [{from: human|gpt, value}]}`, as described for [`load_llava_json`].
-        require_images (`bool`, *optional*, defaults to `False`):
-            Whether a record without an image is bad.
-
-    Returns:
-        `tuple[list[str], list[dict]]`: The images as the record names them, and the messages, whose contents are lists
-        of `{"type": "image", "text": None}` and `{"type": "text", "text": …}`.
-
-    Raises:
-        [`BadRecord`]: The record cannot be trained on; its `kind` and its text say why.
-    """
-    if not isinstance(record, dict):
-        raise BadRecord(f"the record is a {type(record).__name__}, not an object with id and conversations")
-    if not isinstance(record.get("id"), str | int):
-        raise BadRecord(f"id is {record.get('id')!r}, not a string or a number")
-
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise BadRecord(f"image is {record['image']!r}, not a path or a list of paths")
-    if require_images and not images:
-        raise BadRecord("the record has no image, and this stage trains the projector alone", "no_image")
-    for image in images:
-        if not _is_utf8(image):
-            raise BadRecord(f"image {image!r} holds half of a surrogate pair, which UTF-8 cannot write", "text", image)
-
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRecord("conversations is not a list of {from, value} objects", "turns")
-    speakers = [turn.get("from") for turn in turns]
-    dialogue = speakers[1:] if speakers[:1] == ["system"] else speakers
-    if not dialogue or dialogue != ["human", "gpt"] * (len(dialogue) // 2):
-        raise BadRecord(f"the turns are from {speakers}: they must alternate, human first and gpt last", "turns")
-
-    messages, num_markers = [], 0
-    for number, turn in enumerate(turns):
-        value = turn.get("value")
-        if not isinstance(value, str) or not value.strip():
-            raise BadRecord(f"turn {number} has the value {value!r}, not a text", "turns")
-        if not _is_utf8(value):
-            raise BadRecord(f"turn {number} holds half of a surrogate pair, which UTF-8 cannot write", "text")
-        first, *others = value.strip().split(IMAGE_MARKER)
-        if others and turn["from"] != "human":
-            reason = f"turn {number} from {turn['from']} contains {IMAGE_MARKER}: only human turns may"
-            raise BadRecord(reason, "marker_in_answer")
-        num_markers += len(others)
-        if len(others) == 1:
-            # As LLaVA trains: the one image of a turn comes before its text
-            first, others = "", [f"{first}{others[0]}".strip()]
-        content = [{"type": "text", "text": first}] if first else []
-        for text in others:
-            content.append({"type": "image", "text": None})
-            # LLaVA writes "<image>\n"; the chat template brings this line break itself
-            if text := text.removeprefix("\n"):
-                content.append({"type": "text", "text": text})
-        messages.append({"role": ROLES[turn["from"]], "content": content})
-    if num_markers != len(images):
-        raise BadRecord(
-            f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images",
-            "marker_missing" if num_markers < len(images) else "marker_surplus",
-        )
-    return images, messages
-
-
-def _is_utf8(text: str) -> bool:
-    return text == text.encode(errors="ignore").decode()
-
-
-def _moves_marker(turn: dict[str, str]) -> bool:
-    return turn["value"].count(IMAGE_MARKER) == 1 and not turn["value"].lstrip().startswith(IMAGE_MARKER)
-
-
-def _cache_records(json_path: Path, root: str, require_images: bool, folder: Path):
+def _cache_records(read: Callable[[], Iterator[Any]], root: str | None, parse: Callable[[Any], Chat], folder: Path):
     # The lock spares the other processes of a start the work. Where the file system has none, whoever is first wins.
     with FileLock(f"{folder}.lock"), TemporaryDirectory(dir=folder.parent) as unfinished:
         if folder.is_dir():
             return
         new_folder = Path(unfinished, "records")
         new_folder.mkdir()
-        _write_records(json_path, root, require_images, new_folder)
+        _write_records(read, root, parse, new_folder)
         try:
             new_folder.rename(folder)
         except OSError:
@@ -459,30 +560,52 @@ def _cache_records(json_path: Path, root: str, require_images: bool, folder: Pat
                 raise
 
 
-def _write_records(json_path: Path, root: str, require_images: bool, folder: Path):
-    schema, rows = RECORD_FEATURES.arrow_schema, []
+def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: Callable[[Any], Chat], folder: Path):
+    schema, rows, num_bytes = RECORD_FEATURES.arrow_schema, [], 0
     with (
         pa.ipc.new_stream(str(folder / "records.arrow"), schema) as writer,
         open(folder / "bad_records.jsonl", "w", encoding="utf-8") as bad_records,
+        TemporaryDirectory() as scratch,
     ):
-        for index, record in enumerate(tqdm(read_records(json_path), desc="Reading records", unit=" records")):
+        for index, record in enumerate(tqdm(read(), desc="Reading records", unit=" records")):
+            record_id = record.get("id") if isinstance(record, dict) else None
             try:
-                images, messages = parse_record(record, require_images)
+                chat = parse(record)
+                images, notes = [], list(chat.notes)
+                for number, image in enumerate(chat.images):
+                    if isinstance(image, str):
+                        images.append({"path": _path_in_folder(image, root)})
+                    else:
+                        images.append(image)
+                        notes += _check_embedded_image(image, number, scratch)
             except BadRecord as error:
-                record_id = record.get("id") if isinstance(record, dict) else None
+                if not isinstance(record_id, str | int | float | None):
+                    record_id = short(record_id)
                 line = {"index": index, "id": record_id, "file": error.file, "kind": error.kind, "reason": str(error)}
                 bad_records.write(json.dumps(line) + "\n")
                 continue
-            rows.append(
-                {
-                    "index": index,
-                    "id": json.dumps(record["id"]),
-                    "marker_moved": any(map(_moves_marker, record["conversations"])),
-                    "images": [{"path": os.path.join(root, image)} for image in images],
-                    "messages": messages,
-                }
-            )
-            if len(rows) == _ROWS_PER_BATCH:
+            row = {"messages": chat.messages, "loss": chat.loss, "images": images, "notes": notes}
+            rows.append({"index": index, "id": json.dumps(record_id), **row})
+            num_bytes += sum(len(image.get("bytes", "")) for image in images)
+            if len(rows) == _ROWS_PER_BATCH or num_bytes > _BYTES_PER_BATCH:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-                rows = []
+                rows, num_bytes = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
+
+
+def _path_in_folder(name: str, root: str | None) -> str:
+    if root is None:
+        raise BadRecord(f"image {name} is a file, but no image_folder is named that it lies in", "missing", name)
+    return os.path.join(root, name)
+
+
+def _check_embedded_image(image: dict[str, Any], number: int, scratch: str) -> list[dict[str, str]]:
+    """Check an image that a record carries as a file is checked, in a file; return what is noted about it."""
+    name = image["path"] or f"number {number}"
+    suffix = os.path.splitext(name)[1].lower()
+    file = Path(scratch, f"image{suffix if suffix in PIL.Image.registered_extensions() else ''}")
+    file.write_bytes(image["bytes"])
+    found = decode_image(str(file))
+    if fault := found["fault"]:
+        raise BadRecord(f"image {name} cannot be read: {fault['reason']}", fault["kind"], name)
+    return [{**note, "reason": f"image {name}: {note['reason']}"} for note in found["notes"]]

@@ -14,19 +14,31 @@ On one device `python -m delta_llava.train.finetune` does. One checkpoint for se
 `--num_visual_tokens 1 4 16 36 64 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
 from transformers import LlavaImageProcessor
+from trl import ModelConfig, SFTConfig
 
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
-from .recipe import check_recipe, load_model, load_rows, lora_config, parse_recipe
+from .recipe import ScriptArguments, check_recipe, load_model, load_rows, lora_config, parse_recipe
 from .record import Record
+from .runs import configured_run, sole_run
 from .trainer import DeltaLlavaTrainer
 
 
 def main(arguments: list[str] | None = None):
     script_args, training_args, model_args, recipe = parse_recipe(arguments)
-    config, checkpoint = check_recipe(script_args, training_args, model_args)
+    with nullcontext() if script_args.dry_run else sole_run(training_args):
+        train(script_args, training_args, model_args, recipe)
+
+
+def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]):
+    """The stage, once its arguments are read."""
+    config, checkpoint = check_recipe(script_args, training_args, model_args, recipe)
     training_args.assistant_only_loss = True  # as the collator does; TRL then checks the template's end of turn
 
     ################
@@ -37,6 +49,8 @@ def main(arguments: list[str] | None = None):
         revision=model_args.model_revision,
     )
     processor.num_visual_tokens = config.num_visual_tokens
+    if training_args.chat_template_path:
+        processor.chat_template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
     image_size = config.vision_config.image_size
     processor.image_processor = LlavaImageProcessor(
@@ -48,6 +62,17 @@ def main(arguments: list[str] | None = None):
     )
     collator = Collator(processor, training_args.max_length)
     rows, held_out = load_rows(script_args, training_args, processor, config)
+
+    run = configured_run(
+        "finetune",
+        recipe,
+        script_args,
+        training_args,
+        model_args,
+        config.visual_token_budgets,
+        rows,
+        checkpoint,
+    )
 
     ################
     # Model
@@ -67,7 +92,7 @@ def main(arguments: list[str] | None = None):
     # Training
     ################
     num_rows = None if script_args.stream else len(rows)
-    record = Record("finetune", recipe, num_rows, model_args.model_name_or_path, model_args.model_revision)
+    record = Record("finetune", run, num_rows, model_args.model_name_or_path, model_args.model_revision)
     trainer = DeltaLlavaTrainer(
         model=model,
         args=training_args,
@@ -78,7 +103,7 @@ def main(arguments: list[str] | None = None):
         projector_learning_rate=script_args.projector_learning_rate,
         branch_learning_rate=script_args.branch_learning_rate,
         skip_bad_records=script_args.skip_bad_records,
-        callbacks=[record],
+        record=record,
         peft_config=adapters,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -232,10 +232,10 @@ def num_cores() -> int:
 
 
 def _decode_task(paths: list[str]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([_decode_image(path) for path in paths], IMAGE_SCHEMA)
+    return pa.RecordBatch.from_pylist([decode_image(path) for path in paths], IMAGE_SCHEMA)
 
 
-def _decode_image(path: str) -> dict[str, Any]:
+def decode_image(path: str) -> dict[str, Any]:
     """Open an image as training does; a row of `IMAGE_SCHEMA` tells what it found."""
     size, mtime_ns, fault, notes = -1, -1, None, []
     try:

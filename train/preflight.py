@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import groupby, islice
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from trl import ModelConfig, SFTConfig
@@ -13,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 from ..costs import training_flops, training_memory
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import BudgetedRows, BudgetSampler, Collator, fit_rows
+from .records import name_keys
 
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
@@ -48,7 +50,8 @@ def report(
     trained = _print_parameters(model)
 
     if isinstance(rows, IterableDataset):
-        sample = Dataset.from_list(list(islice(rows.remove_columns("id"), NUM_SAMPLES)))
+        rows = rows.remove_columns("id")
+        sample = Dataset.from_list(list(islice(rows, NUM_SAMPLES)), features=rows.features)
         rows = fit_rows(sample, collator.processor, max(config.visual_token_budgets), None, collator.chat_template)
         print(f"\nThe stream's first {len(rows)} rows stand for all.")
     sizes = rows.select_columns(["num_tokens", "num_images"]).with_format("numpy")[:]
@@ -58,6 +61,7 @@ def report(
         f"\n{len(rows):,} rows, {num_images.sum():,} images, {(num_images == 0).sum():,} rows without one;"
         f" {text_tokens.mean():.0f} tokens of text a row, {text_tokens.max():,} at most."
     )
+    _print_ignored_keys(rows)
     label_share = _label_share(rows, collator, max(config.visual_token_budgets))
 
     rows_per_gpu, world_size = training_args.per_device_train_batch_size, training_args.world_size
@@ -67,16 +71,26 @@ def report(
         rows,
         rows_per_gpu * world_size,
         config.visual_token_budgets,
-        training_args.seed,
+        training_args.seed if training_args.data_seed is None else training_args.data_seed,
         group=training_args.train_sampling_strategy == "group_by_length",
     )
     num_steps = training_args.max_steps
     if num_steps <= 0:
-        num_steps = math.ceil(training_args.num_train_epochs * math.ceil(len(sampler) / rows_per_step))
+        # accelerate fills up the last batch of all processes, or drops it
+        rounded = math.floor if training_args.dataloader_drop_last else math.ceil
+        num_batches = rounded(len(sampler) / (rows_per_gpu * world_size))
+        num_steps = math.ceil(training_args.num_train_epochs * max(math.ceil(num_batches / accumulated), 1))
     print(
         f"{num_steps:,} steps of {rows_per_step} rows: {rows_per_gpu} on each of {world_size} processes, {accumulated}"
         " accumulated."
     )
+    if sampler.num_repeated:
+        print(f"In an epoch, {sampler.num_repeated:,} rows occur twice, to fill the last batch of a group.")
+    if sampler.num_mixed:
+        print(
+            f"Rows with and without images share batches: the {sampler.num_mixed:,} rows of one kind would not fill "
+            f"half of a batch of {rows_per_gpu * world_size}."
+        )
 
     sharding = _sharding(training_args)
     cost = {
@@ -119,6 +133,8 @@ def report(
             f" {sum(flops.values()) * world_size * accumulated / 1e12:,.4g} | {memory['total'] / 2**30:,.3g} |"
         )
     print("The memory is computed, for the longest batch; context, fragmentation and NCCL come on top.")
+    if model_args.load_in_8bit:
+        print("It counts 16 bits for each weight: load_in_8bit takes less.")
     _print_sample(rows, collator, max(config.visual_token_budgets))
     print("\nDry run: nothing was trained, nothing was saved.")
 
@@ -139,10 +155,19 @@ def _print_parameters(model) -> set[str]:
     return {part for part in PARTS if trained[part]}
 
 
+def _print_ignored_keys(rows: Dataset):
+    notes = rows.select_columns("notes").with_format("arrow")[:]["notes"]
+    notes = pc.list_flatten(notes)
+    ignored = pc.struct_field(notes, "reason").filter(pc.equal(pc.struct_field(notes, "kind"), "ignored_key"))
+    counts = Counter({line["values"]: line["counts"] for line in pc.value_counts(ignored).to_pylist()})
+    if counts:
+        print(f"Keys of records that nothing here reads, and how many have them: {name_keys(counts)}.")
+
+
 def _sharding(training_args: SFTConfig) -> str:
     if training_args.deepspeed_plugin is not None:
         return f"zero{training_args.deepspeed_plugin.zero_stage}"
-    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
+    return "fsdp2" if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else "ddp"
 
 
 def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:

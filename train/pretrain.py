@@ -16,13 +16,18 @@ Several GPUs: `accelerate launch -m delta_llava.train.pretrain` with the same ar
 token budgets: `--num_visual_tokens 1 4 16 36 64 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+from trl import ModelConfig, SFTConfig
 
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
-from .recipe import check_recipe, load_model, load_rows, parse_recipe
+from .recipe import ScriptArguments, check_recipe, load_model, load_rows, parse_recipe
 from .record import Record
+from .runs import configured_run, sole_run
 from .trainer import DeltaLlavaTrainer
 
 
@@ -31,9 +36,16 @@ PLAIN_TEMPLATE = Path(__file__).parents[1] / "templates" / "plain.jinja"
 
 def main(arguments: list[str] | None = None):
     script_args, training_args, model_args, recipe = parse_recipe(arguments)
-    config, checkpoint = check_recipe(script_args, training_args, model_args)
-    if model_args.use_peft:
-        raise ValueError("use_peft has no place in stage 1, which trains the projector alone.")
+    with nullcontext() if script_args.dry_run else sole_run(training_args):
+        train(script_args, training_args, model_args, recipe)
+
+
+def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]):
+    """The stage, once its arguments are read."""
+    config, checkpoint = check_recipe(script_args, training_args, model_args, recipe)
+    for name in ("use_peft", "chat_template_path"):
+        if recipe.get(name):
+            raise ValueError(f"{name} has no place in stage 1, which trains the projector alone, on bare captions.")
 
     ################
     # Dataset
@@ -46,7 +58,18 @@ def main(arguments: list[str] | None = None):
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
     collator = Collator(processor, training_args.max_length, template)
-    rows, held_out = load_rows(script_args, training_args, processor, config, template, require_images=True)
+    rows, held_out = load_rows(script_args, training_args, processor, config, template, is_stage_1=True)
+
+    run = configured_run(
+        "pretrain",
+        recipe,
+        script_args,
+        training_args,
+        model_args,
+        config.visual_token_budgets,
+        rows,
+        checkpoint,
+    )
 
     ################
     # Model
@@ -62,7 +85,7 @@ def main(arguments: list[str] | None = None):
     # Training
     ################
     num_rows = None if script_args.stream else len(rows)
-    record = Record("pretrain", recipe, num_rows, model_args.model_name_or_path, model_args.model_revision)
+    record = Record("pretrain", run, num_rows, model_args.model_name_or_path, model_args.model_revision)
     trainer = DeltaLlavaTrainer(
         model=model,
         args=training_args,
@@ -73,7 +96,7 @@ def main(arguments: list[str] | None = None):
         projector_learning_rate=script_args.projector_learning_rate,
         branch_learning_rate=script_args.branch_learning_rate,
         skip_bad_records=script_args.skip_bad_records,
-        callbacks=[record],
+        record=record,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

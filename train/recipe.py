@@ -1,7 +1,7 @@
 """What a recipe says: the arguments of both stages, the checks of them, and the rows and the model that they name."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,44 @@ from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
-from .data import FEATURES, load_llava_json
-from .trainer import is_complete, latest_checkpoint
+from .data import check_llava_json, has_configurations, stop_at_bad_records
+from .record import check_output_dir
+from .runs import checkpoint_to_resume
 
 
 logger = logging.get_logger(__name__)
+
+# Options of TRL's that nothing here would heed, and why
+_WITHOUT_EFFECT = {
+    "rows are LLaVA's records, read, cut and batched here": (
+        "dataset_text_field dataset_kwargs dataset_num_proc shuffle_dataset truncation_mode packing_strategy "
+        "eval_packing completion_only_loss remove_unused_columns label_names length_column_name "
+        "dataloader_multiprocessing_context dataloader_in_order"
+    ),
+    "the checkpoint and this package's own classes decide it": (
+        "eos_token pad_token model_init_kwargs trust_remote_code use_cache lora_task_type"
+    ),
+    "each budget has a loss, there is no other metric, and the result is the last step's; any checkpoint-N is a model, "
+    "too, or an adapter that merge_adapter takes": (
+        "load_best_model_at_end metric_for_best_model greater_is_better prediction_loss_only include_for_metrics "
+        "batch_eval_metrics eval_do_concat_batches eval_use_gather_object eval_accumulation_steps bf16_full_eval "
+        "fp16_full_eval do_predict"
+    ),
+    "SIGTERM ends a run after a checkpoint anyway": "enable_jit_checkpoint restore_callback_states_from_checkpoint",
+    "there are no such kernels for this model": "use_liger_kernel liger_kernel_config",
+    "a result is published by `python -m delta_llava.hub.push --checkpoint OUTPUT_DIR --repo_id ORG/NAME`": (
+        "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"
+    ),
+}
+# Options that only another one gives a meaning
+_PARTS = {
+    "use_peft": (
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora "
+        "use_dora"
+    ),
+    "load_in_4bit": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+    "eval_strategy": "do_eval eval_steps eval_delay eval_on_start",
+}
 
 
 @dataclass
@@ -32,12 +65,17 @@ class ScriptArguments:
 
     Args:
         json_path (`str`, *optional*):
-            LLaVA's JSON file.
+            LLaVA's JSON file, or what else [`~delta_llava.train.data.load_llava_json`] reads.
         image_folder (`str`, *optional*):
-            Folder that the images of `json_path` lie in.
+            Folder that the images of `json_path` lie in, unless it carries them.
         stream (`str`, *optional*):
             Instead of both: Hub repository, or folder of Parquet files or WebDataset's tar files, to stream records and
             images from. Then `max_steps` tells how long to train.
+        dataset_config (`str`, *optional*):
+            Configuration of a data set that has several, whose split `train` is read.
+        eval_json_path (`str`, *optional*):
+            Rows for the validation loss, of any kind that `json_path` may be, over the same `image_folder`; of a data
+            set, its split `validation`.
         num_visual_tokens (`list[int]`, *optional*, defaults to the `visual_token_budgets` of the model):
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
@@ -49,17 +87,26 @@ class ScriptArguments:
         branch_learning_rate (`float`, *optional*, defaults to `projector_learning_rate`):
             Peak learning rate of a `residual` projector's branch and gate: of all of it but LLaVA-1.5's MLP.
         num_eval_rows (`int`, *optional*, defaults to 0):
-            Rows with images held out of training for the validation loss, which `eval_strategy` and `eval_steps` time.
-            Of a stream, the first ones of its split `validation`.
+            Instead: rows with images held out of training, or of a stream, the first ones of its split `validation`.
+            `eval_strategy` and `eval_steps` say when the validation loss is computed.
+        allow_changes (`bool`, *optional*, defaults to `False`):
+            Go on from a checkpoint with other data, budgets, batches, rates or other settings than it was trained with.
+            The record of the result names the change.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything, tell what the run would cost, show one sample with its labels, and train nothing. To be
             given on the command line.
     """
 
-    json_path: str | None = field(default=None, metadata={"help": "LLaVA's JSON file."})
+    json_path: str | None = field(
+        default=None, metadata={"help": "JSON list or lines, Parquet file, folder or data set of the Hub."}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "Folder of the JSON file's images."})
     stream: str | None = field(
         default=None, metadata={"help": "Instead of both: Hub repository or folder of shards to stream."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set that has several."})
+    eval_json_path: str | None = field(
+        default=None, metadata={"help": "Rows for the validation loss of each budget; of a data set, its validation."}
     )
     num_visual_tokens: list[int] | None = field(
         default=None,
@@ -77,7 +124,10 @@ class ScriptArguments:
         metadata={"help": "Peak learning rate of a residual projector but its MLP. Default: projector_learning_rate."},
     )
     num_eval_rows: int = field(
-        default=0, metadata={"help": "Rows with images held out for the validation loss of each budget."}
+        default=0, metadata={"help": "Instead, rows with images held out for the validation loss of each budget."}
+    )
+    allow_changes: bool = field(
+        default=False, metadata={"help": "Resume with other settings than the checkpoint was trained with."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, tell the costs, train nothing."})
 
@@ -107,7 +157,7 @@ def parse_recipe(
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig), allow_abbrev=False)
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     values = {**training_args.to_dict(), **asdict(model_args), **asdict(script_args)}
-    private = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name"}
+    private = {"hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name", "allow_changes"}
     recipe = {name: _readable(values[name]) for name in sorted(named & values.keys() - private)}
     return script_args, training_args, model_args, recipe
 
@@ -127,23 +177,25 @@ def _readable(value: Any) -> Any:
 
 
 def check_recipe(
-    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]
 ) -> tuple[DeltaLlavaConfig, str | None]:
     """
     Check what can be checked of a recipe before data and weights are loaded.
 
     Args:
-        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`):
-            The recipe.
+        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`), recipe (`dict`):
+            What [`parse_recipe`] returns.
 
     Returns:
         `tuple[DeltaLlavaConfig, str | None]`: The model's configuration with the budgets that are to be trained, and
         the checkpoint to resume from, if that was asked for.
 
     Raises:
-        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from, or
-            options are missing, exclude each other or cannot be had with images.
+        `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from,
+            `output_dir` holds what a run would replace, or options are missing, exclude each other, would have no
+            effect or cannot be had with images.
     """
+    _check_options(training_args, model_args, recipe)
     strategy = training_args.train_sampling_strategy
     if training_args.packing or training_args.padding_free or training_args.pad_to_multiple_of:
         raise ValueError(
@@ -161,8 +213,8 @@ def check_recipe(
         )
     if model.is_dir() and model.resolve() == Path(training_args.output_dir).resolve():
         raise ValueError(f"output_dir={training_args.output_dir} holds the model to start from: name another folder.")
-    if bool(script_args.stream) == bool(script_args.json_path) or bool(script_args.json_path) != bool(
-        script_args.image_folder
+    if bool(script_args.stream) == bool(script_args.json_path) or (
+        script_args.stream and script_args.image_folder and not script_args.eval_json_path
     ):
         raise ValueError(
             f"json_path={script_args.json_path}, image_folder={script_args.image_folder} and stream="
@@ -172,10 +224,15 @@ def check_recipe(
         raise ValueError("stream needs max_steps: a stream does not tell how many rows it has.")
     if script_args.stream and strategy == "group_by_length":
         logger.warning("Streamed rows come as they come: train_sampling_strategy=group_by_length has no effect.")
-    if bool(script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
+    if script_args.eval_json_path and script_args.num_eval_rows:
         raise ValueError(
-            f"num_eval_rows={script_args.num_eval_rows} and eval_strategy={training_args.eval_strategy.value}: one "
-            "says what to hold out for the validation loss, the other when to compute it; give both or neither."
+            f"eval_json_path={script_args.eval_json_path} and num_eval_rows={script_args.num_eval_rows}: name one."
+        )
+    if bool(script_args.eval_json_path or script_args.num_eval_rows) != (training_args.eval_strategy != "no"):
+        raise ValueError(
+            f"eval_json_path={script_args.eval_json_path}, num_eval_rows={script_args.num_eval_rows} and eval_strategy="
+            f"{training_args.eval_strategy.value}: one of the first two says what the validation loss is computed of, "
+            "the last when; give both or neither."
         )
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit need use_peft: quantized weights cannot be trained themselves.")
@@ -191,31 +248,40 @@ def check_recipe(
     config.visual_token_budgets = budgets
     if config.num_visual_tokens not in budgets:
         config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
-    return config, _checkpoint_to_resume(training_args)
+    check_output_dir(training_args.output_dir)
+    return config, checkpoint_to_resume(training_args)
 
 
-def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
-    asked = str(training_args.resume_from_checkpoint)
-    if asked.lower() in ("none", "false"):
-        if checkpoint := latest_checkpoint(training_args):
-            raise ValueError(
-                f"output_dir={training_args.output_dir} holds {Path(checkpoint).name} of an earlier run, which a new "
-                "one would delete. Go on from it by --resume_from_checkpoint latest, or name another folder."
-            )
-        return None
-    if asked.lower() not in ("latest", "true"):
-        if not is_complete(Path(asked), training_args.world_size):
-            raise ValueError(
-                f"resume_from_checkpoint={asked} is not a complete checkpoint of {training_args.world_size} processes. "
-                f"Name another, or 'latest' for the newest complete one in {training_args.output_dir}."
-            )
-        return asked
-    if checkpoint := latest_checkpoint(training_args):
-        return checkpoint
-    raise ValueError(
-        f"resume_from_checkpoint={asked}, but {training_args.output_dir} holds no complete checkpoint of "
-        f"{training_args.world_size} processes. Leave resume_from_checkpoint out to start from the beginning."
-    )
+def _check_options(training_args: SFTConfig, model_args: ModelConfig, recipe: dict[str, Any]):
+    defaults = {
+        option.name: option.default_factory() if option.default is MISSING else option.default
+        for option in (*fields(SFTConfig), *fields(ModelConfig))
+        if option.name in recipe
+    }
+    named = {name: recipe[name] for name, default in defaults.items() if recipe[name] != _readable(default)}
+    for reason, options in _WITHOUT_EFFECT.items():
+        for name in options.split():
+            if name in named:
+                raise ValueError(f"{name}={named[name]} would have no effect: {reason}. Leave it out.")
+    for whole, options in _PARTS.items():
+        is_on = training_args.eval_strategy != "no" if whole == "eval_strategy" else getattr(model_args, whole)
+        for name in options.split():
+            if name in named and not is_on:
+                raise ValueError(f"{name}={named[name]} has no effect without {whole}: give both or neither.")
+    dtype = "bfloat16" if training_args.bf16 else "float16" if training_args.fp16 else "float32"
+    if recipe.get("dtype", dtype) != dtype:
+        raise ValueError(f"dtype={recipe['dtype']}, but bf16 and fp16 decide it: {dtype}. Leave dtype out.")
+    if recipe.get("assistant_only_loss") is False or recipe.get("do_train") is False:
+        raise ValueError("A run trains, and on answers alone: leave do_train=False and assistant_only_loss=False out.")
+    if training_args.save_strategy == "best" or training_args.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise ValueError(
+            f"save_strategy={training_args.save_strategy.value} and lr_scheduler_type="
+            f"{training_args.lr_scheduler_type.value}: 'best' and 'reduce_lr_on_plateau' need one metric, but each "
+            "budget has a loss of its own."
+        )
+    template = training_args.chat_template_path
+    if template and not (template.endswith((".jinja", ".j2")) and Path(template).is_file()):
+        raise ValueError(f"chat_template_path={template} must be a file .jinja or .j2.")
 
 
 def load_rows(
@@ -224,7 +290,7 @@ def load_rows(
     processor: ProcessorMixin,
     config: DeltaLlavaConfig,
     chat_template: str | None = None,
-    require_images: bool = False,
+    is_stage_1: bool = False,
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
     Rows to train on and rows held out, as the recipe names them.
@@ -233,13 +299,15 @@ def load_rows(
         script_args (`ScriptArguments`), training_args (`SFTConfig`): The recipe.
         processor ([`DeltaLlavaProcessor`]), chat_template (`str`, *optional*): As the collator has them.
         config ([`DeltaLlavaConfig`]): With the budgets that are to be trained.
-        require_images (`bool`, *optional*, defaults to `False`): Whether a record without an image is bad.
+        is_stage_1 (`bool`, *optional*, defaults to `False`): Whether every record must have an image, one question and
+            one answer.
 
     Returns:
         `tuple[Dataset | IterableDataset, Dataset | None]`: What [`DeltaLlavaTrainer`] takes.
 
     Raises:
-        `ValueError`: A record is bad, no row fits into `max_length`, or fewer rows are there than are to be held out.
+        `ValueError`: A record is bad, no row fits into `max_length`, fewer rows are there than are to be held out, or
+            none of `eval_json_path` has an image.
     """
     fitting = {
         "processor": processor,
@@ -247,13 +315,49 @@ def load_rows(
         "max_length": training_args.max_length,
         "chat_template": chat_template,
     }
-    num_eval_rows = script_args.num_eval_rows
+    num_eval_rows, output_dir = script_args.num_eval_rows, Path(training_args.output_dir)
+    config_name, skip_bad_records = script_args.dataset_config, script_args.skip_bad_records
+
+    def load(json_path: str, config_name: str | None, split: str, report: str) -> Dataset:
+        # One process of a machine checks and measures, and the others then find what it has cached
+        with training_args.main_process_first(local=True, desc="loading the data"):
+            check = check_llava_json(
+                json_path,
+                script_args.image_folder,
+                require_images=is_stage_1,
+                one_answer=is_stage_1,
+                follow_links=script_args.follow_links,
+                dataset_config=config_name,
+                split=split,
+            )
+            stop_at_bad_records(check, json_path, output_dir / report, skip_bad_records)
+            return fit_rows(check.dataset(with_notes=True), **fitting)
+
+    held_out = None
+    if eval_json_path := script_args.eval_json_path:
+        eval_config = config_name if has_configurations(Path(eval_json_path)) else None
+        held_out = load(eval_json_path, eval_config, "validation", "bad_eval_records.jsonl")
+        has_image = held_out.with_format("numpy")["num_images"][:] > 0
+        if not has_image.all():
+            logger.warning(
+                f"{(~has_image).sum()} of the {len(held_out)} rows in {eval_json_path} have no image and are left out "
+                "of validation: they would say the same at every budget."
+            )
+            held_out = held_out.select(np.flatnonzero(has_image))
+        if not len(held_out):
+            raise ValueError(f"eval_json_path={eval_json_path} has no row with an image.")
     if script_args.stream:
-        reading = {**fitting, "require_images": require_images, "skip_bad_records": script_args.skip_bad_records}
-        rows = stream_rows(script_args.stream, "train", **reading)
+        reading = {
+            "require_images": is_stage_1,
+            "one_answer": is_stage_1,
+            "skip_bad_records": skip_bad_records,
+            "dataset_config": config_name,
+        }
+        rows = stream_rows(script_args.stream, "train", **fitting, **reading)
         if not num_eval_rows:
-            return rows, None
-        held_out = stream_rows(script_args.stream, "validation", **reading).remove_columns("id")
+            return rows, held_out
+        held_out = stream_rows(script_args.stream, "validation", **fitting, **reading).remove_columns("id")
+        features = held_out.features
         held_out = held_out.filter(lambda row: row["images"]).take(num_eval_rows)
         held_out = list(held_out)
         if len(held_out) < num_eval_rows:
@@ -261,21 +365,11 @@ def load_rows(
                 f"num_eval_rows={num_eval_rows}, but the split validation of {script_args.stream} has {len(held_out)} "
                 "rows with images."
             )
-        return rows, fit_rows(Dataset.from_list(held_out, features=FEATURES), **fitting)
+        return rows, fit_rows(Dataset.from_list(held_out, features=features), **fitting)
 
-    # One process of a machine checks and measures, and the others then find what it has cached
-    with training_args.main_process_first(local=True, desc="loading the data"):
-        dataset = load_llava_json(
-            script_args.json_path,
-            script_args.image_folder,
-            bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
-            skip_bad_records=script_args.skip_bad_records,
-            follow_links=script_args.follow_links,
-            require_images=require_images,
-        )
-        dataset = fit_rows(dataset, **fitting)
+    dataset = load(script_args.json_path, config_name, "train", "bad_records.jsonl")
     if not num_eval_rows:
-        return dataset, None
+        return dataset, held_out
     # Rows without images would say the same at every budget
     candidates = np.flatnonzero(dataset.with_format("numpy")["num_images"][:])
     if num_eval_rows >= len(candidates):

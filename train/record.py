@@ -2,20 +2,54 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 FOLDER = "training"
+MARK = "# Written by delta_llava.train"
+# What a run writes into the folder, or copies into it from the model's
+OURS = re.compile(r"sources\.yaml|(pretrain|finetune)(-\d+)?\.(yaml|json|png)")
+# What a result is made of, a whole model or an adapter
+RESULT = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+RESULT += (
+    "tokenizer.json",
+    "chat_template.jinja",
+    *(f"{part}_config.json" for part in ("generation", "processor", "tokenizer")),
+)
+RESULT += ("config.json", "adapter_config.json", "trained_config.json")
 PACKAGES = ("delta-llava", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+def check_output_dir(output_dir: str | Path):
+    """
+    Refuse a folder that holds what a run would replace, unless a run has written it.
+
+    Raises:
+        `ValueError`: With the files that are in the way.
+    """
+    output_dir = Path(output_dir)
+    folder = output_dir / FOLDER
+    records = [path for path in folder.glob("*") if OURS.fullmatch(path.name)]
+    recipes = (path for path in records if path.suffix == ".yaml" and path.is_file())
+    if any(path.read_bytes().startswith(MARK.encode()) for path in recipes):
+        return
+    records += [path for pattern in RESULT for path in output_dir.glob(pattern)]
+    if records:
+        names = ", ".join(sorted({path.relative_to(output_dir).as_posix() for path in records}))
+        raise ValueError(
+            f"output_dir={output_dir} holds {names}, which no run has written and this one would replace: name another "
+            "folder."
+        )
 
 
 class Record(TrainerCallback):
@@ -24,11 +58,11 @@ class Record(TrainerCallback):
     saved, `pretrain.json` (the log) into `training/` of the output folder, or the same of `finetune`.
 
     What the model's own folder holds from earlier stages is copied beside them. A stage that it has seen already gets a
-    number: `finetune-2.yaml`. A resumed run keeps the recipe that it began with.
+    number: `finetune-2.yaml`. Other files there stay. A checkpoint holds all three, up to its step.
 
     Args:
         stage (`str`): `pretrain` or `finetune`.
-        recipe (`dict[str, Any]`): What [`~delta_llava.train.recipe.parse_recipe`] returns.
+        run (`dict[str, Any]`): What [`~delta_llava.train.runs.configured_run`] returns.
         num_rows (`int`, *optional*): Rows that are trained on; unknown for a stream.
         model_name_or_path (`str`), revision (`str`, *optional*): The model that the stage starts from.
     """
@@ -36,12 +70,12 @@ class Record(TrainerCallback):
     def __init__(
         self,
         stage: str,
-        recipe: dict[str, Any],
+        run: dict[str, Any],
         num_rows: int | None,
         model_name_or_path: str,
         revision: str | None = None,
     ):
-        self.stage, self.recipe, self.num_rows = stage, recipe, num_rows
+        self.stage, self.run, self.num_rows = stage, run, num_rows
         self.model_name_or_path, self.revision = model_name_or_path, revision
         self.versions = {package: importlib.metadata.version(package) for package in PACKAGES}
 
@@ -52,32 +86,48 @@ class Record(TrainerCallback):
         if not model.is_dir():
             model = Path(snapshot_download(str(model), revision=self.revision, allow_patterns=f"{FOLDER}/*"))
         earlier, folder = model / FOLDER, Path(args.output_dir, FOLDER)
-        times = sum(file.stem.split("-")[0] == self.stage for file in earlier.glob("*.yaml"))
+        recipes = (file.stem for file in earlier.glob("*.yaml") if OURS.fullmatch(file.name))
+        times = sum(recipe.split("-")[0] == self.stage for recipe in recipes)
         self.file = folder / (f"{self.stage}-{times + 1}" if times else self.stage)
-        if state.global_step > 0 and self.file.with_suffix(".yaml").exists():
-            return
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, whose weights will be replaced
-        if (earlier / "sources.yaml").is_file():
-            shutil.copytree(earlier, folder)
-        else:
-            logger.warning(f"{earlier} holds no record of what the model was made of: it will be missing in the card.")
-            folder.mkdir(parents=True)
-        self.file.with_suffix(".yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        if state.global_step == 0 or not self.file.with_suffix(".yaml").exists():
+            for file in folder.iterdir():
+                if OURS.fullmatch(file.name):  # of an earlier run, whose weights will be replaced
+                    file.unlink()
+            if (earlier / "sources.yaml").is_file():
+                _copy(earlier, folder)
+            else:
+                logger.warning(
+                    f"{earlier} holds no record of what the model was made of: it will be missing in the card."
+                )
+        recipe = yaml.safe_dump(self.run["recipe"], sort_keys=False)
+        self.file.with_suffix(".yaml").write_text(f"{MARK}.{self.stage}\n{recipe}", encoding="utf-8")
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            try:
-                draw_curves(state.log_history, self.file.with_suffix(".png"))
-            except OSError as error:
-                logger.warning(f"{self.file}.png could not be written: {error}")  # no reason to end a run
+            self._draw(state)
 
-    on_train_end = on_save
+    def _draw(self, state: TrainerState):
+        try:
+            draw_curves(state.log_history, self.file.with_suffix(".png"))
+        except OSError as error:
+            logger.warning(f"{self.file}.png could not be written: {error}")  # no reason to end a run
+
+    def write_checkpoint(self, trainer: Trainer, checkpoint: Path):
+        """Write the record so far into a checkpoint, which may become a result: `merge_adapter` takes it."""
+        self._draw(trainer.state)
+        folder = checkpoint / FOLDER
+        folder.mkdir()
+        _copy(self.file.parent, folder)
+        self._write_log(trainer, folder / f"{self.file.name}.json")
 
     def finish(self, trainer: Trainer):
         """Write the log, once the weights that it tells of are saved."""
+        if trainer.state.is_world_process_zero and trainer.state.log_history:  # none if nothing was left to train
+            self._write_log(trainer, self.file.with_suffix(".json"))
+
+    def _write_log(self, trainer: Trainer, file: Path):
         args, state = trainer.args, trainer.state
-        if not state.is_world_process_zero or not state.log_history:  # none if nothing was left to train
-            return
         log = {
             "num_rows": self.num_rows,
             "num_processes": args.world_size,
@@ -85,7 +135,13 @@ class Record(TrainerCallback):
             "versions": self.versions,
             "log_history": state.log_history,
         }
-        self.file.with_suffix(".json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, target: Path):
+    for file in source.iterdir():
+        if OURS.fullmatch(file.name):
+            shutil.copyfile(file, target / file.name)
 
 
 def draw_curves(log_history: list[dict[str, float]], file: Path):

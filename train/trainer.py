@@ -1,10 +1,9 @@
 """TRL's trainer with a token budget for each batch, that ends well when it must end early."""
 
-import json
 import os
+import pickle
 import shutil
 import signal
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,57 +16,22 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from ..modeling_delta_llava import DeltaProjector
 from .batches import BudgetedRows, BudgetSampler, StreamedBatches
+from .record import RESULT, Record
+from .runs import begin_checkpoint, finish_checkpoint, latest_checkpoint
 
 
 logger = logging.get_logger(__name__)
 
 
-def latest_checkpoint(training_args: SFTConfig) -> str | None:
-    """The newest complete checkpoint in the output folder, written by as many processes as there are now."""
-    complete = [
-        path
-        for path in Path(training_args.output_dir).glob("checkpoint-*")
-        if is_complete(path, training_args.world_size)
-    ]
-    # Not by the folders' times: deleting from a folder makes it the newest
-    return str(max(complete, key=lambda path: (path / TRAINER_STATE_NAME).stat().st_mtime_ns)) if complete else None
-
-
-def is_complete(checkpoint: Path, world_size: int) -> bool:
-    """
-    Whether a checkpoint has all that a run needs to go on, neither half written nor half deleted.
-
-    Args:
-        checkpoint (`Path`): Folder that a Trainer has written, maybe under FSDP or DeepSpeed.
-        world_size (`int`): Number of processes, each of which writes the state of its own random numbers.
-    """
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # which the Trainer writes last
-    except (OSError, ValueError):
-        return False
-    random_states = list(checkpoint.glob("rng_state*.pth"))
-    has_weights, has_optimizer = (
-        any(any(checkpoint.glob(pattern)) for pattern in patterns)
-        for patterns in (("*.safetensors", "pytorch_model_fsdp*", "global_step*"), ("optimizer*", "global_step*"))
-    )
-    return (
-        len(random_states) == world_size
-        and all(map(zipfile.is_zipfile, random_states))
-        and has_weights
-        and has_optimizer
-        and (checkpoint / SCHEDULER_NAME).is_file()
-    )
-
-
 class SaveOnSigterm(TrainerCallback):
     """
-    On SIGTERM, as a scheduler sends it before it takes the machine away, ends training behind a checkpoint.
+    On SIGTERM, as a scheduler sends it before it takes the machine away, ends training after a checkpoint.
 
     transformers' `enable_jit_checkpoint` may save in the middle of a step, after which a resumed run is no repetition
     of the unbroken one, and lets the script go on as if it had trained to the end.
@@ -107,8 +71,8 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     Validation loss is logged for each of these budgets (`eval_144_loss`). A loss that is not a number ends the run
     before it is learnt from (DeepSpeed steps within the backward pass: there, before it is saved). So does a checkpoint
-    that cannot be written, and either error names the last complete one. SIGTERM ends the run behind a checkpoint, with
-    exit status 143.
+    that cannot be written, and either error names the last complete one. SIGTERM ends the run after a checkpoint, with
+    exit status 143. `save_total_limit` deletes checkpoints of this run alone.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]): The model, whose trained weights are in float32.
@@ -119,6 +83,8 @@ class DeltaLlavaTrainer(SFTTrainer):
         branch_learning_rate (`float`, *optional*, defaults to that of the projector): Peak rate of all of a `residual`
             projector but its MLP: of what is added to the pooled features, and of the gate.
         skip_bad_records (`bool`, *optional*, defaults to `False`): Leave streamed rows with an unreadable image out.
+        record ([`~delta_llava.train.record.Record`], *optional*): Of the run, for its result and its checkpoints.
+            Without one, `save_strategy` must be `"no"`.
         **kwargs: Further arguments of `SFTTrainer`; `data_collator` is a [`~delta_llava.train.batches.Collator`].
     """
 
@@ -129,15 +95,24 @@ class DeltaLlavaTrainer(SFTTrainer):
         projector_learning_rate: float | None = None,
         branch_learning_rate: float | None = None,
         skip_bad_records: bool = False,
+        record: Record | None = None,
         **kwargs,
     ):
+        if record is None and kwargs["args"].save_strategy != "no":
+            raise ValueError(f"save_strategy={kwargs['args'].save_strategy.value} needs a record, or must be 'no'.")
         self.projector_learning_rate = projector_learning_rate
         self.branch_learning_rate = branch_learning_rate
         self.skip_bad_records = skip_bad_records
+        self.record = record
         self.save_dtype = model.dtype
-        budgets = model.config.visual_token_budgets
+        self.num_visual_tokens = budgets = model.config.visual_token_budgets
         eval_datasets = None if eval_dataset is None else {str(budget): eval_dataset for budget in budgets}
         super().__init__(model=model, eval_dataset=eval_datasets, **kwargs)
+        # The Trainer deletes every checkpoint-*, whoever has written it
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if record is not None:
+            self.model.config.visual_token_budgets = record.run["budgets"]  # those before a change too
+            self.add_callback(record)
         # TRL trains adapters of quantized models in bfloat16, where AdamW's small steps would be rounded away
         for weight in self.model.parameters():
             if weight.requires_grad and self.args.deepspeed_plugin is None:
@@ -147,7 +122,7 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the Trainer's, but rows come in the order and with the budgets of a [`BudgetSampler`]."""
-        budgets = self.model.config.visual_token_budgets
+        budgets = self.num_visual_tokens
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if isinstance(self.train_dataset, IterableDataset):
             rows = split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size)
@@ -173,13 +148,6 @@ class DeltaLlavaTrainer(SFTTrainer):
             )
 
         group = self.args.train_sampling_strategy == "group_by_length"
-        if self._is_fully_sharded() and not group:
-            num_images = self.train_dataset.with_format("numpy")["num_images"][:]
-            if (num_images == 0).any():
-                raise ValueError(
-                    "Some rows have no image. FSDP and ZeRO-3 wait for ever when some processes have images at a step "
-                    "and others have none: set train_sampling_strategy=group_by_length."
-                )
         sampler = BudgetSampler(
             self.train_dataset,
             batch_size=self._train_batch_size * self.accelerator.num_processes,
@@ -188,6 +156,15 @@ class DeltaLlavaTrainer(SFTTrainer):
             group=group,
             epoch=lambda: int(self.state.epoch or 0),
         )
+        if self._is_fully_sharded() and (not group or sampler.num_mixed):
+            num_images = self.train_dataset.with_format("numpy")["num_images"][:]
+            if (num_images == 0).any():
+                raise ValueError(
+                    f"{(num_images == 0).sum()} of {len(num_images)} rows have no image. FSDP and ZeRO-3 wait for ever "
+                    "when some processes have images at a step and others have none: set "
+                    "train_sampling_strategy=group_by_length, with rows of either kind for at least half of a batch of "
+                    f"{sampler.batch_size}, leave one kind out, or train by DDP or ZeRO-2."
+                )
         dataloader = self._dataloader(
             BudgetedRows(self.train_dataset),
             self.args.dataloader_num_workers,
@@ -250,13 +227,21 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""
-        if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
-                # The Trainer would train one step more
-                logger.warning(f"{resume_from_checkpoint} is of the last step: nothing is left to train.")
-                return self._load_from_checkpoint(resume_from_checkpoint)
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            if resume_from_checkpoint and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+                state = TrainerState.load_from_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME))
+                *_, num_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+                if state.global_step >= num_steps:
+                    # The Trainer would train one step more
+                    logger.warning(f"{resume_from_checkpoint} is of the last step: nothing is left to train.")
+                    return self._load_from_checkpoint(resume_from_checkpoint)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError:
+            # Without torch's own words, which advise to trust the file
+            raise ValueError(
+                f"{resume_from_checkpoint} holds pickled objects that no run writes: do not load it by other means, "
+                "and find out where it comes from."
+            ) from None
         if self.signal.received and self.state.global_step < self.state.max_steps:
             step, steps = self.state.global_step, self.state.max_steps
             logger.warning(f"SIGTERM has ended training at step {step} of {steps}. {self._way_on()}")
@@ -268,8 +253,8 @@ class DeltaLlavaTrainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Lower learning_rate, or look for "
-                f"what is special in the data of this step. {self._way_on()}"
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Lower learning_rate (with "
+                f"--allow_changes), or look for what is special in the data of this step. {self._way_on()}"
             )
         return loss
 
@@ -281,14 +266,36 @@ class DeltaLlavaTrainer(SFTTrainer):
         if not self.accelerator.gather(finite).all():
             raise FloatingPointError(
                 f"At step {self.state.global_step}, trained weights are not finite any more; nothing is saved. Lower "
-                f"learning_rate. {self._way_on()}"
+                f"learning_rate (with --allow_changes). {self._way_on()}"
             )
-        if self.args.should_save:
-            # One that is written anew is incomplete meanwhile
-            state = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", TRAINER_STATE_NAME)
-            state.unlink(missing_ok=True)
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with self._naming_what_could_not_be_written(f"checkpoint of step {self.state.global_step}"):
+            if self.args.should_save:
+                begin_checkpoint(checkpoint, self.record.run)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                model = self.accelerator.unwrap_model(self.model)
+                if isinstance(model, PeftModel):
+                    _save_trained_config(model, checkpoint)
+                self.record.write_checkpoint(self, checkpoint)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finish_checkpoint(checkpoint, self.record.run, self.save_total_limit)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        if checkpoint is None or self.is_deepspeed_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # The states bring the checkpoint's rates and weight decay with them, which --allow_changes may have changed
+        groups = [{name: group[name] for name in group if name != "params"} for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, new in zip(self.optimizer.param_groups, groups, strict=True):
+            peak = group.get("initial_lr")
+            group.update(new, lr=group["lr"] * (new["initial_lr"] / peak if peak else 1))
+        if "base_lrs" in (state := self.lr_scheduler.state_dict()):
+            rates = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+            state |= {name: [group[key] for group in self.optimizer.param_groups] for name, key in rates.items()}
+            self.lr_scheduler.load_state_dict(state)
 
     @contextmanager
     def _naming_what_could_not_be_written(self, what: str):
@@ -320,11 +327,13 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     def _save_result(self, output_dir: Path, state_dict: dict[str, torch.Tensor]):
         model = self.accelerator.unwrap_model(self.model)
+        # An earlier run's result must not mix with this one
+        for file in [file for pattern in RESULT for file in output_dir.glob(pattern)]:
+            file.unlink()
         if isinstance(model, PeftModel):
+            model.create_or_update_model_card = lambda folder: None  # peft's is a template that describes nothing
             model.save_pretrained(output_dir, state_dict=state_dict)
-            (output_dir / "README.md").unlink()  # a template of peft's that describes nothing
-            # Tells which budgets were trained. As config.json it would make the folder a whole model for transformers.
-            model.get_base_model().config.to_json_file(output_dir / "trained_config.json")
+            _save_trained_config(model, output_dir)
         else:
             state_dict = {
                 name: weight.to("cpu", self.save_dtype) if weight.is_floating_point() else weight
@@ -336,3 +345,8 @@ class DeltaLlavaTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: TRL's card describes a text model, and `model_card.md` is what ours are made from."""
+
+
+def _save_trained_config(model: PeftModel, folder: Path):
+    # Says which budgets were trained. As config.json it would make the folder a whole model for transformers.
+    model.get_base_model().config.to_json_file(folder / "trained_config.json")

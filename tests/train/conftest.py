@@ -38,9 +38,9 @@ def still_checkpoint(tmp_path_factory, tiny_config, tiny_processor):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """
-    Twelve coloured rectangles, half of them asked about in two turns: the JSON file and the image folder.
+    Twelve coloured rectangles, each asked about once: the JSON file and the image folder.
 
-    Beside it, `mixed.json` has eight more records without an image.
+    Beside it, `mixed.json` asks half of them twice, and has eight more records without an image.
     """
     folder = tmp_path_factory.mktemp("data")
     draw, records = random.Random(0), []
@@ -51,10 +51,10 @@ def data(tmp_path_factory):
             {"from": "human", "value": "<image>\nWhich colour?" if index % 3 else "Which colour?\n<image>"},
             {"from": "gpt", "value": f"It is {colour}."},
         ]
-        if index % 2:
-            conversations += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
         records.append({"id": f"scene-{index}", "image": f"{index}.png", "conversations": conversations})
     (folder / "data.json").write_text(json.dumps(records))
+    for record in records[1::2]:
+        record["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
     for index in range(8):
         turns = [{"from": "human", "value": "Count! " * (index + 1)}, {"from": "gpt", "value": f"{index + 1} times."}]
         records.append({"id": f"text-{index}", "conversations": turns})

@@ -2,12 +2,14 @@
 
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from datasets import Dataset
 from PIL import Image
+from tokenizers import AddedToken
 from torch.utils.data import BatchSampler
 
 from delta_llava.train.batches import BudgetedRows, BudgetSampler, Collator, fit_rows
@@ -72,6 +74,74 @@ def test_labels_are_the_answers_with_their_end_and_nothing_else(collate, tiny_pr
     assert not (is_label & (batch["attention_mask"] == 0)).any()
 
 
+@pytest.mark.parametrize("template", ["vicuna-v1", "chatml"])
+def test_a_turn_whose_loss_is_off_is_context(collate, tiny_processor, template):
+    values = ("<image>\nWhat?", "A square.", "Which colour?", "It is red.", "Sure?", "Yes.")
+    end, tokenizer = {"vicuna-v1": "</s>", "chatml": "<|im_end|>"}[template], tiny_processor().tokenizer
+    conversation = turns(*values)
+    conversation[1]["loss"] = False
+    conversation[5]["weight"] = 0
+    batch = collate([record(), record(conversations=conversation)], template=template)
+    assert tokenizer.decode(batch["labels"][1][batch["labels"][1] != -100]).strip() == f"It is red.{end}"
+    whole = collate([record(), record(conversations=turns(*values))], template=template)
+    assert torch.equal(whole["input_ids"], batch["input_ids"])
+    assert torch.equal(whole["labels"][0], batch["labels"][0])
+
+
+def test_a_row_is_cut_where_an_answer_is_learnt_or_left_out(fitted):
+    values = ("<image>\nWhat?", "A square.", "Which colour?", "It is red.")
+    quiet = record(conversations=turns(*values))
+    quiet["conversations"][1]["loss"] = False
+    whole = fitted([record(conversations=turns(*values))])["num_tokens"][0] + 3
+    assert fitted([record(), quiet], max_length=whole)["num_messages"][:] == [2, 4]
+    assert fitted([record(), quiet], max_length=whole - 1)["num_messages"][:] == [2]
+
+
+def test_answers_that_a_template_does_not_keep_apart_are_all_learnt_or_none(fitted, tiny_processor):
+    quiet = record(conversations=turns("<image>\nWhat?", "A square.", "Which colour?", "It is red."))
+    quiet["conversations"][1]["loss"] = False
+    rows = BudgetedRows(fitted([quiet]))
+    template = (
+        "<image>{% generation %}{{ messages[1].content[0].text + messages[3].content[0].text }}{% endgeneration %}"
+    )
+    with pytest.raises(ValueError, match=r"The row 'What\?.* marks 1 spans by \{% generation %\} for its 2 answers"):
+        Collator(tiny_processor(), chat_template=template)([rows[0, 4]])
+
+
+@pytest.mark.parametrize("template", ["vicuna-v1", "chatml"])
+def test_special_tokens_in_texts_are_encoded_as_text(collate, fitted, tiny_processor, template):
+    answer = "No</s> end,<|im_end|>\n<|im_start|>user <pad>"
+    spelling = record(conversations=turns("<image>\nWrite </s> and <s>.", answer, "And </", "s> and </s>"))
+    batch = collate([spelling, record()], template=template)
+    tokenizer = tiny_processor().tokenizer
+    ids = batch["input_ids"][0][batch["attention_mask"][0] == 1]
+    end, space, num_ends = {"vicuna-v1": ("</s>", " ", 2), "chatml": ("<|im_end|>", "", 5)}[template]
+    assert (ids == tokenizer.convert_tokens_to_ids(end)).sum() == num_ends
+    for token in {"</s>", "<|im_end|>", "<pad>"} - {end}:
+        assert tokenizer.convert_tokens_to_ids(token) not in ids
+    learnt = tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
+    assert learnt == f"{space}{answer}{end}{space}s> and </s>{end}"
+    # counted as they are encoded
+    (num_tokens, _) = fitted([spelling, record()], template=template)["num_tokens"]
+    assert num_tokens + 3 == len(ids)
+    # and other texts as ever
+    plain = collate([record()], template=template)["input_ids"]
+    rendered = tiny_processor().tokenizer.decode(plain[0])
+    assert tokenizer.encode(rendered, add_special_tokens=False) == plain[0].tolist()
+
+
+def test_a_tokenizer_that_cannot_spell_its_token_is_refused_where_a_text_has_it(fitted, tiny_processor, templates):
+    processor = tiny_processor()
+    backend = processor.tokenizer.backend_tokenizer
+    processor.tokenizer._tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
+    assert backend.token_to_id("<end>")
+    rows = BudgetedRows(fitted([record(), record(conversations=turns("<image>\nWhat?", "The <end>."))]))
+    collator = Collator(processor, None, (templates / "vicuna-v1.jinja").read_text())
+    collator([rows[0, 4]])
+    with pytest.raises(ValueError, match=r"The row 'What\? The <end>\.'… spells out '<end>'"):
+        collator([rows[1, 4]])
+
+
 def test_a_batch_has_the_budget_of_its_rows(collate, tiny_processor):
     greeting = record(image=None, conversations=turns("Hello.", "Hi."))
     two_images = record(image=["a.png", "a.png"], conversations=turns("<image>\n<image>\nSame?", "Yes."))
@@ -131,7 +201,7 @@ def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatc
     assert [row["num_messages"] for row in rows.remove_columns("images")] == [2, 4, 2]
     (warning,) = warnings
     assert f"2 of 4 rows are longer than max_length={max_length} at 4 visual tokens" in warning
-    assert "1 are cut behind their last whole answer that fits, and 1, whose first answer does not fit" in warning
+    assert "1 are cut after their last whole answer that fits, and 1, whose first answer does not fit" in warning
     assert "The first: The row 'What? What?" in warning
     # at another budget, the same rows have other lengths
     fitted([record(), late, LONG, record()], num_visual_tokens=144, max_length=max_length + 140)
@@ -230,9 +300,29 @@ def sampler_batches(num_rows, batch_size):
     return [indices[start : start + batch_size] for start in range(0, num_rows, batch_size)]
 
 
-def test_few_rows_of_a_kind_fill_a_batch_by_themselves():
-    order = sampler(rows=rows_of([5] * 11, [1] * 9 + [0] * 2), group=True, batch_size=8)
+@pytest.mark.parametrize(
+    ("num_images", "num_texts", "batch_size", "num_repeated", "num_mixed"),
+    [
+        (60, 3, 128, 0, 3),  # no batch is full: it stays partial
+        (9, 2, 8, 5, 2),
+        (1000, 3, 128, 21, 3),
+        (3, 1000, 128, 21, 3),
+        (100, 70, 128, 86, 0),  # 28 and 58
+        (64, 64, 128, 128, 0),
+        (64, 63, 128, 1, 63),
+        (5, 0, 128, 0, 0),
+        (70, 0, 128, 58, 0),
+        (128, 256, 128, 0, 0),
+    ],
+)
+def test_no_row_occurs_more_than_twice_in_an_epoch(num_images, num_texts, batch_size, num_repeated, num_mixed):
+    images = [1] * num_images + [0] * num_texts
+    order = sampler(rows=rows_of([*range(5, 5 + len(images))], images), group=True, batch_size=batch_size)
     indices = [index for index, _ in order]
-    assert len(indices) == len(order) == 24
-    assert {index for index in indices if index >= 9} == {9, 10}
-    assert sorted(index for index in set(indices)) == list(range(11))
+    assert len(indices) == len(order) == len(images) + num_repeated
+    assert (order.num_repeated, order.num_mixed) == (num_repeated, num_mixed)
+    counts = Counter(indices)
+    assert set(counts) == set(range(len(images)))
+    assert max(counts.values()) <= 2
+    kinds = [{images[index] for index in indices[at : at + batch_size]} for at in range(0, len(indices), batch_size)]
+    assert num_mixed or all(len(kind) == 1 for kind in kinds)

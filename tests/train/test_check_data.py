@@ -1,10 +1,12 @@
 """`check_data` finds LLaVA's known faults, tells how to mend them, and writes a file that passes."""
 
 import json
+import runpy
 import shutil
 
 import datasets
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from delta_llava.train.check_data import FAULTS, NOTES, main
@@ -80,7 +82,7 @@ KNOWN_NOTES = {
     "GIF named .jpg": ("other_format", "it is GIF, though named .jpg", record(image="coco/gif.jpg")),
     "PNG named .jpg": ("other_format", "it is PNG, though named .jpg", record(image="coco/png.jpg")),
     "rotated by EXIF": ("rotated", "EXIF orientation 6", record(image="coco/rotated.jpg")),
-    "marker behind the text": ("marker_moved", "behind the question's text", record(question="What?\n<image>")),
+    "marker behind the text": ("marker_moved", "after the question's text", record(question="What?\n<image>")),
 }
 
 
@@ -123,8 +125,14 @@ def test_text_only_rows_are_counted_and_bad_where_images_are_required(check):
     status, printed = check(records, "--require_images")
     assert status == 1
     assert FAULTS["no_image"] in printed
+    two = record()
+    two["conversations"] += [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    status, printed = check([record(), two], "--require_images")
+    assert status == 1
+    assert FAULTS["answer"] in printed
 
 
+MESSAGE = {"role": "assistant", "content": "That."}
 MENDABLE = [
     record(image="ocr_vqa/other.jpg"),
     record(question="What?"),
@@ -143,6 +151,8 @@ GUESSES = [
     record(question="<image>", image=["coco/a.jpg", "coco/a.jpg"]),
     record(question="What?", image="coco/none.jpg"),
     record(answer="<image>"),
+    record(image={"path": "ocr_vqa/other.jpg"}),
+    record(question="What?", image={"path": "coco/a.jpg"}),
     "no record",
 ]
 GOOD = [record(id="ä\ud83d", model="other", n=[1.5, None]), record(question="What?\n<image>", image="coco/rotated.jpg")]
@@ -152,17 +162,73 @@ def test_the_clean_file_passes_with_good_records_unchanged_and_others_mended_or_
     status, printed = check([GOOD[0], *MENDABLE, *GUESSES, GOOD[1]], "--write_clean", "out/clean.json")
     assert status == 0
     assert json.loads((images.parent / "out" / "clean.json").read_text()) == [GOOD[0], *MENDED, GOOD[1]]
-    assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 10
+    assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 12
     assert "Wrote 6 records to out/clean.json" in printed
     actions = {tuple(line.split()) for line in printed.splitlines() if line.startswith("     ")}
     assert {("mended", "missing_other_suffix", "3"), ("mended", "marker_missing", "3")} < actions
-    assert {("left", "out", "missing_other_suffix", "1"), ("left", "out", "missing", "1")} < actions
+    assert {("left", "out", "missing_other_suffix", "2"), ("left", "out", "missing", "1")} < actions
 
     shutil.copy("out/clean.json", "clean.json")
     assert len(load_llava_json("clean.json", images)) == 6
     status, printed = check(json.loads((images.parent / "clean.json").read_text()))
     assert status == 0
     assert "6 records, 0 of them bad" in printed
+
+
+def test_another_programs_marker_is_replaced_where_each_image_has_one(check, images):
+    two = ["coco/a.jpg", "coco/a.jpg"]
+    records = [
+        record(question="<ImageHere>\nWhat?"),
+        record(question="<|vision_start|><|image_pad|><|vision_end|>What?"),
+        {"images": two, "messages": [{"role": "user", "content": "<image_1> or <image_2>?"}, MESSAGE]},
+        record(question="<image_2> or <image_1>?", image=two),  # which is which?
+        record(question="<ImageHere> and again <ImageHere>"),
+        record(question="<img>coco/a.jpg</img>What?"),
+    ]
+    status, printed = check(records, "--write_clean", "clean.json")
+    assert status == 0
+    assert "marker_foreign" in printed and FAULTS["marker_foreign"] in printed
+    assert json.loads((images.parent / "clean.json").read_text()) == [
+        record(question="<image>\nWhat?"),
+        record(question="<image>What?"),
+        {"images": two, "messages": [{"role": "user", "content": "<image> or <image>?"}, MESSAGE]},
+    ]
+
+
+def test_a_clean_file_is_of_the_lines_or_the_list_that_its_name_says(check, images):
+    (images.parent / "lines.jsonl").write_text(f"{json.dumps(record())}\n{json.dumps(record(image='none.jpg'))}\n")
+    for name, content in [
+        ("clean.jsonl", json.dumps(record()) + "\n"),
+        ("clean.json", f"[\n{json.dumps(record())}\n]\n"),
+    ]:
+        assert main(["--json", "lines.jsonl", "--images", "images", "--write_clean", name]) == 0
+        assert (images.parent / name).read_text() == content
+
+
+def test_keys_that_nothing_reads_are_counted_by_name(check):
+    _, printed = check([record(model="a", source="b"), record(model="c"), record()])
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("note")]
+    assert row[1:4] == ["ignored_key", "2", "records"]
+    assert NOTES["ignored_key"] in printed
+    assert "'model' in 2, 'source' in 1" in printed
+
+
+def test_a_data_set_is_checked_but_not_written_as_json(images, capsys):
+    rows = Dataset.from_list([record(), record(image="coco/none.jpg")])
+    rows.save_to_disk("saved")
+    assert main(["--json", "saved", "--images", "images"]) == 1
+    assert "2 records, 1 of them bad" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--json", "saved", "--images", "images", "--write_clean", "clean.json"])
+    assert "writes JSON, which saved is not" in capsys.readouterr().err
+
+
+def test_what_stops_the_check_is_said_in_one_line(images, monkeypatch, capsys):
+    (images.parent / "deep.json").write_text("[" * 100_000)
+    monkeypatch.setattr("sys.argv", ["check_data", "--json", "deep.json", "--images", "images"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_module("delta_llava.train.check_data", run_name="__main__")
+    assert str(error.value).startswith("error: deep.json is not JSON (record 0: it is nested too deeply)")
 
 
 def test_a_clean_file_without_records_is_not_written(check, images):

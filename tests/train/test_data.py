@@ -1,9 +1,9 @@
 """`load_llava_json` lets only good records through, and looks at what it has checked only once."""
 
+import io
 import json
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import time
@@ -11,11 +11,13 @@ import time
 import datasets
 import PIL.Image
 import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value, Video
+from datasets import Image as Image_
 from PIL import Image
 
 from delta_llava.train import data, images
 from delta_llava.train.check_data import FAULTS, NOTES
-from delta_llava.train.data import BadRecord, check_llava_json, load_llava_json, parse_record, read_records
+from delta_llava.train.data import check_llava_json, load_llava_json, read_records
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +105,8 @@ def test_rows_hold_lazily_decoded_images_and_messages_with_images_at_their_place
 
 BAD_RECORDS = {
     "not an object": ("text", "record", "not an object"),
-    "no id": ({key: value for key, value in record().items() if key != "id"}, "record", "id is None"),
+    "id of another type": (record(id={}), "record", "id is {}, not a string"),
+    "image is false": (record(image=False), "record", "image is False"),
     "image is a number": (record(image=3), "record", "image is 3"),
     "missing image": (record(image="b.png"), "missing", "image b.png does not exist"),
     "missing image of OCR-VQA": (record(image="ocr_vqa/b.jpg"), "missing_ocr_vqa", "image ocr_vqa/b.jpg does not"),
@@ -151,7 +154,7 @@ BAD_RECORDS = {
         "alternate",
     ),
     "unknown speaker": (
-        record(conversations=turns("<image>\nWhat?", "This.", speakers=("user", "gpt"))),
+        record(conversations=turns("<image>\nWhat?", "This.", speakers=("narrator", "gpt"))),
         "turns",
         "alternate",
     ),
@@ -184,7 +187,7 @@ def test_a_bad_record_stops_the_run_and_is_reported(load, tmp_path, bad, kind, r
     assert "--skip_bad_records" in str(error.value)
     (line,) = map(json.loads, report.read_text().splitlines())
     assert line["index"] == 1
-    assert line["id"] == ("0" if isinstance(bad, dict) and "id" in bad else None)
+    assert line["id"] == (None if not isinstance(bad, dict) else bad["id"] if bad["id"] == "0" else "{}")
     assert line["kind"] == kind
     assert reason in line["reason"]
     assert reason in str(error.value)
@@ -219,11 +222,15 @@ def test_a_record_without_image_is_bad_where_images_are_required(load):
         ("{", "is not JSON"),
         ("", "is not JSON"),
         (" [ ] ", "holds an empty list"),
-        ('{"id": 1}', "holds dict"),
+        ("7", "holds int"),
         ("null", "holds NoneType"),
         ('["\xff', "is not JSON"),
         ("\ufeff[1]", r"is not JSON \(Unexpected UTF-8 BOM"),
-        ('{"id": 1}\n{"id": 2}', r"is not JSON \(Extra data"),
+        ("[1]\n[2]", r"is not JSON \(the list is followed by '\[2"),
+        ('{"id": 1}\n5', r"is not JSON \(record 0 is followed by '5', not by an object"),
+        ('{"id": 1}\n{"id": 2', "is not JSON \\(record 1: Expecting ',' delimiter"),
+        ("[1, " + "[" * 100_000, "is not JSON \\(record 1: it is nested too deeply"),
+        ("[1, " + "9" * 5000, "is not JSON \\(record 1: Exceeds the limit"),
     ],
 )
 def test_a_file_that_is_no_list_is_refused(load, content, message):
@@ -274,6 +281,20 @@ def test_broken_json_is_an_error_after_the_good_records_before_it(tmp_path, monk
     assert records == [1, 2][: len(records)]
 
 
+@pytest.mark.parametrize("characters", [3, 2**20])
+@pytest.mark.parametrize("text", ['{"id": 1}\n{"id": {"a": "}"}}\n\n', ' {"id": 1}{"id": {"a": "}"}}'])
+def test_json_lines_are_read_one_by_one(tmp_path, monkeypatch, characters, text):
+    monkeypatch.setattr(data, "_CHARACTERS_PER_READ", characters)
+    (tmp_path / "data.jsonl").write_text(text)
+    assert list(read_records(tmp_path / "data.jsonl")) == [{"id": 1}, {"id": {"a": "}"}}]
+
+
+def test_a_key_that_an_object_has_twice_makes_its_record_bad(load, tmp_path):
+    twice = json.dumps(record()).replace('"gpt", ', '"gpt", "value": "Another.", ')
+    with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .*has the key 'value' twice"):
+        load(f"[{twice}, {json.dumps(record())}]")
+
+
 def test_a_record_without_end_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_CHARACTERS_PER_READ", 10)
     monkeypatch.setattr(data, "_MAX_CHARACTERS_PER_RECORD", 100)
@@ -288,19 +309,11 @@ def test_a_broken_byte_is_an_error(tmp_path):
         list(read_records(tmp_path / "data.json"))
 
 
-def test_a_record_is_parsed_without_its_files():
-    images, messages = parse_record(
-        record(image=["none/a.png", "../b.png"], conversations=turns("<image><image>?", "!"))
-    )
-    assert images == ["none/a.png", "../b.png"]
-    assert [part["type"] for part in messages[0]["content"]] == ["image", "image", "text"]
-    assert parse_record({"id": 1, "conversations": turns("?", "!")})[0] == []
-    with pytest.raises(BadRecord, match="has 0 <image>") as error:
-        parse_record(record(conversations=turns("?", "!")))
-    assert error.value.kind == "marker_missing"
-    assert pickle.loads(pickle.dumps(error.value)).kind == "marker_missing"  # as workers hand it on
-    with pytest.raises(BadRecord, match="has no image"):
-        parse_record({"id": 1, "conversations": turns("?", "!")}, require_images=True)
+def test_stage_1_takes_one_question_and_one_answer(load):
+    two = record(conversations=turns("<image>\nWhat?", "A square.", "Sure?", "Yes."))
+    with pytest.raises(ValueError, match=r"record 1 .*: this stage takes one question and one answer"):
+        load([record(), two], one_answer=True)
+    assert len(load([record(), two])) == 2  # the cache tells both apart
 
 
 def test_links_inside_the_image_folder_are_followed(load):
@@ -414,13 +427,132 @@ def test_several_processes_find_what_one_finds(load, tmp_path, cache, monkeypatc
         load([record()], num_proc=0)
 
 
+def png(colour="red"):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_json_lines(records, features, path):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def as_parquet(records, features, path):
+    Dataset.from_list(records, features=features).to_parquet(path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
+def as_saved_dataset(records, features, path):
+    Dataset.from_list(records, features=features).save_to_disk(path)
+    return path
+
+
+def as_saved_splits(records, features, path):
+    rows = Dataset.from_list(records, features=features)
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("write", [as_json_lines, as_parquet, as_saved_dataset, as_saved_splits])
+def test_other_files_than_json_lists_are_read_alike(load, tmp_path, write):
+    turn = {"from": Value("string"), "value": Value("string")}
+    features = Features({"id": Value("int64"), "image": Value("string"), "conversations": List(turn)})
+    records = [record(id=1), record(id=2, image="whole.jpg"), record(id=3, image=None, conversations=turns("?", "!"))]
+    expected = load(records).with_format("arrow")[:]
+    path = write(records, features, tmp_path / "data")
+    rows = load_llava_json(path, tmp_path / "images", tmp_path / "bad.jsonl")
+    assert rows.with_format("arrow")[:] == expected
+    path = write([record(id=1), record(id=2, image="none.png")], features, tmp_path / "more")
+    with pytest.raises(ValueError, match=r"record 1 \(id 2\): image none.png does not exist"):
+        load_llava_json(path, tmp_path / "images", tmp_path / "bad.jsonl")
+
+
+def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, decoded):
+    features = Features(
+        {"photos": List(Image_()), "texts": List({"user": Value("string"), "assistant": Value("string")})}
+    )
+    pair = {"user": "Which?", "assistant": "That."}
+    good = {"photos": [{"bytes": png(), "path": "a.jpg"}, {"bytes": png("blue"), "path": None}], "texts": [pair, pair]}
+    cut = {"photos": [{"bytes": png()[:-30], "path": "b.png"}], "texts": [pair]}
+    path = as_parquet([good, cut], features, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"record 1 \(id None\): image b.png cannot be read: "):
+        load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
+    decoded.clear()
+    rows = load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl", skip_bad_records=True)
+    assert decoded == []
+    assert [image.getpixel((0, 0)) for image in rows[0]["images"]] == [(255, 0, 0), (0, 0, 255)]
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image", "image", "text"]
+    check = check_llava_json(path)
+    assert (check.num_records, check.num_bad_records, check.num_images) == (2, 1, 2)
+    (note,) = check.notes()
+    assert (note["kind"], note["reason"]) == ("other_format", "image a.jpg: it is PNG, though named .jpg")
+
+
+def test_a_video_of_a_data_set_is_refused_undecoded(tmp_path):
+    features = Features({"video": Video(), "prompt": Value("string"), "completion": Value("string")})
+    row = {"video": {"bytes": b"no video", "path": None}, "prompt": "What?", "completion": "That."}
+    path = as_parquet([row, {**row, "video": None}], features, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .* has video, which cannot be trained on"):
+        load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
+
+
+def test_a_data_set_is_read_by_configuration_and_split(load, tmp_path):
+    folder = tmp_path / "images"
+    for name in ("one", "two"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for split in ("train", "validation"):
+            text = record(conversations=turns("<image>\nWhat?", f"{name} {split}"))
+            (tmp_path / "set" / name / f"{split}.json").write_text(json.dumps([text]))
+    card = "configs:\n" + "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("one", "two"))
+    (tmp_path / "set" / "README.md").write_text(f"---\n{card}---\n")
+    rows = load_llava_json(tmp_path / "set", folder, tmp_path / "bad.jsonl", dataset_config="two", split="validation")
+    assert rows["messages"][0][1]["content"][0]["text"] == "two validation"
+    with pytest.raises(ValueError, match=r"set cannot be read by datasets with dataset_config=None .*\n.*'one', 'two'"):
+        load_llava_json(tmp_path / "set", folder)
+    (tmp_path / "data.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"dataset_config=two is of no use for .*data\.json"):
+        load_llava_json(tmp_path / "data.json", folder, dataset_config="two")
+    as_saved_splits([record()], None, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"dataset_config=two is of no use for .*saved"):
+        load_llava_json(tmp_path / "saved", folder, dataset_config="two")
+    with pytest.raises(ValueError, match=r"it has the splits \['test', 'train'\], but 'validation' is needed"):
+        load_llava_json(tmp_path / "saved", folder, split="validation")
+
+
+def test_a_file_that_datasets_cannot_read_is_named(tmp_path):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(ValueError, match=r"json_path=.*data\.parquet cannot be read by datasets"):
+        load_llava_json(tmp_path / "data.parquet")
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match=r"have the columns \['text'\], but one of \['conversations', 'messages'"):
+        load_llava_json(tmp_path / "data.parquet")
+
+
+def test_a_record_that_names_a_file_needs_a_folder(tmp_path):
+    (tmp_path / "data.json").write_text(json.dumps([record()]))
+    with pytest.raises(ValueError, match=r"image a\.png is a file, but no image_folder is named"):
+        load_llava_json(tmp_path / "data.json", bad_records_path=tmp_path / "bad.jsonl")
+
+
+def test_a_loss_that_is_turned_off_makes_a_third_column(load):
+    quiet = record()
+    quiet["conversations"][1]["loss"] = True
+    assert load([record(), quiet]).column_names == ["images", "messages"]
+    two = record(conversations=turns("<image>\nWhat?", "That.", "And?", "This."))
+    two["conversations"][1]["loss"] = False
+    rows = load([record(), two])
+    assert rows.column_names == ["images", "messages", "loss"]
+    assert rows["loss"][:] == [[True, True], [True, False, True, True]]
+
+
 by_fork = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="processes must inherit a patch")
 
 
 @by_fork
 def test_a_killed_process_is_a_clear_error(load, monkeypatch):
     monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
-    monkeypatch.setattr(images, "_decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(images, "decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"One of the 2 processes that decode images was killed.*smaller num_proc"):
         load([record(), record(image="whole.jpg")], num_proc=2)
 
@@ -431,7 +563,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypa
     records = [record(), record(image="whole.jpg")]
     alive, inherited = multiprocessing.Pipe(duplex=False)
     with monkeypatch.context() as patch:
-        patch.setattr(images, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
+        patch.setattr(images, "decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
         run = multiprocessing.Process(target=load, args=(records,), kwargs={"num_proc": 2})
         run.start()
     while not (cache / "decoding").exists():
@@ -444,7 +576,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypa
 
 @by_fork
 def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkeypatch, tmp_path):
-    original = images._decode_image
+    original = images.decode_image
 
     def decode_slowly(path):
         with open(tmp_path / "decoded.txt", "a") as file:
@@ -452,7 +584,7 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
         time.sleep(0.1)
         return original(path)
 
-    monkeypatch.setattr(images, "_decode_image", decode_slowly)
+    monkeypatch.setattr(images, "decode_image", decode_slowly)
     runs = [multiprocessing.Process(target=load, args=([record(), record(image="whole.jpg")],)) for _ in range(3)]
     for run in runs:
         run.start()
@@ -465,8 +597,8 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
 def test_where_locks_do_not_hold_whoever_is_first_wins(load, monkeypatch):
     write_records = data._write_records
 
-    def write_and_be_outrun(json_path, root, require_images, folder):
-        write_records(json_path, root, require_images, folder)
+    def write_and_be_outrun(read, root, parse, folder):
+        write_records(read, root, parse, folder)
         (lock,) = folder.parents[1].glob("records-*.lock")
         shutil.copytree(folder, lock.with_suffix(""))  # as another node does in the meantime
 
@@ -475,6 +607,5 @@ def test_where_locks_do_not_hold_whoever_is_first_wins(load, monkeypatch):
 
 
 def test_every_kind_of_fault_and_note_has_a_remedy():
-    used = {kind for _, kind, _ in BAD_RECORDS.values()}
-    assert used | {"no_image", "too_large"} == FAULTS.keys()
+    assert {kind for _, kind, _ in BAD_RECORDS.values()} <= FAULTS.keys()
     assert not FAULTS.keys() & NOTES.keys()

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.hub.merge_adapter import merge_adapter
 from delta_llava.train import finetune, pretrain
 
@@ -106,6 +106,24 @@ def test_an_adapter_run_resumes_to_the_same_weights(run, tmp_path):
     assert (resumed / name).read_bytes() == (unbroken / name).read_bytes()
 
 
+def test_a_checkpoint_of_an_adapter_run_merges_as_its_result_does(run, tmp_path):
+    folder = run(finetune, **LORA, max_steps=3, save_strategy="steps", save_steps=2)
+    merge_adapter(folder, tmp_path / "result")
+    merge_adapter(folder / "checkpoint-3", tmp_path / "last")
+    merge_adapter(folder / "checkpoint-2", tmp_path / "earlier")
+    expected = load_file(tmp_path / "result/model.safetensors")
+    last, earlier = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "earlier"))
+    assert all(torch.equal(weight, last[name]) for name, weight in expected.items())
+    assert not all(torch.equal(weight, earlier[name]) for name, weight in expected.items())
+    for name, steps in (("result", [1, 2, 3]), ("last", [1, 2, 3]), ("earlier", [1, 2])):
+        assert DeltaLlavaConfig.from_pretrained(tmp_path / name).visual_token_budgets == [4, 36]
+        assert DeltaLlavaProcessor.from_pretrained(tmp_path / name).num_visual_tokens == 36
+        files = {path.name for path in (tmp_path / name / "training").iterdir()}
+        assert files == {"finetune.yaml", "finetune.json", "finetune.png"}
+        log = json.loads((tmp_path / name / "training/finetune.json").read_text())
+        assert [entry["step"] for entry in log["log_history"] if "loss" in entry] == steps
+
+
 def test_bad_adapter_settings_are_errors(run, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"lora_target_modules names \['query'\].*'q_proj'"):
         run(finetune, **LORA, lora_target_modules=["query", "v_proj"])
@@ -113,5 +131,7 @@ def test_bad_adapter_settings_are_errors(run, checkpoint, tmp_path):
         run(pretrain, **LORA)
     with pytest.raises(ValueError, match="holds files already"):
         merge_adapter(checkpoint, checkpoint)
-    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+    with pytest.raises(
+        ValueError, match=r"lacks adapter_config\.json, adapter_model\.safetensors, .* or a checkpoint-N"
+    ):
         merge_adapter(checkpoint, tmp_path / "out")

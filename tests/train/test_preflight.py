@@ -1,5 +1,6 @@
 """A dry run says what a run would be, at any size, and loads, trains and saves nothing."""
 
+import json
 import re
 from pathlib import Path
 
@@ -61,8 +62,25 @@ def test_a_dry_run_counts_what_is_there(dry_run, data):
     assert output.count("learnt ") == 1
     assert output.rstrip().endswith("nothing was trained, nothing was saved.")
 
+    short = dry_run(finetune, dataloader_drop_last=True, num_train_epochs=3, **options, per_device_train_batch_size=16)
+    assert "3 steps of 32 rows: 16 on each" in short  # one whole batch an epoch
+
     grouped = dry_run(finetune, train_sampling_strategy="group_by_length", **options)
     assert numbers(grouped, "36")[1] < numbers(output, "36")[1]  # less padding
+
+
+def test_a_dry_run_says_what_it_ignores_and_repeats(dry_run, data, tmp_path):
+    records = json.loads((data[1] / "mixed.json").read_text())
+    records = [{**record, "model": "m", **({"topic": "t"} if index else {})} for index, record in enumerate(records)]
+    (tmp_path / "noted.json").write_text(json.dumps(records[:13]))
+    options = {"json_path": str(tmp_path / "noted.json"), "train_sampling_strategy": "group_by_length", "max_steps": -1}
+    output = dry_run(finetune, **options, per_device_train_batch_size=8, num_train_epochs=1)
+    assert "Keys of records that nothing here reads, and how many have them: 'model' in 13, 'topic' in 12." in output
+    assert "In an epoch, 3 rows occur twice" in output
+    assert "the 1 rows of one kind would not fill half of a batch of 8" in output
+    assert "1 steps of 16 rows" in output
+    for plain in (dry_run(finetune), dry_run(finetune, train_sampling_strategy="group_by_length")):
+        assert not re.search("Keys of records|occur twice|share batches", plain)
 
 
 def test_a_dry_run_of_stage_1_and_of_adapters(dry_run):

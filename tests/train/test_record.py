@@ -1,6 +1,7 @@
 """Every result carries the recipes, logs and curves of all stages behind it, and nothing of the machine it ran on."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -82,14 +83,14 @@ def test_the_log_is_that_of_the_weights_beside_it(run, assembled, monkeypatch, t
             run(finetune, "run", **options, max_steps=-1, num_train_epochs=1)
     assert records() == (0.01, None)  # no weights yet
     assert (tmp_path / "run/training/finetune.png").exists()
-    # The schedule is the checkpoint's: another rate has no effect, and is not told
-    run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options, max_steps=4, learning_rate=0.5)
-    assert records() == (0.01, [1, 2, 3, 4])
+    resume = ["--resume_from_checkpoint", "latest", "--allow_changes"]
+    run(finetune, "run", resume, **options, max_steps=4, learning_rate=0.5)
+    assert records() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
     with monkeypatch.context() as patch:
         patch.setattr("delta_llava.train.trainer.SaveOnSigterm.on_epoch_end", end)
         with pytest.raises(KeyboardInterrupt):
-            run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options, max_steps=6)
-    assert records() == (0.01, [1, 2, 3, 4])
+            run(finetune, "run", resume, **options, max_steps=6, learning_rate=0.5)
+    assert records() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
 
 
 def test_a_run_into_a_used_folder_leaves_no_record_of_the_earlier_one(run, assembled):
@@ -100,6 +101,35 @@ def test_a_run_into_a_used_folder_leaves_no_record_of_the_earlier_one(run, assem
     assert not list((folder / "training").glob("finetune-2.*"))
     with pytest.raises(ValueError, match="holds the model to start from"):
         run(finetune, "used", model_name_or_path=str(folder))
+
+
+def test_a_run_leaves_alone_what_no_run_has_written(run, assembled, tmp_path):
+    (tmp_path / "out/training").mkdir(parents=True)
+    foreign = ["training/notes.txt", "training/finetune_notes.yaml", "training/finetune-2.txt", "README.md", "a.json"]
+    for name in foreign:
+        (tmp_path / "out" / name).write_text(name)
+    lora = {"use_peft": True, "lora_r": 2, "model_name_or_path": str(assembled)}
+    for options in ({"model_name_or_path": str(assembled)}, lora):  # an adapter takes the whole model's place
+        folder = run(finetune, **options, max_steps=1)
+        assert all((folder / name).read_text() == name for name in foreign)
+    assert (folder / "adapter_model.safetensors").exists() and not list(folder.glob("model*.safetensors"))
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["training/finetune.yaml", "training/pretrain-2.png", "training/sources.yaml"])
+def test_a_run_does_not_replace_what_no_run_has_written(run, tmp_path, name):
+    (tmp_path / "out/training").mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"output_dir=.* holds {name}, which no run has written"):
+        run(finetune)
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_a_run_does_not_replace_another_model(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds .*config\.json, .*model\.safetensors, .* name another folder"):
+        run(finetune)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
 def test_a_model_without_records_is_told(run, caplog):

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
 from delta_llava.train import batches, finetune, pretrain, trainer
 
 
@@ -121,11 +121,60 @@ BAD_RECIPES = {
     "no model": ({"model_name_or_path": None}, "model_name_or_path is missing"),
     "no such model": ({"model_name_or_path": "runs/vicuna/stage1"}, "runs/vicuna/stage1 is not a folder: name what"),
     "validation without rows": ({"eval_strategy": "steps"}, "num_eval_rows=0 and eval_strategy=.*steps"),
+    "two validations": (
+        {"eval_strategy": "steps", "num_eval_rows": 2, "eval_json_path": "eval.json"},
+        "eval_json_path=eval.json and num_eval_rows=2: name one",
+    ),
+    "a configuration of a file": (
+        {"dataset_config": "one"},
+        "dataset_config=one is of no use for .*data.json",
+    ),
     "validation of all rows": (
         {"eval_strategy": "steps", "num_eval_rows": 12},
         "leaves nothing of the 12 rows with images",
     ),
     "quantized without adapters": ({"load_in_4bit": True}, "need use_peft"),
+    "rank without adapters": ({"lora_r": 64}, "lora_r=64 has no effect without use_peft"),
+    "quantization type without quantization": (
+        {"use_peft": True, "bnb_4bit_quant_type": "fp4"},
+        "bnb_4bit_quant_type=fp4 has no effect without load_in_4bit",
+    ),
+    "validation steps without validation": ({"eval_steps": 5}, "eval_steps=5 has no effect without eval_strategy"),
+    "loss on all tokens": ({"assistant_only_loss": False}, "on answers alone"),
+    "no training": ({"do_train": False}, "A run trains"),
+    "dtype of its own": ({"dtype": "bfloat16"}, "dtype=bfloat16, but bf16 and fp16 decide it: float32"),
+    "one best metric": ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model=loss would"),
+    "a plateau of one metric": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "num_eval_rows": 2, "eval_strategy": "steps", "eval_steps": 1},
+        "need one metric",
+    ),
+    "best model": (
+        {
+            "load_best_model_at_end": True,
+            "num_eval_rows": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+        "load_best_model_at_end=True would have no effect",
+    ),
+    "push": ({"push_to_hub": True}, "python -m delta_llava.hub.push"),
+    "template that is none": ({"chat_template_path": "org/model"}, r"chat_template_path=org/model must be a file"),
+    **{
+        f"{name} without effect": ({name: value}, f"{name}=.* would have no effect: .*Leave it out")
+        for name, value in {
+            "completion_only_loss": True,
+            "dataloader_in_order": False,
+            "eos_token": "</s>",
+            "hub_model_id": "org/model",
+            "include_for_metrics": ["loss"],
+            "model_init_kwargs": {"dtype": "float16"},
+            "pad_token": "<unk>",
+            "shuffle_dataset": True,
+            "use_liger_kernel": True,
+        }.items()
+    },
     "nothing to resume": ({"resume_from_checkpoint": True}, "no complete checkpoint"),
     "no latest to resume": ({"resume_from_checkpoint": "latest"}, "no complete checkpoint"),
     "no such checkpoint": (
@@ -159,6 +208,36 @@ def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data
     assert json.loads((tmp_path / "out" / "bad_records.jsonl").read_text())["id"] == "scene-3"
     output_dir = run(pretrain, json_path=str(tmp_path / "bad.json"), skip_bad_records=True)
     assert (output_dir / "model.safetensors").exists()
+
+
+def test_stage_1_refuses_a_second_question(run, data):
+    with pytest.raises(ValueError, match=r"14 of the 20 records.*\n.*scene-1.*one question and one answer"):
+        run(pretrain, json_path=str(data[1] / "mixed.json"))
+
+
+def test_fully_sharded_training_refuses_batches_with_and_without_images(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.DeltaLlavaTrainer, "_is_fully_sharded", lambda self: True)
+    records = json.loads((data[1] / "mixed.json").read_text())
+    (tmp_path / "few.json").write_text(json.dumps(records[:13]))
+    options = {"json_path": str(tmp_path / "few.json"), "per_device_train_batch_size": 4}
+    for strategy in ("random", "group_by_length"):
+        with pytest.raises(ValueError, match=r"1 of 13 rows have no image\. FSDP .* at least half of a batch of 4"):
+            run(finetune, **options, train_sampling_strategy=strategy)
+
+
+def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("delta_llava.train.recipe.logger.warning", warnings.append)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "num_visual_tokens": [4, 36], "save_strategy": "steps"}
+    output_dir = run(finetune, **options, eval_json_path=str(data[1] / "mixed.json"), save_steps=2)
+    history = json.loads((output_dir / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_4_loss" in entry for entry in history) == sum("eval_36_loss" in entry for entry in history) == 2
+    assert [warning for warning in warnings if "8 of the 20 rows in" in warning and "have no image" in warning]
+    records = json.loads(data[0].read_text())
+    (tmp_path / "bad.json").write_text(json.dumps([{**records[0], "image": "none.png"}, *records]))
+    with pytest.raises(ValueError, match=r"1 of the 13 records in .*bad\.json are bad"):
+        run(finetune, "bad", **options, eval_json_path=str(tmp_path / "bad.json"))
+    assert json.loads((tmp_path / "bad" / "bad_eval_records.jsonl").read_text())["index"] == 0
 
 
 def test_mixed_precision_trains_in_float32_and_saves_in_bfloat16(run, monkeypatch):
@@ -321,6 +400,27 @@ def test_a_residual_projector_may_have_three_rates_and_no_decay_of_its_gate(run,
     decays = {name: decay for name, _, decay in groups}
     assert decays[prefix + "gate"] == 0.0
     assert decays[prefix + "attention.in_proj_weight"] == decays[prefix + "refinement_block.mlp.0.weight"] == 0.1
+
+
+def test_an_adapter_is_not_taken_for_a_model(run, tmp_path):
+    adapter = run(finetune, use_peft=True, lora_r=2, max_steps=1, save_strategy="steps", save_steps=1)
+    for folder in (adapter, adapter / "checkpoint-1"):
+        for stage in (pretrain, finetune):
+            with pytest.raises(ValueError, match=r"holds no config\.json.*adapter.* by hub\.merge_adapter"):
+                run(stage, "next", model_name_or_path=str(folder))
+        with pytest.raises(ValueError, match="of it by hub"):
+            DeltaLlavaConfig.from_pretrained(folder)
+
+
+def test_a_chat_template_is_that_of_the_run_the_dry_run_and_the_result(run, checkpoint, tmp_path, capsys):
+    template = DeltaLlavaProcessor.from_pretrained(checkpoint).chat_template.replace("ASSISTANT:", "ROBOT:")
+    (tmp_path / "own.jinja").write_text(template)
+    run(finetune, "dry", ["--dry_run"], chat_template_path=str(tmp_path / "own.jinja"))
+    assert "ROBOT:' " in (output := capsys.readouterr().out).replace("\n", " ") and "ASSISTANT:" not in output
+    folder = run(finetune, chat_template_path=str(tmp_path / "own.jinja"))
+    assert (folder / "chat_template.jinja").read_text() == template
+    with pytest.raises(ValueError, match="chat_template_path has no place in stage 1"):
+        run(pretrain, "stage-1", chat_template_path=str(tmp_path / "own.jinja"))
 
 
 def test_a_new_run_does_not_delete_what_an_earlier_one_has_left(run):

@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 from torch.utils.data import DataLoader
 
 from delta_llava.train import finetune
-from delta_llava.train.batches import StreamedBatches, stream_rows
+from delta_llava.train.batches import Collator, StreamedBatches, stream_rows
 
 
 def add(shard, name, content):
@@ -99,6 +99,45 @@ def test_a_sample_that_is_no_record_is_named(tmp_path, tiny_processor, content):
         list(stream_rows(str(tmp_path), "train", tiny_processor(), 4, None))
     rows = stream_rows(str(tmp_path), "train", tiny_processor(), 4, None, skip_bad_records=True)
     assert answers(rows) == ["Red."]
+
+
+def test_other_forms_stream_with_their_loss_and_what_is_ignored(tmp_path, tiny_processor):
+    part = {"type": Value("string"), "text": Value("string"), "image": Image()}
+    message = {"role": Value("string"), "content": List(part), "weight": Value("int64")}
+    photo = {"bytes": encoded("red"), "path": None}
+
+    def say(role, text, image=None, weight=None):
+        images = [{"type": "image", "image": image}] if image else []
+        return {"role": role, "content": [*images, {"type": "text", "text": text}], "weight": weight}
+
+    messages = [
+        say("user", "Which?", photo),
+        say("assistant", "Red?", weight=0),
+        say("user", "?"),
+        say("assistant", "Red."),
+    ]
+    rows = Dataset.from_list(
+        [{"messages": messages, "origin": "here"}],
+        features=Features({"messages": List(message), "origin": Value("string")}),
+    )
+    (tmp_path / "one").mkdir()
+    rows.to_parquet(tmp_path / "one" / "train.parquet")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: one\n  data_dir: one\n- config_name: two\n---\n")
+    stream = stream_rows(str(tmp_path), "train", tiny_processor(), 4, None, dataset_config="one")
+    (row,) = next(iter(StreamedBatches(stream, 1, [4], 0, skip_bad_records=False, images_only=True)))
+    assert row["id"] is None
+    assert row["loss"] == [True, False, True, True]
+    assert row["notes"] == [{"kind": "ignored_key", "reason": "origin"}]
+    assert row["images"][0].getpixel((0, 0)) == (255, 0, 0)
+    labels = Collator(tiny_processor())([row])["labels"][0]
+    assert tiny_processor().tokenizer.decode(labels[labels != -100]) == " Red.</s>"
+
+
+def test_a_stream_has_to_carry_its_images(tmp_path, tiny_processor):
+    record = {"image": "a.png", "conversations": conversation("Red.")}
+    Dataset.from_list([record]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"Record None of .*: image a\.png is a file, but a stream has to carry"):
+        list(stream_rows(str(tmp_path), "train", tiny_processor(), 4, None))
 
 
 def test_rows_come_from_parquet_files_with_lists_of_images(tmp_path, tiny_processor):

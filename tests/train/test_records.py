@@ -1,0 +1,280 @@
+"""Records of every usual form say what they mean, or are bad by name; what means nothing here is noted."""
+
+import base64
+import pickle
+
+import pytest
+
+from delta_llava.train.check_data import FAULTS
+from delta_llava.train.records import BadRecord, parse_record
+
+
+IMAGE = {"type": "image", "text": None}
+
+
+def text(value):
+    return {"type": "text", "text": value}
+
+
+def say(role, *content):
+    return {"role": role, "content": [text(part) if isinstance(part, str) else part for part in content]}
+
+
+def llava(*values, **changes):
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+    return {"id": "0", "conversations": turns, **changes}
+
+
+def chat(*values, **changes):
+    turns = [{"role": ("user", "assistant")[index % 2], "content": value} for index, value in enumerate(values)]
+    return {"messages": turns, **changes}
+
+
+PLACED = [say("user", IMAGE, "What?"), say("assistant", "That.")]
+ENCODED = base64.b64encode(b"pixels").decode()
+FORMS = {
+    "LLaVA": (llava("<image>\nWhat?", "That.", image="a.png"), ["a.png"], PLACED),
+    "LLaVA with a list": (llava("What?\n<image>", "That.", images=["a.png"], id=None), ["a.png"], PLACED),
+    "system as a key": (
+        llava("What?", "That.", system="Be kind."),
+        [],
+        [say("system", "Be kind."), say("user", "What?"), say("assistant", "That.")],
+    ),
+    "no system": (llava("<image>What?", "That.", system=" ", image="a.png"), ["a.png"], PLACED),
+    "ShareGPT with users": (
+        {"conversations": chat("<image>What?", "That.")["messages"], "images": ["a.png"]},
+        ["a.png"],
+        PLACED,
+    ),
+    "TRL, texts": (chat("What?", "That.", images=["a.png"]), ["a.png"], PLACED),
+    "TRL, texts with markers": (chat("<image>\nWhat?", "That.", image="a.png"), ["a.png"], PLACED),
+    "TRL, two images": (
+        chat("Hm?", "Hm.", "What?", "That.", images=["a.png", "b.png"]),
+        ["a.png", "b.png"],
+        [say("user", IMAGE, IMAGE, "Hm?"), say("assistant", "Hm."), say("user", "What?"), say("assistant", "That.")],
+    ),
+    "TRL, parts": (
+        chat([{"type": "image", "index": 0}, text("What?")], [text("Th"), text("at.")], images=[{"path": "a.png"}]),
+        ["a.png"],
+        PLACED,
+    ),
+    "parts that name their image": (
+        chat([{"type": "image", "image": "a.png"}, text("What?")], "That."),
+        ["a.png"],
+        PLACED,
+    ),
+    "places are kept": (
+        chat([text("What?"), {"type": "image", "path": "a.png"}], "That."),
+        ["a.png"],
+        [say("user", "What?", IMAGE), say("assistant", "That.")],
+    ),
+    "OpenAI": (
+        chat([{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{ENCODED}"}}, text("What?")], "That."),
+        [{"bytes": b"pixels", "path": None}],
+        PLACED,
+    ),
+    "base64": (
+        chat([{"type": "image", "base64": ENCODED}, text("What?")], "That."),
+        [{"bytes": b"pixels", "path": None}],
+        PLACED,
+    ),
+    "a file's URL": (chat([{"type": "image", "url": "file://a.png"}, text("What?")], "That."), ["a.png"], PLACED),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "Be kind."}, *chat("What?", "That.")["messages"]]},
+        [],
+        [say("system", "Be kind."), say("user", "What?"), say("assistant", "That.")],
+    ),
+    "prompt and completion": ({"prompt": "What?", "completion": "That.", "images": ["a.png"]}, ["a.png"], PLACED),
+    "The Cauldron": ({"texts": [{"user": "What?", "assistant": "That."}], "images": ["a.png"]}, ["a.png"], PLACED),
+    "what Arrow adds": (
+        chat(
+            [{"type": "image", "text": None}, text("What?")], "That.", image="a.png", images=None, video=None, tools=[]
+        ),
+        ["a.png"],
+        PLACED,
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "images", "messages"), FORMS.values(), ids=FORMS)
+def test_every_form_says_what_it_means(record, images, messages):
+    found = parse_record(record)
+    assert found.images == images
+    assert found.messages == messages
+    assert found.loss == [True] * len(messages)
+    assert [note for note in found.notes if note["kind"] != "marker_moved"] == []
+
+
+def weighed(*turns):
+    return {"conversations": [{"from": role, "value": "x", **keys} for role, keys in turns]}
+
+
+LOSSES = {
+    "loss": (weighed(("human", {}), ("gpt", {"loss": False}), ("human", {}), ("gpt", {"loss": True})), [1, 0, 1, 1]),
+    "weight": (
+        weighed(
+            ("system", {"weight": 0}), ("human", {}), ("gpt", {"weight": 0}), ("human", {}), ("gpt", {"weight": 1.0})
+        ),
+        [1, 1, 0, 1, 1],
+    ),
+    "train": (weighed(("human", {"train": 0}), ("gpt", {"train": False}), ("human", {}), ("gpt", {})), [1, 0, 1, 1]),
+    "a prompt": (
+        {"prompt": chat("a", "b", "c")["messages"], "completion": [{"role": "assistant", "content": "d"}]},
+        [1, 0, 1, 1],
+    ),
+    "a prompt that says otherwise": (
+        {
+            "prompt": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 1},
+                {"role": "user", "content": "c"},
+            ],
+            "completion": "d",
+        },
+        [1, 1, 1, 1],
+    ),
+    "a pair": (
+        {"texts": [{"user": "a", "assistant": "b", "loss": False}, {"user": "c", "assistant": "d"}]},
+        [1, 0, 1, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "loss"), LOSSES.values(), ids=LOSSES)
+def test_a_turn_says_whether_it_is_learnt(record, loss):
+    assert parse_record(record).loss == [bool(keeps) for keeps in loss]
+    assert parse_record(record).notes == []
+
+
+BAD = {
+    "no turns": ({"id": "0", "text": "x"}, "turns", "the record has ['id', 'text']"),
+    "turns twice": ({**llava("a", "b"), **chat("a", "b")}, "turns", "as conversations and as messages: keep one"),
+    "role twice": (weighed(("human", {"role": "user"}), ("gpt", {})), "turns", "turn 0 has from and role: keep one"),
+    "text twice": (weighed(("human", {"content": "y"}), ("gpt", {})), "turns", "turn 0 has value and content"),
+    "images twice": (llava("<image>", "b", image="a.png", images=["b.png"]), "turns", "has image and images"),
+    "system twice": (
+        {"system": "a", "conversations": [{"from": "system", "value": "b"}, *llava("a", "b")["conversations"]]},
+        "turns",
+        "a system prompt and a system turn",
+    ),
+    "system is a list": (llava("a", "b", system=["x"]), "turns", "system is ['x'], not a text"),
+    "image in the system prompt": (llava("a", "b", system="<image>"), "marker_in_answer", "the key system"),
+    "a tool": (
+        {"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": "x"}]},
+        "turns",
+        "from ['user', 'assistant', 'tool']",
+    ),
+    "system late": (weighed(("human", {}), ("gpt", {}), ("system", {})), "turns", "must alternate"),
+    "weight of a half": (weighed(("human", {}), ("gpt", {"weight": 0.5})), "loss", "has the weight 0.5"),
+    "loss in words": (weighed(("human", {}), ("gpt", {"loss": "no"})), "loss", "has the loss 'no'"),
+    "loss on a question": (weighed(("human", {"loss": True}), ("gpt", {})), "loss", "answers alone are learnt"),
+    "loss that contradicts": (weighed(("human", {}), ("gpt", {"loss": True, "weight": 0})), "loss", "contradicts"),
+    "nothing learnt": (weighed(("human", {}), ("gpt", {"loss": False})), "loss", "nothing is left to learn"),
+    "video": (llava("a", "b", video="a.mp4"), "unsupported", "the record has video"),
+    "tools": (chat("a", "b", tools=[{"name": "f"}]), "unsupported", "the record has tools"),
+    "a tool call": (
+        {"messages": [*chat("a")["messages"], {"role": "assistant", "content": "b", "tool_calls": [{"id": 1}]}]},
+        "unsupported",
+        "turn 1 has tool_calls",
+    ),
+    "image of a turn": (weighed(("human", {"image": "a.png"}), ("gpt", {})), "unsupported", "turn 0 has image"),
+    "video part": (chat([{"type": "video"}, text("a")], "b"), "part", "turn 0 has the part {'type': 'video'}"),
+    "a text as a part": (chat(["a"], "b"), "part", "turn 0 has the part {'type': 'a'}"),
+    "a part without text": (chat([{"type": "text"}], "b"), "part", "turn 0 has the part"),
+    "image part of an answer": (chat("a", [IMAGE]), "marker_in_answer", "turn 1 from assistant"),
+    "image named by part and record": (
+        chat([{"type": "image", "image": "a.png"}, text("a")], "b", images=["a.png"]),
+        "turns",
+        "by itself and in the parts",
+    ),
+    "images in another order": (
+        chat([{"type": "image", "index": 1}, {"type": "image", "index": 0}, text("a")], "b", images=["a.png", "b.png"]),
+        "part",
+        "has image 1 where 0 is due",
+    ),
+    "parts without images": (chat([text("a")], "b", images=["a.png"]), "marker_missing", "0 <image> and the record 1"),
+    "LLaVA without a marker": (llava("a", "b", images=["a.png"]), "marker_missing", "0 <image> and the record 1"),
+    "too few markers": (chat("<image>a", "b", images=["a.png", "b.png"]), "marker_missing", "1 <image> and the"),
+    "too many parts": (
+        chat([IMAGE, {"type": "image", "url": "a.png"}, text("a")], "b"),
+        "marker_surplus",
+        "2 <image> and the record 1 images",
+    ),
+    "another program's marker": (llava("<ImageHere>\na", "b", image="a.png"), "marker_foreign", "write '<ImageHere>'"),
+    "a token for an image": (chat("<|image_pad|>a", "b", image="a.png"), "marker_foreign", "write '<|image_pad|>'"),
+    "numbered markers": (chat("<image_1> <image_2>?", "b", images=["a", "b"]), "marker_foreign", "'<image_1>'"),
+    "a URL": (chat([{"type": "image", "url": "https://x.y/a.png"}], "b"), "address", "is an address, not a file"),
+    "broken base64": (llava("<image>", "b", image="data:image/png;base64,?"), "address", "cannot be decoded"),
+    "data that is no base64": (llava("<image>", "b", image="data:text/plain,x"), "address", "not in base64"),
+    "image of a number": (llava("<image>", "b", image=[3]), "record", "image is 3"),
+    "image of an object": (llava("<image>", "b", image={"name": "a.png"}), "record", "image is {'name': 'a.png'}"),
+    "image is false": (llava("a", "b", image=False), "record", "image is False"),
+}
+
+
+@pytest.mark.parametrize(("record", "kind", "reason"), BAD.values(), ids=BAD)
+def test_what_cannot_be_read_right_is_bad(record, kind, reason):
+    with pytest.raises(BadRecord) as error:
+        parse_record(record)
+    assert (error.value.kind, reason in str(error.value)) == (kind, True), error.value
+    assert pickle.loads(pickle.dumps(error.value)).kind == kind  # as workers hand it on
+
+
+def test_every_fault_of_a_record_has_a_remedy():
+    assert {kind for _, kind, _ in BAD.values()} | {"no_image", "answer"} <= FAULTS.keys()
+
+
+def test_files_are_not_looked_at():
+    found = parse_record(llava("<image><image>?", "!", image=["none/a.png", "../b.png"]))
+    assert found.images == ["none/a.png", "../b.png"]
+    assert [part["type"] for part in found.messages[0]["content"]] == ["image", "image", "text"]
+
+
+STAGE_1 = {
+    "no image": (llava("a", "b"), "no_image"),
+    "two questions": (llava("<image>", "b", "c", "d", image="a.png"), "answer"),
+    "a system turn": (
+        {
+            "conversations": [{"from": "system", "value": "x"}, *llava("<image>", "b")["conversations"]],
+            "image": "a.png",
+        },
+        "answer",
+    ),
+    "a system prompt": (llava("<image>", "b", image="a.png", system="x"), "answer"),
+}
+
+
+@pytest.mark.parametrize(("record", "kind"), STAGE_1.values(), ids=STAGE_1)
+def test_stage_1_takes_one_question_and_one_answer(record, kind):
+    parse_record(record)
+    with pytest.raises(BadRecord) as error:
+        parse_record(record, require_images=True, one_answer=True)
+    assert error.value.kind == kind
+    assert parse_record(llava("<image>", "b", image="a.png"), require_images=True, one_answer=True).images == ["a.png"]
+
+
+def test_keys_that_nothing_reads_are_noted_by_name():
+    record = chat(
+        [{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}, "cache": 1}, text("a")], "b", model="m"
+    )
+    record["messages"][1]["name"] = "x"
+    record["prompt"], record["\ud800"], record["nothing"] = "a", 0, None
+    reasons = ["content[].cache", "image.detail", "messages[].name", "model", "prompt", "\\ud800"]
+    assert parse_record(record).notes == [{"kind": "ignored_key", "reason": reason} for reason in reasons]
+
+
+def test_another_programs_marker_beside_ours_is_noted():
+    (note,) = parse_record(llava("<image>\n<ImageHere>What?", "b", image="a.png")).notes
+    assert (note["kind"], note["reason"]) == ("foreign_text", "'<ImageHere>' is trained as a text")
+    assert parse_record(llava("<image>\nWhat does <b>this</b> say?", "<img>", image="a.png")).notes == []
+    assert parse_record(llava("How is <img> written?", "So.")).notes == []
+
+
+def test_what_is_nested_deeply_is_named_briefly():
+    nested = []
+    for _ in range(900):
+        nested = [nested]
+    for record in ({"id": nested}, llava(nested, "b"), llava("<image>", "b", image=nested), chat([nested], "b")):
+        with pytest.raises(BadRecord) as error:
+            parse_record(record)
+        assert len(str(error.value)) < 300

@@ -1,0 +1,375 @@
+"""One record of any usual form as the one chat that training knows, with nothing in it dropped in silence."""
+
+import base64
+import re
+from collections import Counter
+from reprlib import Repr
+from typing import Any, NamedTuple
+
+
+IMAGE_MARKER = "<image>"
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+}
+# Where a record may have its turns, and what must be there beside it
+FORMS = {"conversations": (), "messages": (), "texts": (), "prompt": ("completion",)}
+# They mean something that would be lost
+UNSUPPORTED_KEYS = ("video", "videos", "audio", "audios", "tools", "functions")
+UNSUPPORTED_TURN_KEYS = (
+    *("image", "images", "video", "videos", "audio", "audios"),
+    *("tool_calls", "function_call", "reasoning_content", "thinking"),
+)
+LOSS_KEYS = ("loss", "weight", "train")
+TURN_KEYS = {"from", "role", "value", "content", *LOSS_KEYS, *UNSUPPORTED_TURN_KEYS}
+SOURCE_KEYS = ("image", "image_url", "url", "path", "base64")
+# What other programs write where an image belongs
+FOREIGN_MARKER = re.compile(
+    r"(?!(?-i:<image>))(?:"
+    r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>"
+    r"|<\|?(?:image|/?img)[ _-]?(?:here|pad|token|soft_token|placeholder|(?P<number>\d+))?\|?>"
+    r"|<start_of_image>|<im_start>|(?-i:\[IMG\]))",
+    re.IGNORECASE,
+)
+
+_short = Repr()
+_short.maxstring = _short.maxother = 200
+_short.maxlist = _short.maxdict = 20
+short = _short.repr  # `repr` of what may be huge, or nested a thousand deep
+
+
+class BadRecord(ValueError):
+    """
+    A record that cannot be trained on.
+
+    Args:
+        reason (`str`):
+            What is wrong with it.
+        kind (`str`, *optional*, defaults to `"record"`):
+            The kind of fault, one of the keys of `delta_llava.train.check_data.FAULTS`.
+        file (`str`, *optional*):
+            The image that is to blame, as the record names it.
+    """
+
+    def __init__(self, reason: str, kind: str = "record", file: str | None = None):
+        super().__init__(reason)
+        self.kind = kind
+        self.file = file
+
+
+class Chat(NamedTuple):
+    """
+    What a record says.
+
+    Args:
+        images (`list[str | dict]`):
+            Each image in the order of its place: a path as the record has it, or `{"bytes": …, "path": …}`.
+        messages (`list[dict]`):
+            `{"role": …, "content": [{"type": "image", "text": None}, {"type": "text", "text": …}, …]}` for each turn.
+        loss (`list[bool]`):
+            `False` for each message that the record asks not to learn.
+        notes (`list[dict]`):
+            `{"kind": …, "reason": …}` for each harmless peculiarity, of the kinds in
+            `delta_llava.train.check_data.NOTES`.
+    """
+
+    images: list[str | dict[str, Any]]
+    messages: list[dict[str, Any]]
+    loss: list[bool]
+    notes: list[dict[str, str]]
+
+
+def parse_record(record: Any, require_images: bool = False, one_answer: bool = False) -> Chat:
+    """
+    Check one record and turn it into a chat. No file is looked at.
+
+    Args:
+        record (`dict`):
+            A record of one of the forms that [`~delta_llava.train.data.load_llava_json`] lists.
+        require_images (`bool`, *optional*, defaults to `False`):
+            Whether a record without an image is bad, as it is where the projector alone is trained.
+        one_answer (`bool`, *optional*, defaults to `False`):
+            Whether a record must be one question and one answer, all that stage 1 learns of it.
+
+    Returns:
+        [`Chat`]: What it says.
+
+    Raises:
+        [`BadRecord`]: The record cannot be trained on; its `kind` and its text say why.
+    """
+    if isinstance(record, BadRecord):  # by its syntax
+        raise record
+    if not isinstance(record, dict):
+        raise BadRecord(f"the record is a {type(record).__name__}, not an object with id and conversations")
+    record = _without_none(record)
+    if not isinstance(record.get("id", ""), str | int | float):
+        raise BadRecord(f"id is {short(record['id'])}, not a string or a number")
+    _refuse(record, UNSUPPORTED_KEYS, "the record")
+    form, turns = _turns(record)
+    ignored = record.keys() - {"id", "image", "images", "system", form, *FORMS[form], *UNSUPPORTED_KEYS}
+    images = _record_images(record, ignored)
+
+    speakers = [_one_of(turn, ("from", "role"), f"turn {number}") for number, turn in enumerate(turns)]
+    roles = [ROLES.get(speaker) if isinstance(speaker, str) else None for speaker in speakers]
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+        raise BadRecord(
+            f"the turns are from {short(speakers)}: they must alternate, human first and gpt last (or user and "
+            "assistant; one from system may come before them)",
+            "turns",
+        )
+    names = [f"turn {number}" for number in range(len(turns))]
+    if _says_something(record.get("system", ""), "system"):
+        if roles[0] == "system":
+            raise BadRecord("the record has a system prompt and a system turn: keep one", "turns")
+        names, speakers, roles = ["the prompt", *names], ["the key system", *speakers], ["system", *roles]
+        turns = [{"value": record["system"]}, *turns]
+
+    messages, loss, notes, sources, all_texts, num_images = [], [], [], [], True, 0
+    for name, speaker, role, turn in zip(names, speakers, roles, turns, strict=True):
+        _refuse(turn, UNSUPPORTED_TURN_KEYS, name)
+        ignored |= {f"{form}[].{key}" for key in turn.keys() - TURN_KEYS}
+        value = _one_of(turn, ("value", "content"), name)
+        if isinstance(value, list):
+            all_texts = False
+            content = _content_of_parts(value, name, num_images, sources, ignored)
+        elif isinstance(value, str):
+            if form == "conversations" and _moves_marker(value):
+                notes.append({"kind": "marker_moved", "reason": f"{IMAGE_MARKER} comes after the question's text"})
+            content = _content_of_text(value, name, as_llava=form == "conversations")
+        else:
+            content = []
+        if role != "user" and any(part["type"] == "image" for part in content):
+            raise BadRecord(f"{name} from {speaker} contains {IMAGE_MARKER}: only human turns may", "marker_in_answer")
+        if not any(part["type"] == "image" or part["text"].strip() for part in content):
+            raise BadRecord(f"{name} has the value {short(value)}, not a text", "turns")
+        messages.append({"role": role, "content": content})
+        num_images += sum(part["type"] == "image" for part in content)
+        loss.append(_keeps_loss(turn, role, f"{name} from {speaker}"))
+    if not any(keeps for keeps, role in zip(loss, roles, strict=True) if role == "assistant"):
+        raise BadRecord("the record keeps the loss of none of its answers: nothing is left to learn", "loss")
+
+    if sources and images:
+        raise BadRecord("the record names images by itself and in the parts of its turns: keep one", "turns")
+    images = sources or images
+    if require_images and not images:
+        raise BadRecord("the record has no image, and this stage trains the projector alone", "no_image")
+    if one_answer and roles != ["user", "assistant"]:
+        raise BadRecord(f"the turns are from {short(speakers)}: this stage takes one question and one answer", "answer")
+    _match(messages, num_images, images, may_insert=all_texts and form != "conversations")
+    if images and (foreign := foreign_markers(messages)):
+        notes.append({"kind": "foreign_text", "reason": f"{short(foreign[0][0])} is trained as a text"})
+    notes += [{"kind": "ignored_key", "reason": _printable(key)} for key in sorted(ignored)]
+    return Chat(images, messages, loss, notes)
+
+
+def _match(messages: list[dict[str, Any]], num_markers: int, images: list, may_insert: bool):
+    """Check that each image has its place; if it may be, and there is no place at all, make the places."""
+    if num_markers == len(images):
+        return
+    foreign = foreign_markers(messages) if num_markers < len(images) else []
+    if may_insert and not num_markers and not foreign:
+        # As TRL does with contents that are texts
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
+        return
+    reason = f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images"
+    if foreign:
+        raise BadRecord(f"{reason}; other programs write {short(foreign[0][0])} for an image", "marker_foreign")
+    raise BadRecord(reason, "marker_missing" if num_markers < len(images) else "marker_surplus")
+
+
+def foreign_markers(messages: list[dict[str, Any]]) -> list[re.Match]:
+    """Find what other programs write for an image in the questions of a [`Chat`]'s messages, in their order."""
+    texts = [
+        part["text"]
+        for message in messages
+        if message["role"] == "user"
+        for part in message["content"]
+        if part["type"] == "text"
+    ]
+    return [match for text in texts for match in FOREIGN_MARKER.finditer(text)]
+
+
+def name_keys(counts: Counter[str]) -> str:
+    """Name keys that are ignored, with the numbers of records that have them."""
+    named = [f"{key!r} in {number:,}" for key, number in counts.most_common(20)]
+    return ", ".join(named) + (f" and {len(counts) - 20:,} other keys" if len(counts) > 20 else "")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can write a text: it cannot write half of a surrogate pair."""
+    return text == text.encode(errors="ignore").decode()
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _without_none(mapping: dict) -> dict:
+    # Arrow writes None for every key that another record has
+    return {key: value for key, value in mapping.items() if value is not None} if None in mapping.values() else mapping
+
+
+def _one_of(mapping: dict, names: tuple[str, ...], where: str) -> Any:
+    """The value of the one of these keys that is there, or `None`."""
+    found = [name for name in names if name in mapping]
+    if len(found) > 1:
+        raise BadRecord(f"{where} has {' and '.join(found)}: keep one", "turns")
+    return mapping[found[0]] if found else None
+
+
+def _refuse(mapping: dict, keys: tuple[str, ...], where: str):
+    for key in keys:
+        if mapping.get(key) not in (None, "", [], {}):
+            raise BadRecord(f"{where} has {key}, which cannot be trained on there", "unsupported")
+
+
+def _says_something(text: Any, where: str) -> bool:
+    if not isinstance(text, str):
+        raise BadRecord(f"{where} is {short(text)}, not a text", "turns")
+    return bool(text.strip())
+
+
+def _turns(record: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+    forms = [form for form, others in FORMS.items() if form in record and all(key in record for key in others)]
+    if not forms:
+        raise BadRecord(
+            "conversations is not a list of turns, and neither messages nor texts nor prompt and completion are there: "
+            f"the record has {short(sorted(record))}",
+            "turns",
+        )
+    if len(forms) > 1:
+        raise BadRecord(f"the record has its turns as {' and as '.join(forms)}: keep one", "turns")
+    (form,) = forms
+    if form == "prompt":
+        prompt, completion = (
+            _objects([{"role": role, "content": record[key]}] if isinstance(record[key], str) else record[key], key)
+            for key, role in (("prompt", "user"), ("completion", "assistant"))
+        )
+        # As TRL does: completions alone are learnt
+        for index, turn in enumerate(prompt):
+            is_answer = ROLES.get(str(turn.get("role", turn.get("from")))) == "assistant"
+            if is_answer and not turn.keys() & set(LOSS_KEYS):
+                prompt[index] = {**turn, "loss": False}
+        return form, prompt + completion
+    turns = _objects(record[form], form)
+    if form == "texts":  # of The Cauldron: pairs
+        pairs, turns = turns, []
+        for pair in pairs:
+            answer = {key: value for key, value in pair.items() if key != "user"}
+            turns += [_without_none({"role": "user", "content": pair.get("user")})]
+            turns += [_without_none({"role": "assistant", "content": answer.pop("assistant", None), **answer})]
+    return form, turns
+
+
+def _objects(values: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise BadRecord(f"{name} is not a list of {{from, value}} or {{role, content}} objects", "turns")
+    return [_without_none(value) for value in values]
+
+
+def _content_of_parts(
+    parts: list, name: str, num_images: int, sources: list, ignored: set[str]
+) -> list[dict[str, str | None]]:
+    """
+    A turn's content, after `num_images` images in earlier ones. The images that its parts name are added to `sources`,
+    and keys unknown here to `ignored`.
+    """
+    content = []
+    for part in parts:
+        part = _without_none(part) if isinstance(part, dict) else {"type": part}
+        kind = part.get("type")
+        if kind == "text" and isinstance(part.get("text"), str):
+            before = content.pop()["text"] if content and content[-1]["type"] == "text" else ""
+            content += _content_of_text(before + part["text"], name, as_llava=False)
+            known = {"type", "text"}
+        elif kind in ("image", "image_url"):
+            content.append({"type": "image", "text": None})
+            source = _one_of(part, SOURCE_KEYS, f"an image of {name}")
+            if source is not None:
+                encoded = "base64" in part and isinstance(source, str)
+                sources.append(_image(f"data:;base64,{source}" if encoded else source, ignored))
+            if part.get("index", num_images) != num_images:
+                raise BadRecord(f"{name} has image {short(part['index'])} where {num_images} is due", "part")
+            num_images += 1
+            known = {"type", "index", *SOURCE_KEYS}
+        else:
+            raise BadRecord(f"{name} has the part {short(part)}: text, image and image_url may be its type", "part")
+        ignored |= {f"content[].{key}" for key in part.keys() - known}
+    return content
+
+
+def _content_of_text(text: str, name: str, as_llava: bool) -> list[dict[str, str | None]]:
+    if not is_utf8(text):
+        raise BadRecord(f"{name} holds half of a surrogate pair, which UTF-8 cannot write", "text")
+    first, *others = (text.strip() if as_llava else text).split(IMAGE_MARKER)
+    if as_llava and len(others) == 1:
+        # As LLaVA trains: the one image of a turn comes before its text
+        first, others = "", [f"{first}{others[0]}".strip()]
+    content = [{"type": "text", "text": first}] if first else []
+    for text in others:
+        content.append({"type": "image", "text": None})
+        # LLaVA writes "<image>\n"; the chat template brings this line break itself
+        if text := text.removeprefix("\n"):
+            content.append({"type": "text", "text": text})
+    return content
+
+
+def _moves_marker(value: str) -> bool:
+    return value.count(IMAGE_MARKER) == 1 and not value.lstrip().startswith(IMAGE_MARKER)
+
+
+def _keeps_loss(turn: dict[str, Any], role: str, name: str) -> bool:
+    said = {key: turn[key] for key in LOSS_KEYS if key in turn}
+    for key, value in said.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRecord(f"{name} has the {key} {short(value)}: true, false, 1 or 0 are possible", "loss")
+        if value and role != "assistant":
+            raise BadRecord(f"{name} has the {key} {value}, but answers alone are learnt", "loss")
+    if len(set(said.values())) > 1:
+        raise BadRecord(f"{name} contradicts itself: {said}", "loss")
+    return role != "assistant" or all(said.values())
+
+
+def _record_images(record: dict[str, Any], ignored: set[str]) -> list[str | dict[str, Any]]:
+    images = _one_of(record, ("image", "images"), "the record")
+    if images is None or images == "":
+        return []
+    if not isinstance(images, str | list | dict | bytes):
+        raise BadRecord(f"image is {short(images)}, not a path or a list of paths")
+    return [_image(image, ignored) for image in (images if isinstance(images, list) else [images])]
+
+
+def _image(source: Any, ignored: set[str]) -> str | dict[str, Any]:
+    """An image's path, or its bytes as `datasets` has them."""
+    given = source
+    if isinstance(source, dict):
+        ignored |= {f"image.{key}" for key in _without_none(source).keys() - {"bytes", "path", "url"}}
+        if isinstance(source.get("bytes"), bytes):
+            path = source.get("path")
+            return {"bytes": source["bytes"], "path": path if isinstance(path, str) else None}
+        source = source.get("path", source.get("url"))
+    if isinstance(source, bytes):
+        return {"bytes": source, "path": None}
+    if not isinstance(source, str):
+        raise BadRecord(f"image is {short(given)}, not a path or a list of paths")
+    if not is_utf8(source):
+        raise BadRecord(f"image {source!r} holds half of a surrogate pair, which UTF-8 cannot write", "text", source)
+    if source.startswith("data:"):
+        try:
+            head, _, body = source.partition(",")
+            if not head.endswith(";base64"):
+                raise ValueError("it is not in base64")
+            return {"bytes": base64.b64decode(body, validate=True), "path": None}
+        except ValueError as error:
+            raise BadRecord(f"image {short(source)} cannot be decoded: {error}", "address") from error
+    source = source.removeprefix("file://")
+    if "://" in source:
+        raise BadRecord(f"image {short(source)} is an address, not a file", "address", source)
+    return source
