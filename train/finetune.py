@@ -64,14 +64,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
     rows, held_out = load_rows(script_args, training_args, processor, config)
 
     run = configured_run(
-        "finetune",
-        recipe,
-        script_args,
-        training_args,
-        model_args,
-        config.visual_token_budgets,
-        rows,
-        checkpoint,
+        "finetune", recipe, script_args, training_args, model_args, config.visual_token_budgets, rows, checkpoint
     )
 
     ################

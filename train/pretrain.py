@@ -61,14 +61,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
     rows, held_out = load_rows(script_args, training_args, processor, config, template, is_stage_1=True)
 
     run = configured_run(
-        "pretrain",
-        recipe,
-        script_args,
-        training_args,
-        model_args,
-        config.visual_token_budgets,
-        rows,
-        checkpoint,
+        "pretrain", recipe, script_args, training_args, model_args, config.visual_token_budgets, rows, checkpoint
     )
 
     ################

@@ -328,8 +328,8 @@ def configured_run(
     """
 
     def configure():
-        settings = {"stage": stage, "num_visual_tokens": budgets}
-        settings |= _settings(script_args, training_args, model_args, rows)
+        settings = _settings(script_args, training_args, model_args, rows)
+        settings |= {"stage": stage, "num_visual_tokens": budgets}
         run = {"id": uuid.uuid4().hex, "recipe": recipe, "budgets": budgets, "settings": settings}
         return _go_on(run, checkpoint, script_args.allow_changes, training_args) if checkpoint else run
 
