@@ -77,6 +77,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         # from_pretrained hands a budget to the tokenizer too, which would save it and let it win over the processor's
         tokenizer.init_kwargs.pop("num_visual_tokens", None)
+        if hasattr(tokenizer, "legacy"):
+            # Saving a LlamaTokenizer forgets it, and the saved one would put other spaces after special tokens
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 

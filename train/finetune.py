@@ -14,8 +14,7 @@ On one device `python -m delta_llava.train.finetune` does. One checkpoint for se
 `--num_visual_tokens 1 4 16 36 64 144`. After an interruption: `--resume_from_checkpoint latest`.
 """
 
-from transformers import LlavaImageProcessor
-
+from ..llava import pad_to_square
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
@@ -37,15 +36,7 @@ def main(arguments: list[str] | None = None):
         revision=model_args.model_revision,
     )
     processor.num_visual_tokens = config.num_visual_tokens
-    # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
-    image_size = config.vision_config.image_size
-    processor.image_processor = LlavaImageProcessor(
-        do_pad=True,
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=processor.image_processor.image_mean,
-        image_std=processor.image_processor.image_std,
-    )
+    processor.image_processor = pad_to_square(processor.image_processor)
     collator = Collator(processor, training_args.max_length)
     rows, held_out = load_rows(script_args, training_args, processor, config)
 
