@@ -147,6 +147,7 @@ def build_card(
         "config": config,
         "sources": sources,
         "is_assembled": (checkpoint / "training" / "sources.yaml").exists(),
+        "is_padded": _is_padded(checkpoint),
         "stages": stages,
         "results": results,
         "result_rows": _result_rows(results),
@@ -193,6 +194,12 @@ def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
                 "Hub: name vision tower and language model as ORG/NAME, by --base_model."
             )
     return sources
+
+
+def _is_padded(checkpoint: Path) -> bool:
+    """Whether the processor pads images to squares."""
+    file = checkpoint / "processor_config.json"
+    return file.exists() and bool(_read(file).get("image_processor", {}).get("do_pad"))
 
 
 def _license(language_model: str, known: dict[str, str], license: str | None) -> str:

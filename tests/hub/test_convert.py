@@ -42,6 +42,7 @@ from transformers import (
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaProjector
 from delta_llava.hub import convert as hub
+from delta_llava.hub.card import build_card
 from delta_llava.hub.convert import convert, main
 
 
@@ -784,6 +785,24 @@ def test_pixels_are_those_of_llavas_code(llava_hf, tmp_path, noise, size, siglip
     square = np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     expected = (square - original.image_mean) / original.image_std
     np.testing.assert_allclose(pixels, expected.transpose(2, 0, 1), rtol=0, atol=1e-5)
+
+
+def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf, tmp_path):
+    _, folder = llava_hf()
+    names = {"base_model": ["x/clip", "lmsys/vicuna-7b-v1.5"], "datasets": ["x/y"]}
+    for variant in (None, "released"):
+        convert(folder, tmp_path / str(variant), projector_variant=variant)
+    card = " ".join(build_card(tmp_path / "None", "x/llava", **names).content.split())
+    for said in (
+        "made for 144 visual tokens per image and uses 144",
+        "So at 144 visual tokens this is that LLaVA-1.5, and all other budgets are untrained",
+        "67.2 on MMBench at 576 tokens, 61.7 at 144, 50.8 at 36 and 19.3 at 1 (Cai et al., 2024",
+        "padded to squares in the mean colour",
+        "| Projector | `residual` variant |",
+    ):
+        assert said in card
+    card = build_card(tmp_path / "released", "x/llava", **names).content
+    assert "began with random weights. Nothing has been trained since." in card and "MMBench" not in card
 
 
 def test_the_language_models_end_tokens_are_kept(llava_hf, tmp_path):
