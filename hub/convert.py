@@ -226,8 +226,14 @@ def convert(
             " of the variant 'released': leave the option out."
         )
     template, end_of_turn = find_chat_template(source.text_config, chat_template)
-    # The configuration is given, because config.json may name a model type that transformers does not know
-    tokenizer = AutoTokenizer.from_pretrained(source.text_folder, config=source.text_config)
+    try:
+        # The configuration is given, because config.json may name a model type that transformers does not know
+        tokenizer = AutoTokenizer.from_pretrained(source.text_folder, config=source.text_config)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer of {checkpoint} cannot be read: {error} A tokenizer.model without a tokenizer.json needs"
+            " `pip install sentencepiece protobuf`."
+        ) from error
     if chat_template is None:
         _check_own_template(checkpoint, template, tokenizer)
     add_tokens(tokenizer)
