@@ -62,7 +62,7 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 def recipe_config(recipe: str) -> DeltaLlavaConfig:
     """
-    The configuration that a recipe's backbones make: CLIP-L/336 with the language model of that name.
+    The configuration that a recipe trains: CLIP-L/336, the `residual` projector, the language model of that name.
 
     Args:
         recipe (`str`): One of `LANGUAGE_MODELS`.
@@ -75,6 +75,7 @@ def recipe_config(recipe: str) -> DeltaLlavaConfig:
     return DeltaLlavaConfig(
         vision_config=AutoConfig.from_pretrained(BACKBONES / "clip-vit-large-patch14-336"),
         text_config=AutoConfig.from_pretrained(BACKBONES / LANGUAGE_MODELS[recipe]),
+        projector_variant="residual",
     )
 
 

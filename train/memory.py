@@ -15,7 +15,14 @@ from ..costs import TRAINABLE_PARTS, recipe_config, training_memory
 
 
 RECIPES = Path(__file__).parent / "recipes"
-STAGES = ("pretrain", "finetune", "finetune-lora", "finetune-qlora")
+STAGES = (
+    "pretrain",
+    "finetune",
+    "finetune-lora",
+    "finetune-qlora",
+    "finetune-from-llava",
+    "finetune-from-llava-lora",
+)
 MACHINES = {
     "1 GPU": (1, "ddp"),
     "8 GPUs, DDP": (8, "ddp"),

@@ -71,6 +71,7 @@ def main(arguments: list[str] | None = None):
         eval_dataset=held_out,
         processing_class=processor,
         projector_learning_rate=script_args.projector_learning_rate,
+        branch_learning_rate=script_args.branch_learning_rate,
         skip_bad_records=script_args.skip_bad_records,
         callbacks=[record],
     )

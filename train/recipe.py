@@ -44,6 +44,8 @@ class ScriptArguments:
             Train without the bad records instead of stopping at them.
         projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
             Peak learning rate of the projector, where the language model is trained beside it.
+        branch_learning_rate (`float`, *optional*, defaults to `projector_learning_rate`):
+            Peak learning rate of a `residual` projector's branch and gate: of all of it but LLaVA-1.5's MLP.
         num_eval_rows (`int`, *optional*, defaults to 0):
             Rows with images held out of training for the validation loss, which `eval_strategy` and `eval_steps` time.
             Of a stream, the first ones of its split `validation`.
@@ -66,6 +68,10 @@ class ScriptArguments:
     )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
+    )
+    branch_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of a residual projector but its MLP. Default: projector_learning_rate."},
     )
     num_eval_rows: int = field(
         default=0, metadata={"help": "Rows with images held out for the validation loss of each budget."}
@@ -171,6 +177,11 @@ def check_recipe(
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise ValueError("load_in_4bit and load_in_8bit need use_peft: quantized weights cannot be trained themselves.")
     config = DeltaLlavaConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    if script_args.branch_learning_rate is not None and config.projector_variant != "residual":
+        raise ValueError(
+            f"branch_learning_rate={script_args.branch_learning_rate} needs a model with projector_variant='residual',"
+            f" but that of {model} is {config.projector_variant!r}: use projector_learning_rate."
+        )
     budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
     for budget in budgets:
         query_grid_size(budget, config.patch_grid_size)

@@ -21,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
+from ..modeling_delta_llava import DeltaProjector
 from .batches import BudgetedRows, BudgetSampler, StreamedBatches
 
 
@@ -115,6 +116,8 @@ class DeltaLlavaTrainer(SFTTrainer):
             [`~delta_llava.train.batches.stream_rows`] returns.
         eval_dataset (`Dataset`, *optional*): What [`~delta_llava.train.batches.fit_rows`] returns.
         projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
+        branch_learning_rate (`float`, *optional*, defaults to that of the projector): Peak rate of all of a `residual`
+            projector but its MLP: of what is added to the pooled features, and of the gate.
         skip_bad_records (`bool`, *optional*, defaults to `False`): Leave streamed rows with an unreadable image out.
         **kwargs: Further arguments of `SFTTrainer`; `data_collator` is a [`~delta_llava.train.batches.Collator`].
     """
@@ -124,10 +127,12 @@ class DeltaLlavaTrainer(SFTTrainer):
         model: PreTrainedModel,
         eval_dataset: Dataset | None = None,
         projector_learning_rate: float | None = None,
+        branch_learning_rate: float | None = None,
         skip_bad_records: bool = False,
         **kwargs,
     ):
         self.projector_learning_rate = projector_learning_rate
+        self.branch_learning_rate = branch_learning_rate
         self.skip_bad_records = skip_bad_records
         self.save_dtype = model.dtype
         budgets = model.config.visual_token_budgets
@@ -220,19 +225,28 @@ class DeltaLlavaTrainer(SFTTrainer):
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """Like the Trainer's, with `projector_learning_rate` for the projector, in parameter groups of its own."""
+        """Like the Trainer's, with parameter groups of their own for what has a rate of its own."""
         optimizer = super().create_optimizer(model)
-        if self.projector_learning_rate is None:
-            return optimizer
-        named = (self.model if model is None else model).named_parameters()
-        projector = {id(weight) for name, weight in named if "multi_modal_projector" in name}
+        model = self.model if model is None else model
+        rates = {}
+        if self.projector_learning_rate is not None:
+            named = model.named_parameters()
+            rates |= {weight: self.projector_learning_rate for name, weight in named if "multi_modal_projector" in name}
+        if self.branch_learning_rate is not None:
+            for projector in (module for module in model.modules() if isinstance(module, DeltaProjector)):
+                branch = set(projector.parameters()) - set(projector.mlp.parameters())
+                rates |= dict.fromkeys(branch, self.branch_learning_rate)
         for group in list(optimizer.param_groups):
-            ours = [weight for weight in group["params"] if id(weight) in projector]
-            if ours:
-                group["params"] = [weight for weight in group["params"] if id(weight) not in projector]
-                optimizer.add_param_group({**group, "params": ours, "lr": self.projector_learning_rate})
+            for rate in sorted({rates[weight] for weight in group["params"] if weight in rates}):
+                own = [weight for weight in group["params"] if rates.get(weight) == rate]
+                group["params"] = [weight for weight in group["params"] if rates.get(weight) != rate]
+                optimizer.add_param_group({**group, "params": own, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Like the Trainer's, without the projector's gate, which weight decay would close."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gate")]
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""

@@ -82,18 +82,20 @@ def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbone
     batch_size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * 8
     assert batch_size == (256 if recipe.stem == "pretrain" else 128)  # LLaVA's, on 8 GPUs
 
-    towers = [("clip-vit-large-patch14-336", values["num_visual_tokens"])]
+    budgets = values["num_visual_tokens"]
+    towers = [("clip-vit-large-patch14-336", budgets if isinstance(budgets, list) else [budgets])]
     # the two lines that another tower changes
     others = re.findall(r"-(clip-224|siglip)/assembled +num_visual_tokens: (\d+)", recipe.read_text())
     names = {"clip-224": "clip-vit-large-patch14", "siglip": "siglip-so400m-patch14-384"}
-    towers += [(names[name], int(budget)) for name, budget in others]
+    towers += [(names[name], [int(budget)]) for name, budget in others]
     assert len(towers) == (3 if recipe.stem == "pretrain" else 1)
-    for tower, budget in towers:
+    for tower, budgets in towers:
         text_config = AutoConfig.from_pretrained(backbones / LANGUAGE_MODELS[recipe.parent.name])
         config = DeltaLlavaConfig(
             vision_config=AutoConfig.from_pretrained(backbones / tower),
             text_config=text_config,
             vision_feature_select_strategy="full" if "siglip" in tower else "default",
+            projector_variant="residual",
         )
         tokenizer, size = tiny_tokenizer(), config.vision_config.image_size
         config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
@@ -101,7 +103,11 @@ def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbone
         images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         template = (templates / "vicuna-v1.jinja").read_text()
         processor = DeltaLlavaProcessor(
-            images, tokenizer, num_visual_tokens=budget, patch_grid_size=config.patch_grid_size, chat_template=template
+            images,
+            tokenizer,
+            num_visual_tokens=budgets[-1],
+            patch_grid_size=config.patch_grid_size,
+            chat_template=template,
         )
         processor.save_pretrained(tmp_path / tower)
 
@@ -109,18 +115,19 @@ def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbone
         options = {
             "config": recipe,
             "model_name_or_path": tmp_path / tower,
-            "num_visual_tokens": budget,
             "json_path": data[0],
             "image_folder": data[1],
             "output_dir": tmp_path / "dry",
         }
-        output = dry_run(stage, [str(part) for name, value in options.items() for part in (f"--{name}", value)])
+        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        output = dry_run(stage, list(map(str, [*arguments, "--num_visual_tokens", *budgets])))
         size = {"vicuna-7b": 6.7e9, "vicuna-13b": 13.0e9, "qwen2.5-7b": 7.6e9}[recipe.parent.name]
         language_model, head = numbers(output, "language_model"), numbers(output, "lm_head")
         assert language_model[0] + head[0] == pytest.approx(size, rel=0.06)
         assert numbers(output, "multi_modal_projector")[1] > 35e6
-        assert (language_model[1] > 6e9) == (recipe.stem == "finetune")
-        assert numbers(output, str(budget))[3] > 4  # GiB
+        assert (language_model[1] > 6e9) == (recipe.stem in ("finetune", "finetune-from-llava"))
+        for budget in budgets:
+            assert numbers(output, str(budget))[3] > 4  # GiB
 
 
 def test_accelerate_configurations_are_what_their_names_say():
