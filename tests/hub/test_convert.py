@@ -44,6 +44,7 @@ from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, De
 from delta_llava.hub import convert as hub
 from delta_llava.hub.card import build_card
 from delta_llava.hub.convert import convert, main
+from delta_llava.hub.push import prepare, push
 
 
 CODE_FILES = {"configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py"}
@@ -803,6 +804,15 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
         assert said in card
     card = build_card(tmp_path / "released", "x/llava", **names).content
     assert "began with random weights. Nothing has been trained since." in card and "MMBench" not in card
+
+
+def test_a_converted_llava_is_pushed_and_verified(llava_hf, loopback_hub, tmp_path, capfd):
+    _, folder = llava_hf()
+    convert(folder, tmp_path / "out", dtype="bfloat16")
+    names = {"base_model": ["x/clip", "lmsys/vicuna-7b-v1.5"], "datasets": ["x/y"]}
+    push(prepare(tmp_path / "out", "org/llava-untrained", **names))
+    assert "same answer" in capfd.readouterr().out
+    assert "model.safetensors" in loopback_hub.files("org/llava-untrained")
 
 
 def test_the_language_models_end_tokens_are_kept(llava_hf, tmp_path):
