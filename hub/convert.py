@@ -41,7 +41,6 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     BaseImageProcessor,
-    GenerationConfig,
     LlavaImageProcessor,
     PreTrainedConfig,
     set_seed,
@@ -50,7 +49,15 @@ from transformers import (
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .assemble import add_tokens, build_config, check_image_size, find_chat_template, is_repository, write_sources
+from .assemble import (
+    add_tokens,
+    build_config,
+    build_generation_config,
+    check_image_size,
+    find_chat_template,
+    is_repository,
+    write_sources,
+)
 
 
 # Published name (a regular expression over its beginning) and ours, in the order of the projector's steps.
@@ -211,9 +218,9 @@ def convert(
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"output_dir={output_dir} holds files already: name a new or an empty folder.")
     parts = _read_parts(str(checkpoint), revision, language_model, vision_tower, num_visual_tokens, chat_template)
-    template, end_of_turn = find_chat_template(parts.text_config, chat_template)
     # The configuration is given, because config.json may name a model type that transformers does not know
     tokenizer = AutoTokenizer.from_pretrained(parts.tokenizer, config=parts.text_config)
+    template = find_chat_template(parts.text_config, chat_template, tokenizer)
     add_tokens(tokenizer)
     config = build_config(
         parts.vision_config,
@@ -251,10 +258,7 @@ def convert(
     expected = {name: weight.to(config.dtype) for name, weight in expected.items()}
     _write_shards(incomplete, expected, used, fresh, max_shard_size)
     processor.save_pretrained(incomplete)
-    end_tokens = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end_of_turn or tokenizer.eos_token)}
-    GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(end_tokens), pad_token_id=tokenizer.pad_token_id
-    ).save_pretrained(incomplete)
+    build_generation_config(parts.tokenizer, parts.text_config, tokenizer, template).save_pretrained(incomplete)
     write_sources(incomplete, **parts.sources)
     config.save_pretrained(incomplete)  # last, and with it the code files: without a config.json nothing loads
     if output_dir.exists():
