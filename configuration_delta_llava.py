@@ -174,7 +174,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         )
         self.text_config = _sub_config(self.text_config, "llama")
         # Language models differ in where they keep this flag, and the head is ours.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.tie_word_embeddings |= getattr(self.text_config, "tie_word_embeddings", False)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 

@@ -682,10 +682,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif past_key_values is None or (
-            # Later, placeholders are answers' own tokens. What a static cache holds, no compiled graph can ask.
-            not torch.compiler.is_compiling() and past_key_values.get_seq_length() == 0
-        ):
+        elif past_key_values is None or not past_key_values.is_initialized:  # later ones are the answer's own tokens
             self.get_placeholder_mask(input_ids, inputs_embeds, [])
 
         outputs = self.language_model(

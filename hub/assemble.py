@@ -206,13 +206,13 @@ def text_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
     Returns:
         `torch.Tensor` of shape `(1, sequence_length, vocab_size)`, float32, on the CPU.
     """
-    input_ids = tokenizer("The quick brown fox jumps over the lazy dog, 17 times.", return_tensors="pt")["input_ids"]
-    return model(input_ids=input_ids.to(model.device), use_cache=False).logits.float().cpu()
+    inputs = tokenizer("The quick brown fox jumps over the lazy dog, 17 times.", return_tensors="pt").to(model.device)
+    return model(input_ids=inputs["input_ids"], use_cache=False).logits.float().cpu()
 
 
 def check_logits(model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, expected: torch.Tensor):
     """
-    Checks that a model gives its language model's own logits.
+    Checks that a model gives its language model's own logits, and can go on from there with a cache.
 
     Args:
         model (`DeltaLlavaForConditionalGeneration`): The model.
@@ -221,16 +221,23 @@ def check_logits(model: DeltaLlavaForConditionalGeneration, tokenizer: PreTraine
             language model alone; the model may have a larger vocabulary.
 
     Raises:
-        ValueError: If they differ by more than the rounding of the model's dtype.
+        ValueError: If they differ by more than the rounding of the model's dtype, or cannot be computed.
     """
-    found = text_logits(model, tokenizer)[..., : expected.shape[-1]]
+    model_type = model.config.text_config.model_type
+    try:
+        found = text_logits(model, tokenizer)[..., : expected.shape[-1]]
+        prompt = tokenizer("Hello", return_tensors="pt").to(model.device)
+        model.generate(
+            input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=2, do_sample=False
+        )
+    except Exception as error:  # a class that does not fit may fail in any way
+        raise ValueError(f"Language models of type {model_type!r} cannot be joined: {error}") from error
     error = ((found - expected).norm() / expected.norm()).item()
     tolerance = LOGITS_TOLERANCE[model.dtype]
     if not error <= tolerance:
         raise ValueError(
-            f"The joined model's logits on a text are {error:.2g} (relative to their norm) away from those of its"
-            f" language model, of type {model.config.text_config.model_type!r}, where rounding explains {tolerance}: it"
-            " computes something that Delta-LLaVA does not know. Use another language model."
+            f"Language models of type {model_type!r} cannot be joined: the joined model's logits on a text are"
+            f" {error:.2g} of their norm away from the language model's own, where rounding explains {tolerance}."
         )
 
 
@@ -370,7 +377,7 @@ def _num_prefix_tokens(config: DeltaLlavaConfig) -> int:
     except Exception as error:  # a class that does not fit may fail in any way
         raise ValueError(
             f"Vision towers of type {vision_config.model_type!r} cannot be used at {image_size}x{image_size} pixels:"
-            f" {error}"
+            f" {error}. Those that can make one token of each patch, as CLIP, SigLIP and DINOv2 do."
         ) from error
     return num_prefix_tokens
 
@@ -388,12 +395,16 @@ def join(
 
     Returns:
         `DeltaLlavaForConditionalGeneration`: On the device and in the dtype of the language model.
+
+    Raises:
+        ValueError: If the parts' weights are not those that `config` asks for.
     """
     on_meta = language_model.device.type == "meta"
     # New embeddings start from the mean of the old ones, so that no logit of theirs stands out.
     language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=not on_meta)
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config)
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.base_model
     model.lm_head = language_model.get_output_embeddings()
@@ -401,6 +412,12 @@ def join(
         projector = DeltaProjector(config).apply(model._init_weights)
     model.model.multi_modal_projector = projector.to(language_model.dtype)
     model.tie_weights()
+    found = {name: weight.shape for name, weight in model.state_dict().items()}
+    if wrong := [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]:
+        raise ValueError(
+            f"The parts do not fit their configuration: {min(wrong)} has shape {found.get(min(wrong))}, but"
+            f" {expected.get(min(wrong))} is expected."
+        )
     return model
 
 
