@@ -1,5 +1,10 @@
 """Processor of Delta-LLaVA: images to pixels, and each `<image>` in a text to as many tokens as its image gets."""
 
+from .configuration_delta_llava import AUTO_MAP, query_grid_size  # first: it refuses older releases
+
+
+# isort: split
+
 import base64
 import os
 from io import BytesIO
@@ -10,8 +15,6 @@ from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
-
-from .configuration_delta_llava import AUTO_MAP, query_grid_size
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):

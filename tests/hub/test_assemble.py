@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from delta_llava import DeltaLlavaForConditionalGeneration
-from delta_llava.hub import assemble as hub
 from delta_llava.hub.assemble import assemble, build_config, join, main
 
 
@@ -223,7 +222,7 @@ def test_full_size_on_meta(tower, language, backbones):
 
 def test_bad_input_is_refused_before_a_weight_is_loaded(parts, monkeypatch, tiny_config):
     tower, language, out = parts()
-    monkeypatch.setattr(hub, "AutoModelForCausalLM", None)  # loading would fail
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # loading would fail
     with pytest.raises(ValueError, match=r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"):
         assemble(tower, language, out, num_visual_tokens=[36, 25])
     CLIPImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(tower)
