@@ -241,8 +241,7 @@ def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int, training: 
         case unknown:
             raise ValueError(f"The costs of projector_variant={unknown!r} are unknown.")
     rank = config.projector_rank if config.use_delta_projection else 0
-    # A cell with a single memory token needs neither query nor key: only training computes them
-    queries, keys = (tokens, memory) if training or memory > tokens else (0, 0)
+    queries, keys = _query_and_key_rows(config, tokens, training)
 
     maps = [(size**2, 2 * size, queries), (rank * 2 * size, 0, queries)]
     for rows in (keys, memory):
@@ -270,6 +269,14 @@ def _memory_tokens(config: DeltaLlavaConfig) -> int:
     return levels[config.projector_variant] * config.patch_grid_size**2
 
 
+def _query_and_key_rows(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool) -> tuple[int, int]:
+    """Of one image. Where a cell has a single memory token, training computes one of each, and inference none."""
+    memory = _memory_tokens(config)
+    if memory > num_visual_tokens:
+        return num_visual_tokens, memory
+    return (1, 1) if training else (0, 0)
+
+
 def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool = False) -> int:
     """Of one image, in a forward pass."""
     size = config.vision_config.hidden_size
@@ -278,8 +285,9 @@ def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, training:
     if memory > num_visual_tokens:
         # Each memory token meets the one query of its cell, in every head at full width
         flops += 4 * memory * size * config.projector_num_attention_heads
-    if config.use_refinement_block and config.use_self_attention and (training or memory > num_visual_tokens):
-        flops += 4 * num_visual_tokens**2 * (size - size // 4)
+    if config.use_refinement_block and config.use_self_attention:
+        queries, _ = _query_and_key_rows(config, num_visual_tokens, training)
+        flops += 4 * queries**2 * (size - size // 4)
     return flops
 
 
@@ -531,14 +539,15 @@ def _layer_bytes(decoder: _Decoder, stream: int, is_trained: bool, lora_rank: in
 def _projector_bytes(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     """What autograd saves of an image in the projector, roughly for the queries, which are few."""
     size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-    queries = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
+    tokens = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     levels, patches = len(config.memory_feature_layers), config.patch_grid_size**2
     memory = _memory_tokens(config)
+    queries, keys = _query_and_key_rows(config, tokens, training=True)
     # Of keys and values alike: before GELU, before the norm in float32, in their cells
-    projected = memory * 2 * 8 * size
+    projected = (keys + memory) * 8 * size
     # What each head asks for and finds there, at full width
-    widened = queries * 4 * size * (config.projector_num_attention_heads if memory > queries else 1)
-    return patches * 2 * (levels + 1) * size + projected + widened + queries * (40 * size + 6 * text_size)
+    widened = queries * 4 * size * config.projector_num_attention_heads if memory > tokens else tokens * 4 * size
+    return patches * 2 * (levels + 1) * size + projected + widened + queries * 40 * size + tokens * 6 * text_size
 
 
 def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:

@@ -221,8 +221,8 @@ class CellAttention(nn.MultiheadAttention):
         Args:
             queries (`torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`): One of each cell.
             keys, values (`torch.Tensor` of shape `(batch_size, num_queries, memory_size, hidden_size)`):
-                What the query of a cell sees. Where `memory_size` is 1, the softmax over the one score is 1:
-                `queries` and `keys` change nothing and may be `None`.
+                What the query of a cell sees. Where `memory_size` is 1, the softmax over the one score is 1: `queries`
+                and `keys` change nothing, and may be `None` or those of one cell.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
@@ -235,7 +235,6 @@ class CellAttention(nn.MultiheadAttention):
         if values.shape[2] == 1:
             attended = F.linear(values[:, :, 0], value_weight, value_bias)
             if queries is not None:
-                # Weights of 1 and gradients of 0, but gradients: DDP and ZeRO wait for one of every parameter.
                 keys = F.linear(keys[:, :, 0], key_weight).unflatten(-1, heads)
                 weights = (queries * keys).sum(-1, keepdim=True).softmax(-1)
                 attended = (attended.unflatten(-1, heads) * weights).flatten(2)
@@ -324,11 +323,16 @@ class DeltaProjector(nn.Module):
         grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
         if self.variant == "paper":
             memory_features = memory_features.unflatten(-1, (self.num_levels, -1)).transpose(1, 2)
-        queries = keys = None
         values = self._cells(self.value_projection(memory_features), side)
-        if self.training or values.shape[2] > 1:  # a single memory token gets all attention, whatever asks for it
+        queries = keys = None
+        if values.shape[2] > 1:
             queries = self._queries(grid, side)
             keys = self._cells(self.key_projection(memory_features), side)
+        elif self.training:
+            # A single memory token gets all attention, whatever asks for it. Those of one cell get gradients of 0 at
+            # least: DDP and ZeRO wait for one of every parameter.
+            queries = self._queries(grid, 1)
+            keys = self.key_projection(memory_features[..., :1, :]).view_as(values[:, :1])
         attended = self.attention(queries, keys, values)
         match self.variant:
             case "released":

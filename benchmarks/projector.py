@@ -1,9 +1,11 @@
-"""What our projector costs at each budget, beside itself written plainly, TokenPacker's and LLaVA-1.5's in one run.
+"""What our projectors cost at each budget, beside the released one written plainly, TokenPacker and average pooling.
 
     python -m delta_llava.benchmarks.projector --size 7b --rounds 9 --output projector.json
 
 The 7B's sizes, CLIP-L/336 and a width of 4096, run on a CPU too: it is the projectors alone, with random weights and
-features. Before anything is timed, ours and the plain one must give the same tokens.
+features. Before anything is timed, the released one and the plain one must give the same tokens. Average pooling feeds
+LLaVA-1.5's MLP, and is LLaVA-1.5's projector where the budget is all patches. Backward passes are those of training,
+without drop path.
 """
 
 import argparse
@@ -19,13 +21,15 @@ from tqdm import tqdm
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaProjection, DeltaProjector, RefinementBlock
-from ..study.projectors import MlpProjector, TokenPackerProjector
+from ..study.projectors import AveragePoolingProjector, TokenPackerProjector
 from .training import SIZES, peak_bytes, seconds_of
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward and backward")
-OURS, PLAIN, TOKEN_PACKER, MLP = "Delta-LLaVA", "Delta-LLaVA, plain", "TokenPacker", "LLaVA-1.5's MLP"
+RESIDUAL, RELEASED, PLAIN = "Delta-LLaVA, residual", "Delta-LLaVA, released", "Delta-LLaVA, released, plain"
+TOKEN_PACKER, POOLING = "TokenPacker", "average pooling + MLP"
+NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
 # Largest relative difference of ours from the plain one: rounding, which is all that may differ
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -116,13 +120,25 @@ def _plain_refinement(block: RefinementBlock, grid: torch.Tensor) -> torch.Tenso
 
 
 def make_projectors(config: DeltaLlavaConfig, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The three modules by their names, in eval mode: drop path is none of their cost."""
+    """
+    The modules by their names, in eval mode.
+
+    Args:
+        config ([`DeltaLlavaConfig`]): Sizes; its variant does not count.
+        device (`torch.device`), dtype (`torch.dtype`): Of the weights.
+    """
     torch.manual_seed(0)
+
+    def delta(variant: str) -> DeltaProjector:
+        variant = {"projector_variant": variant, **NO_DROP_PATH}
+        return DeltaProjector(DeltaLlavaConfig(**config.to_dict() | variant))
+
     with device:
         projectors = {
-            OURS: DeltaProjector(config),
+            RESIDUAL: delta("residual"),
+            RELEASED: delta("released"),
             TOKEN_PACKER: TokenPackerProjector(config),
-            MLP: MlpProjector(config),
+            POOLING: AveragePoolingProjector(config),
         }
     return {name: projector.to(dtype).eval() for name, projector in projectors.items()}
 
@@ -130,17 +146,16 @@ def make_projectors(config: DeltaLlavaConfig, device: torch.device, dtype: torch
 def make_steps(
     projectors: dict[str, nn.Module], features: tuple[torch.Tensor, torch.Tensor], num_visual_tokens: int
 ) -> dict[tuple[str, str], Callable[[], None]]:
-    """What is timed at a budget, by projector and pass. The MLP has a step where the budget is all patches."""
-    calls = {
-        OURS: projectors[OURS],
-        PLAIN: lambda *inputs: plain_projector(projectors[OURS], *inputs),
-        TOKEN_PACKER: projectors[TOKEN_PACKER],
-    }
-    if num_visual_tokens == features[0].shape[1]:
-        calls[MLP] = projectors[MLP]
+    """What is timed at a budget, by projector and pass."""
+    calls = {**projectors, PLAIN: lambda *inputs: plain_projector(projectors[RELEASED], *inputs)}
+
+    def set_training(training: bool):
+        for projector in projectors.values():
+            projector.train(training)
 
     def forward(call: Callable) -> Callable[[], None]:
         def step():
+            set_training(False)
             with torch.no_grad():
                 call(*features, num_visual_tokens)
 
@@ -148,6 +163,7 @@ def make_steps(
 
     def forward_and_backward(call: Callable) -> Callable[[], None]:
         def step():
+            set_training(True)
             tokens = call(*features, num_visual_tokens)
             tokens.backward(torch.ones_like(tokens))
             for projector in projectors.values():
@@ -164,7 +180,7 @@ def check_agreement(
     projector: DeltaProjector, features: tuple[torch.Tensor, torch.Tensor], num_visual_tokens: int
 ) -> float:
     """
-    The relative difference of our tokens from those of the plain implementation.
+    The relative difference of the released projector's tokens from those of the plain implementation.
 
     Raises:
         RuntimeError: If it is more than rounding.
@@ -192,7 +208,7 @@ def measure(
     Measures all projectors, one budget after the other.
 
     Args:
-        config ([`DeltaLlavaConfig`]): Of the variant `"released"`.
+        config ([`DeltaLlavaConfig`]): Sizes; its variant does not count.
         budgets (`tuple[int, ...]`): Numbers of visual tokens.
         batch_size (`int`): Images in a step.
         device (`torch.device`), dtype (`torch.dtype`): Of weights and features.
@@ -211,7 +227,7 @@ def measure(
         torch.randn(batch_size, patches, len(config.memory_feature_layers) * size, device=device, dtype=dtype),
     )
     for budget in budgets:
-        check_agreement(projectors[OURS], features, budget)
+        check_agreement(projectors[RELEASED], features, budget)
     for budget in budgets:
         steps = make_steps(projectors, features, budget)
         figures = {}
@@ -281,7 +297,7 @@ def main(arguments: list[str] | None = None):
 
     size = SIZES[options.size]
     config = DeltaLlavaConfig(vision_config=size.vision_config, text_config=size.text_config)
-    num_rows = 3 * len(size.budgets) + (config.patch_grid_size**2 in size.budgets)
+    num_rows = 5 * len(size.budgets)
     rows = measure(config, size.budgets, options.batch_size, device, DTYPES[dtype], options.rounds)
     report = {
         "size": options.size,

@@ -149,6 +149,18 @@ def test_flops_of_training_are_those_that_torch_counts(tiny_config, parts, gradi
         assert taken == expected_in_all
 
 
+@variants
+def test_flops_of_the_projector_in_training_are_those_that_torch_counts(tiny_config, overrides):
+    config = tiny_config(**overrides)
+    projector = DeltaLlavaForConditionalGeneration(config).train().model.multi_modal_projector
+    width, levels = config.vision_config.hidden_size, len(config.memory_feature_layers)
+    features = torch.randn(1, 144, width), torch.randn(1, 144, width * levels)
+    for budget in (9, 144):
+        taken = counted_flops(lambda budget=budget: projector(*features, budget))
+        counted = training_flops(config, budget, 1, 1, 200, 1, ["lm_head"])
+        assert counted["multi_modal_projector"] == taken
+
+
 def test_adapters_cost_three_times_their_forward_pass_and_their_base_twice(tiny_config):
     config = tiny_config(text_config=QWEN)
     size = (config, 36, 0, 2, 50, 20, ["multi_modal_projector"])

@@ -244,7 +244,7 @@ def test_every_submodule_is_called_and_its_weight_never_read(tiny_config, varian
 
 
 @pytest.mark.parametrize("variant", ["released", "residual"])
-def test_a_single_patch_cell_leaves_out_what_cannot_matter_and_only_in_inference(tiny_config, variant):
+def test_a_single_patch_cell_leaves_out_what_cannot_matter_but_no_gradient(tiny_config, variant):
     no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
     projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
     trained = projector.train()(*features, 144)

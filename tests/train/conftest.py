@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 
 import pytest
 import torch
@@ -25,13 +24,14 @@ def checkpoint(tmp_path_factory, tiny_config, tiny_processor):
 
 
 @pytest.fixture(scope="session")
-def still_checkpoint(tmp_path_factory, checkpoint):
-    """The checkpoint without drop path, whose training is the same in however many processes it is done."""
+def still_checkpoint(tmp_path_factory, tiny_config, tiny_processor):
+    """A residual one without drop path, whose training is the same in however many processes it is done."""
     folder = tmp_path_factory.mktemp("still-checkpoint")
-    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    tiny_processor().save_pretrained(folder)
+    no_drop_path = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
+    torch.manual_seed(0)
+    config = tiny_config(projector_variant="residual", visual_token_budgets=[36], **no_drop_path)
+    DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
 

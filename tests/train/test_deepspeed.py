@@ -56,10 +56,11 @@ def launch(tmp_path):
 def test_two_processes_train_and_save_what_one_does(run, launch, still_checkpoint, tmp_path, stage):
     options = {
         "model_name_or_path": str(still_checkpoint),
-        "num_visual_tokens": [1, 4, 36],
+        "num_visual_tokens": [4, 144],  # all patches too, where no query matters and ZeRO waits for its gradient
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "projector_learning_rate": 1e-2,
+        "branch_learning_rate": 2e-2,
         "max_steps": 4,
         "save_strategy": "steps",
         "save_steps": 4,
@@ -78,7 +79,7 @@ def test_two_processes_train_and_save_what_one_does(run, launch, still_checkpoin
     for key in ("loss", "grad_norm"):
         assert len(history(two, key)) == 4
         assert history(two, key) == pytest.approx(history(one, key), rel=1e-4)
-    # Equal weights after two learning rates: the projector has kept its own
+    # Equal weights after three learning rates: the projector and its branch have kept their own
     expected, saved = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     assert saved.keys() == expected.keys()
     for name, weight in expected.items():

@@ -62,11 +62,12 @@ def history(folder, key, step):
 def test_two_processes_train_what_one_does_with_the_doubled_batch(run, launch, still_checkpoint, data, tmp_path, stage):
     options = {
         "model_name_or_path": str(still_checkpoint),
-        "num_visual_tokens": [1, 4, 36],
+        "num_visual_tokens": [4, 144],  # all patches too, where no query matters and DDP waits for its gradient
         "train_sampling_strategy": "group_by_length",
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "projector_learning_rate": 1e-2,
+        "branch_learning_rate": 2e-2,
         "max_steps": 6,
         "save_strategy": "steps",
         "save_steps": 6,
@@ -84,18 +85,18 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(run, launch, s
 
     two = tmp_path / "two"
     assert len(list((two / "checkpoint-6").glob("rng_state*.pth"))) == 2
-    for key in ("loss", "grad_norm", "eval_1_loss", "eval_36_loss"):
+    for key in ("loss", "grad_norm", "eval_4_loss", "eval_144_loss"):
         assert history(two, key, 6) == pytest.approx(history(one, key, 6), rel=1e-4)
         assert len(history(two, key, 6)) == (2 if key.startswith("eval") else 6)
     weights = load_file(two / "model.safetensors")
     for name, weight in load_file(one / "model.safetensors").items():
         assert weights[name].sub(weight).abs().max() < 1e-4, name
 
-    # In accelerate's hands, too, the projector has its own learning rate, and every trained weight has one
-    sizes = {"0.01": 0, "0.001": 0}
+    # In accelerate's hands, too, the projector and its branch have their own rates, and every trained weight has one
+    sizes = {"0.01": 0, "0.02": 0, "0.001": 0}
     for name, weight in weights.items():
         if "multi_modal_projector" in name:
-            sizes["0.01"] += weight.numel()
+            sizes["0.01" if "multi_modal_projector.mlp." in name else "0.02"] += weight.numel()
         elif "vision_tower" not in name and stage is finetune:
             sizes["0.001"] += weight.numel()
     expected = {rate: size for rate, size in sizes.items() if size}
@@ -131,7 +132,8 @@ def optimizer(model):
     # the trainer's own grouping, on a trainer that is none beside
     trainer = object.__new__(DeltaLlavaTrainer)
     trainer.model, trainer.optimizer, trainer.optimizer_cls_and_kwargs = model, None, (torch.optim.AdamW, {"lr": 1e-3})
-    trainer.projector_learning_rate, trainer.args = 1e-2, SimpleNamespace(weight_decay=0.0)
+    trainer.projector_learning_rate, trainer.branch_learning_rate = 1e-2, 2e-2
+    trainer.args = SimpleNamespace(weight_decay=0.0)
     return trainer.create_optimizer()
 
 model = load()
@@ -198,6 +200,6 @@ def test_fully_sharded_modules_train_save_and_load(launch, still_checkpoint, tmp
     assert facts["change"] > 0.025
     if dtype == "float32":
         assert facts["difference"] < tolerance
-    # either process holds its part of both groups
-    assert set(facts["sizes"]) == {"0.001", "0.01"}
+    # either process holds its part of all groups
+    assert set(facts["sizes"]) == {"0.001", "0.01", "0.02"}
     assert facts["total"] / 2 <= sum(facts["sizes"].values()) < 0.51 * facts["total"]
