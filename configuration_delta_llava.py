@@ -119,9 +119,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: For a budget that the grid does not allow, a layer that the tower does not have, a grid that is not
-            square, a vision width that is not a multiple of 8, or a bool in place of a number; the message names the
-            value and those allowed. Fields that `from_pretrained` overrides are checked alike, and all again when the
-            configuration is saved.
+            square, or a vision width that is not a multiple of 8; the message names the value and those allowed. Fields
+            that `from_pretrained` overrides are checked alike, and all again when the configuration is saved.
 
     Example:
 
@@ -178,11 +177,6 @@ class DeltaLlavaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
-        for name, annotation in DeltaLlavaConfig.__annotations__.items():
-            value = getattr(self, name)
-            values = value if isinstance(value, list) else [value]
-            if annotation is not bool and any(isinstance(item, bool) for item in values):
-                raise ValueError(f"{name}={value} must hold numbers, not bools.")
         if self.image_size is None:
             self.image_size = _image_size(self.vision_config)
         if self.vision_config.hidden_size % 8:

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None):
     )
     processor.num_visual_tokens = config.num_visual_tokens
     # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
-    image_size = config.vision_config.image_size
+    image_size = config.image_size
     processor.image_processor = LlavaImageProcessor(
         do_pad=True,
         size={"shortest_edge": image_size},
