@@ -21,6 +21,7 @@ from transformers import (
     GraniteConfig,
     PhiConfig,
     Qwen2Config,
+    ResNetConfig,
     TextIteratorStreamer,
     TorchAoConfig,
 )
@@ -609,6 +610,8 @@ def test_bad_tower_is_refused(tiny_config):
     vision_config.image_size = [48, 64]
     with pytest.raises(ValueError, match="patch grid must be square"):
         tiny_config(vision_config=vision_config)
+    with pytest.raises(ValueError, match="type 'resnet' have no image_size and no patch_size"):
+        tiny_config(vision_config=ResNetConfig())
     vision_config = tiny_config().vision_config
     vision_config.hidden_size = 36
     with pytest.raises(ValueError, match="hidden_size=36 must be a multiple of 8"):

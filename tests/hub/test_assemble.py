@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,6 +287,26 @@ def test_logits_that_are_not_the_language_model_s_leave_no_folder(parts, monkeyp
         assert assemble(tower, language, out, dtype=dtype).dtype == getattr(torch, dtype)
         assert [path.name for path in out.parent.glob("out*")] == ["out"]
         shutil.rmtree(out)
+
+
+def test_memory_holds_one_language_model(parts, monkeypatch):
+    tower, language, out = parts()
+    load, alive = AutoModelForCausalLM.from_pretrained, []
+
+    def watch(*args, **kwargs):
+        model, info = load(*args, **kwargs)
+        alive.extend(weakref.ref(weight) for weight in model.parameters())
+        return model, info
+
+    load_joined = DeltaLlavaForConditionalGeneration.from_pretrained
+
+    def check(*args, **kwargs):
+        assert alive and not any(weight() is not None for weight in alive)
+        return load_joined(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
+    monkeypatch.setattr(DeltaLlavaForConditionalGeneration, "from_pretrained", check)
+    assemble(tower, language, out)
 
 
 def test_the_language_model_s_own_end_tokens_stay_beside_the_template_s(parts, tiny_config, tmp_path, noise):
