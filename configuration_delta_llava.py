@@ -4,7 +4,7 @@ import transformers
 
 
 # First of all, and first imported by the two other files: older releases lack names that are imported below.
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 19):
+if (RELEASE := tuple(map(int, transformers.__version__.split(".")[:2]))) < (5, 19):
     raise ImportError(
         f"Delta-LLaVA needs transformers>=5.19,<6, but {transformers.__version__} is installed: run `pip install"
         ' "transformers>=5.19,<6"`.'
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .modeling_delta_llava import DeltaLlavaForConditionalGeneration  # noqa: F401
     from .processing_delta_llava import DeltaLlavaProcessor  # noqa: F401
 
-RELEASE = tuple(map(int, transformers.__version__.split(".")[:2]))
 if RELEASE >= (6, 0):
     logging.get_logger(__name__).warning(
         f"Delta-LLaVA is made for transformers>=5.19,<6 and untested with {transformers.__version__}."
@@ -121,9 +120,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: For a budget that the grid does not allow, a layer that the tower does not have, a grid that is not
-            square, a vision width that is not a multiple of 8, or a bool in place of a number; the message names the
-            value and those allowed. Fields that `from_pretrained` overrides are checked alike, and all again when the
-            configuration is saved.
+            square, or a vision width that is not a multiple of 8; the message names the value and those allowed. Fields
+            that `from_pretrained` overrides are checked alike, and all again when the configuration is saved.
 
     Example:
 
@@ -176,17 +174,25 @@ class DeltaLlavaConfig(PreTrainedConfig):
         )
         self.text_config = _sub_config(self.text_config, "llama")
         # Language models differ in where they keep this flag, and the head is ours.
-        self.tie_word_embeddings |= getattr(self.text_config, "tie_word_embeddings", False)
+        self.tie_word_embeddings = bool(
+            self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
+        )
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
-        for name, annotation in DeltaLlavaConfig.__annotations__.items():
-            value = getattr(self, name)
-            values = value if isinstance(value, list) else [value]
-            if annotation is not bool and any(isinstance(item, bool) for item in values):
-                raise ValueError(f"{name}={value} must hold numbers, not bools.")
+        needed = "image_size", "patch_size", "hidden_size", "num_hidden_layers"
+        if missing := [name for name in needed if getattr(self.vision_config, name, None) is None]:
+            raise ValueError(
+                f"Vision towers of type {self.vision_config.model_type!r} have no {' and no '.join(missing)}: a tower"
+                " must make one token of each patch, in all of its layers."
+            )
         if self.image_size is None:
-            self.image_size = _image_size(self.vision_config)
+            self.image_size, width = _as_pair(self.vision_config.image_size)
+            if width != self.image_size:
+                raise ValueError(
+                    "The vision tower's patch grid must be square, but its image_size="
+                    f"{self.vision_config.image_size} is not."
+                )
         if self.vision_config.hidden_size % 8:
             raise ValueError(
                 f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8."
@@ -256,19 +262,6 @@ def _sub_config(config: dict | PreTrainedConfig | None, model_type: str, **defau
     if config is None:
         return CONFIG_MAPPING[model_type](**defaults)
     return CONFIG_MAPPING[config.get("model_type", model_type)](**config)
-
-
-def _image_size(vision_config: PreTrainedConfig) -> int:
-    size = getattr(vision_config, "image_size", None)
-    if size is None or getattr(vision_config, "patch_size", None) is None:
-        raise ValueError(
-            f"Vision towers of type {vision_config.model_type!r} have no patch grid of a fixed size: image_size={size},"
-            f" patch_size={getattr(vision_config, 'patch_size', None)}."
-        )
-    height, width = _as_pair(size)
-    if height != width:
-        raise ValueError(f"The vision tower's patch grid must be square, but its image_size={size} is not.")
-    return height
 
 
 def _as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

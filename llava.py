@@ -10,19 +10,19 @@ NO_GAP, GAP = '{%- set gap = "" -%}', '{%- set gap = " " -%}'
 
 def pad_to_square(image_processor: BaseImageProcessor) -> LlavaImageProcessor:
     """
-    An image processor of CLIP or SigLIP, except that it pads images to squares in the mean colour first: what a centre
-    crop cuts away cannot be asked about.
+    An image processor that pads images to squares in the mean colour, where another one crops them: what a centre crop
+    cuts away cannot be asked about.
 
     Args:
         image_processor (`BaseImageProcessor`): That of the vision tower.
 
     Returns:
-        `LlavaImageProcessor`: With the sizes, the resampling, the mean and the deviation of the other.
+        `LlavaImageProcessor`: With the size of image, the resampling, the mean and the deviation of the other.
     """
     settings = image_processor.to_dict()
-    if not settings.get("do_center_crop"):  # SigLIP's knows no crop
-        settings |= {"do_center_crop": False, "crop_size": settings["size"]}
-    return LlavaImageProcessor.from_dict({**settings, "do_pad": True, "do_convert_rgb": True})
+    side = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
+    whole = {"do_pad": True, "size": side, "do_center_crop": False, "crop_size": side, "do_convert_rgb": True}
+    return LlavaImageProcessor.from_dict({**settings, **whole})
 
 
 def fit_spaces(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:

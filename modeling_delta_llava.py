@@ -419,15 +419,16 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         folder or repository may be missing.
 
         Raises:
-            ValueError: If the files lack a weight of the model. With `state_dict=...`, it starts from random values.
+            ValueError: If the files lack a weight of the model; not with `output_loading_info=True`, which returns what
+                they lack, nor with `state_dict=...`.
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = _quantize_language_model_only(quantization_config)
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if kwargs.get("state_dict") is None:
-            check_all_loaded(info, args[0] if args else kwargs["pretrained_model_name_or_path"])
-        return (model, info) if with_info else model
+        if kwargs.get("output_loading_info") or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(*args, **kwargs)
+        model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        check_all_loaded(info, args[0] if args else kwargs["pretrained_model_name_or_path"])
+        return model
 
 
 def check_all_loaded(info: dict, name: str):

@@ -144,7 +144,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def _check_budget(self, num_visual_tokens: int):
         if self.patch_grid_size is not None:
             query_grid_size(num_visual_tokens, self.patch_grid_size)
-        elif num_visual_tokens < 1 or round(num_visual_tokens**0.5) ** 2 != num_visual_tokens:
+        elif (
+            isinstance(num_visual_tokens, bool)
+            or num_visual_tokens < 1
+            or round(num_visual_tokens**0.5) ** 2 != num_visual_tokens
+        ):
             raise ValueError(f"num_visual_tokens={num_visual_tokens} must be a square: 1, 4, 9, 16, ...")
 
     @property

@@ -298,8 +298,8 @@ def build_config(
         image_token_id=tokenizer.convert_tokens_to_ids(DeltaLlavaProcessor.image_token),
         **config_overrides,
     )
-    _check_language_model(config)
     config.vision_feature_select_strategy = "default" if _num_prefix_tokens(config) else "full"
+    _check_language_model(config)
     if config.vision_config.model_type == "siglip_vision_model":
         config.vision_config.vision_use_head = False  # a pooling head, which nothing reads
     # No folder of this machine shall be published
@@ -336,7 +336,8 @@ def _check_language_model(config: DeltaLlavaConfig):
         if others := [name for name, weight in language_model.named_parameters() if weight not in known]:
             raise ValueError(f"it has weights outside of its base and its output head: {', '.join(others[:4])}")
     except Exception as error:  # a class that does not fit may fail in any way
-        raise ValueError(f"Language models of type {text_config.model_type!r} cannot be joined: {error}") from error
+        reason = str(error)[:300]
+        raise ValueError(f"Language models of type {text_config.model_type!r} cannot be joined: {reason}") from error
 
 
 @torch.no_grad()
@@ -382,7 +383,7 @@ def _num_prefix_tokens(config: DeltaLlavaConfig) -> int:
     except Exception as error:  # a class that does not fit may fail in any way
         raise ValueError(
             f"Vision towers of type {vision_config.model_type!r} cannot be used at {image_size}x{image_size} pixels:"
-            f" {error}. Those that can make one token of each patch, as CLIP, SigLIP and DINOv2 do."
+            f" {str(error)[:300]}. Those that can make one token of each patch, as CLIP, SigLIP and DINOv2 do."
         ) from error
     return num_prefix_tokens
 
