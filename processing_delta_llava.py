@@ -6,21 +6,44 @@ from .configuration_delta_llava import AUTO_MAP, query_grid_size  # first: it re
 # isort: split
 
 import base64
+import binascii
+import difflib
+import importlib
+import inspect
 import os
+import re
+import stat
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from itertools import zip_longest
+from itertools import count, zip_longest
+from typing import Any, is_typeddict
+from urllib.parse import unquote_to_bytes
 
-from huggingface_hub import get_session
-from PIL import Image, ImageOps
-from transformers import ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
+import numpy as np
+import torch
+from huggingface_hub.utils import httpx
+from PIL import ExifTags, Image, ImageFile
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+
+
+# Those that tell by their first bytes what they are, need no other program, and are decoded in C
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_BYTES = 2**28
+MAX_IMAGE_SIDE = 2**14  # padded to a square, 768 MiB
+MAX_ASPECT_RATIO = 200
+FETCH_SECONDS = 60.0
+MAX_REDIRECTS = 5
 
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
     """
     num_visual_tokens (`int` or `list[int]`, *optional*):
-        The budget of all images of the call, or of each in the order of their placeholders.
+        The budget of all images of the call, or of each in the order of their placeholders. A call takes numpy
+        integers, tuples and tensors as well.
     """
 
     num_visual_tokens: int | list[int] | None
@@ -48,7 +71,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Jinja template of a conversation.
 
     Raises:
-        ValueError: For a budget that the grid does not allow, or a tokenizer that does not know `<image>`.
+        ValueError: For a budget that the grid does not allow, or a tokenizer that does not know `<image>`. A call:
+            for an image that [`open_image`] refuses, for placeholders and images, or budgets and images, that do not
+            match, and for parts of a chat that are neither text nor image.
+        TypeError: A call, for an argument that neither the processor nor one of its parts knows.
 
     Example:
 
@@ -68,9 +94,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         chat_template: str | None = None,
         **kwargs,
     ):
-        self.num_visual_tokens = num_visual_tokens
         self.patch_grid_size = patch_grid_size
-        self._check_budget(num_visual_tokens)
+        (self.num_visual_tokens,) = self._budgets(num_visual_tokens, 1)
         image_token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
             raise ValueError(
@@ -86,14 +111,86 @@ class DeltaLlavaProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
+    def __call__(
+        self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[DeltaLlavaProcessorKwargs]
+    ) -> BatchFeature:
+        if videos is not None or audio is not None:
+            raise ValueError(f"{type(self).__name__} takes images and text, neither videos nor audio.")
+        kwargs = self._check_arguments(kwargs)
+        if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+            kwargs["add_special_tokens"] = False  # a chat template has written them
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """transformers' own, for chats of texts and images alone: a part of another type is an error."""
+        is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+        is_batch = is_list and not isinstance(conversation[0], dict)
+        for chat in conversation if is_batch else [conversation]:
+            for number, message in enumerate(getattr(chat, "messages", chat)):
+                _check_content(number, message.get("content"))
+        # Before 5.23 one argument of a call beside a template's would make transformers forget `processor_kwargs`
+        templates = inspect.signature(super().apply_chat_template).parameters.keys()
+        own = {name: kwargs.pop(name) for name in (self._known_arguments() & kwargs.keys()) - templates}
+        if own:
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _known_arguments(self) -> set[str]:
+        known = {"common_kwargs", *self.valid_processor_kwargs.__annotations__}
+        parts = (
+            *self.valid_processor_kwargs.__annotations__.values(),
+            getattr(self.image_processor, "valid_kwargs", None),
+        )
+        return known.union(*(part.__annotations__ for part in parts if is_typeddict(part)))
+
+    def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A copy with budgets as integers, after a look for names that nobody knows."""
+        known = self._known_arguments()
+        kwargs = {name: dict(value) if name == "images_kwargs" else value for name, value in kwargs.items()}
+        for arguments in (kwargs, kwargs.get("images_kwargs", {})):
+            for name in arguments.keys() - known:
+                similar = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
+                raise TypeError(f"{type(self).__name__} takes no argument {name}{similar}")
+            if "num_visual_tokens" in arguments:
+                arguments["num_visual_tokens"] = _integers(arguments["num_visual_tokens"])
+        return kwargs
+
+    def _begins_with_bos(self, text) -> bool:
+        bos = self.tokenizer.bos_token
+        begins = [sample.startswith(bos) for sample in ([text] if isinstance(text, str) else text or ()) if bos]
+        if any(begins) and not all(begins) and self.tokenizer.bos_token_id in self.tokenizer.encode(""):
+            raise ValueError(
+                f"Text {begins.index(True)} begins with {bos} and text {begins.index(False)} does not: let all begin"
+                " with it or none, or say add_special_tokens."
+            )
+        return bool(begins) and all(begins)
+
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Loads images first (paths, URLs, base64 or PIL), so that an unreadable one is a ValueError that names it."""
+        """Opens images first, whatever [`open_image`] takes, so that an unreadable one is an error that names it."""
         if images is not None:
-            images = _readable(images)
-        images, text, *others = super().prepare_inputs_layout(images=images, text=text, **kwargs)
-        if text is not None:
+            images = self._open_images(images, {**kwargs, **kwargs.get("images_kwargs", {})})
+            if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
+                images = None  # rows without images alone
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def _open_images(self, images, kwargs: dict[str, Any]):
+        if isinstance(images, (list, tuple)):
+            return [self._open_images(image, kwargs) for image in images]
+        if not isinstance(images, (np.ndarray, torch.Tensor)):
+            return open_image(images)
+        if images.ndim == 4:
+            return [self._open_images(image, kwargs) for image in images]
+        if kwargs.get("do_rescale", self.image_processor.do_rescale) is False:
+            return images  # scaled, as who calls says
+        return open_image(images, kwargs.get("input_data_format"))
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """Checks also that each row has as many placeholders as images, and the call as many budgets."""
+        if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
             self._check_placeholders([sample.count(self.image_token) for sample in text], images)
-        return images, text, *others
+        if images is None:
+            self._budgets({**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens"), 0)
+        super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_placeholders(self, placeholders: list[int], images):
         by_row = isinstance(images, list) and all(isinstance(row, list) for row in images)
@@ -125,6 +222,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         """Placeholders for images of these `(height, width)`; what servers plan a prompt's length by."""
         if image_sizes is None:
             return MultiModalData()
+        kwargs = self._check_arguments(kwargs)
         num_visual_tokens = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
         return MultiModalData(
             num_image_tokens=self._budgets(num_visual_tokens, len(image_sizes)),
@@ -132,9 +230,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
         )
 
     def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
+        num_visual_tokens = _integers(num_visual_tokens)
         if num_visual_tokens is None:
             num_visual_tokens = self.num_visual_tokens
-        budgets = [num_visual_tokens] * num_images if isinstance(num_visual_tokens, int) else list(num_visual_tokens)
+        budgets = [num_visual_tokens] * num_images if isinstance(num_visual_tokens, int) else num_visual_tokens
         if len(budgets) != num_images:
             raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
         for budget in set(budgets):
@@ -156,49 +255,439 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return [*super().model_input_names, "num_visual_tokens"]
 
 
-def _readable(images):
-    """Opens what is named, and decodes what is lazy, in a possibly nested list of images."""
-    if isinstance(images, (list, tuple)):
-        return [_readable(image) for image in images]
-    if not isinstance(images, (str, Image.Image)):
-        return images
-    name = images if isinstance(images, str) else getattr(images, "filename", "") or repr(images)
+def _integers(num_visual_tokens: Any) -> int | list[int] | None:
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+
+    found = plain(num_visual_tokens)
+    found = [plain(budget) for budget in found] if isinstance(found, (list, tuple)) else found
+    if found is None or all(type(budget) is int for budget in (found if isinstance(found, list) else [found])):
+        return found
+    raise ValueError(
+        f"num_visual_tokens={num_visual_tokens!r} must be an integer, or a list, tuple or 1-d tensor of one per image."
+    )
+
+
+def _check_content(number: int, content: Any):
+    """Refuse what a chat template would leave out without a word."""
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"Message {number} has {type(content).__name__} content: give a text, or a list of parts.")
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image", "image_url"):
+            raise ValueError(
+                f"Part {place} of message {number} is {str(part)[:100]}: give {{'type': 'text', 'text': ...}} or"
+                " {'type': 'image', ...}; other types are not supported."
+            )
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")
+
+
+def open_image(source: Any, input_data_format: ChannelDimension | str | None = None) -> Image.Image:
+    """
+    Open an image as the model is to see it: upright, 8-bit RGB, transparency on white, of an animation the first frame.
+
+    Inference, checking data and training open every image by this function, so that all of them see the same and
+    refuse the same. Beside limits on bytes, pixels (Pillow's `MAX_IMAGE_PIXELS`, twice), sides and their ratio, it
+    finds damage that Pillow passes over: a PNG's wrong checksums and missing rows, a JPEG's data that end too early or
+    too late.
+
+    Args:
+        source:
+            `str` or `Path` of a file, http(s) or `data:` URL, base64, `bytes` of a file in one of `IMAGE_FORMATS`, or a
+            decoded image: PIL's, or an array or tensor of shape `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)` with 1, 3 or 4 channels. Values beyond 8 bits are scaled by the least of 8, 10,
+            12, 14 and 16 bits that holds the largest; floats span 0..1 or 0..255.
+        input_data_format (`ChannelDimension` or `str`, *optional*):
+            `"channels_first"` or `"channels_last"` of an array whose shape does not tell.
+
+    Returns:
+        `PIL.Image.Image`: In mode RGB. Of a file, its `info` holds `format` and EXIF's `orientation`.
+
+    Raises:
+        ValueError: Names the image and what is wrong with it. Its cause is a `PIL.Image.DecompressionBombError` where
+            the image is larger than a limit.
+    """
     try:
-        image = _open(images) if isinstance(images, str) else images
-        image.load()
-        return _to_eight_bits(image)
+        if isinstance(source, Image.Image):
+            return _from_pil(source)
+        if isinstance(source, (np.ndarray, torch.Tensor)):
+            return _from_array(source, input_data_format)
+        return _from_file(_read(source))
     except Exception as error:  # Pillow's plugins raise what they like
-        raise ValueError(f"Cannot read image {name[:200]}: {error}") from error
+        raise ValueError(f"Cannot read image {_name(source)}: {str(error) or type(error).__name__}") from error
 
 
-def _open(source: str) -> Image.Image:
-    # Not transformers' `load_image`: it converts to RGB, which is too late to scale 16-bit images.
-    if source.startswith(("http://", "https://")):
-        response = get_session().get(source, follow_redirects=True)
-        response.raise_for_status()
-        file = BytesIO(response.content)
-    elif os.path.exists(source):
-        file = source
-    elif source.startswith("data:image/") or len(source) > 255:
-        file = BytesIO(base64.b64decode(source.split(",")[-1]))
+def fetch_image(url: str) -> bytes:
+    """
+    Get the bytes of an image from an http(s) URL, whatever `HF_HUB_OFFLINE` says of the Hub.
+
+    Args:
+        url (`str`): The address. Up to `MAX_REDIRECTS` redirects are followed.
+
+    Returns:
+        `bytes`: At most `MAX_IMAGE_BYTES`, of one answer within `FETCH_SECONDS`.
+
+    Raises:
+        Exception: The address does not answer in time, or with an error, or with too much.
+    """
+
+    def receive() -> bytes:
+        with client.stream("GET", url) as response:
+            response.raise_for_status()
+            data = bytearray()
+            for part in response.iter_bytes():
+                data += part
+                _check_length(len(data))
+            return bytes(data)
+
+    # In a thread, because a time-out of httpx starts anew with each byte that arrives
+    client = httpx.Client(timeout=FETCH_SECONDS / 4, follow_redirects=True, max_redirects=MAX_REDIRECTS)
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(receive).result(FETCH_SECONDS)
+    except TimeoutError:
+        raise TimeoutError(f"no whole answer within {FETCH_SECONDS:g} s") from None
+    finally:
+        pool.shutdown(wait=False)
+        client.close()
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or repr(source)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return f"of shape {tuple(source.shape)} and type {source.dtype}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"of {len(source)} bytes"
+    name = str(source)
+    return name if len(name) <= 200 else f"{name[:100]}... ({len(name)} characters)"
+
+
+def _read(source: Any) -> bytes:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"its type is {type(source).__name__}: give a path, a URL, base64, bytes, a PIL image, an array or a tensor"
+        )
+    if isinstance(source, str):
+        scheme = source[:8].lower()
+        if scheme.startswith(("http://", "https://")):
+            return fetch_image(source)
+        if scheme.startswith("data:"):
+            header, _, content = source.partition(",")
+            return _from_base64(content) if header.lower().endswith(";base64") else unquote_to_bytes(content)
+    try:
+        status = os.stat(source)
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        try:
+            data = _from_base64(str(source))
+            _open(BytesIO(data))
+        except (OSError, ValueError):
+            raise FileNotFoundError("no such file (and neither a URL nor base64)") from error
+        return data
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device may never end
+        raise OSError("it is not a regular file")
+    _check_length(status.st_size)
+    with open(source, "rb") as file:
+        return file.read()
+
+
+def _from_base64(text: str) -> bytes:
+    text = re.sub(r"\s", "", text).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its base64 is broken: {error}") from error
+
+
+def _check_length(num_bytes: int):
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise Image.DecompressionBombError(f"it has more than {MAX_IMAGE_BYTES} bytes")
+
+
+def _check_size(width: int, height: int):
+    if min(width, height) < 1:
+        raise ValueError(f"it has {width} x {height} pixels")
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(
+            f"it has {width} x {height} pixels, more than {2 * Image.MAX_IMAGE_PIXELS} in all"
+        )
+    if max(width, height) > MAX_IMAGE_SIDE or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise Image.DecompressionBombError(
+            f"it has {width} x {height} pixels: a side has at most {MAX_IMAGE_SIDE}, and at most {MAX_ASPECT_RATIO}"
+            " times those of the other"
+        )
+
+
+def _open(file: BytesIO) -> Image.Image:
+    Image.init()
+    try:
+        # AVIF and others depend on how Pillow was built
+        return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"it is no image of the formats {', '.join(IMAGE_FORMATS)}") from None
+
+
+def _from_file(data: bytes) -> Image.Image:
+    _check_length(len(data))
+    file = _WatchedJpeg(data) if data.startswith(b"\xff\xd8") else BytesIO(data)
+    with _open(file) as image:
+        if isinstance(file, _WatchedJpeg):
+            file.watch()
+        upright = _from_pil(image)
+        if isinstance(file, _WatchedJpeg):
+            file.check()
+        if image.format == "PNG":
+            _check_png(image, data)
+        upright.info = {"format": image.format, "orientation": _orientation(image)}
+        return upright
+
+
+def _check_depth(image: Image.Image):
+    highest = max(
+        high for band, (_, high) in zip(image.getbands(), image.getextrema(), strict=True) if band not in "Aa"
+    )
+    if highest < 64:
+        raise ValueError(
+            f"its 16-bit colours reach {256 * highest + 255} of 65535 at most, so they seem to have fewer bits, and"
+            " would come out all but black; convert it to 8 bits"
+        )
+
+
+def _check_png(image: Image.Image, data: bytes):
+    # Pillow looks neither at the checksums of the pixels' chunks nor whether all rows have come
+    chunks, position = [], 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        chunk = data[position + 4 : position + 8 + length]
+        position += 12 + length
+        if chunk.startswith(b"IDAT"):
+            if zlib.crc32(chunk) != int.from_bytes(data[position - 4 : position], "big"):
+                raise ValueError("the file is damaged: a checksum of its pixels is wrong")
+            chunks.append(chunk[4:])
+    width, height, (depth, colour, _, _, is_interlaced) = *image.size, data[24:29]
+    # The rows that are missing come out as zeros, the last one at least
+    last = image.crop((0, height - 1, width, height)).getextrema()
+    if not is_interlaced and np.any(last):
+        return
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 1, 1)]
+    if is_interlaced:
+        passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    missing = 0
+    for left, top, column_step, row_step in passes:
+        num_columns, num_rows = -((left - width) // column_step), -((top - height) // row_step)
+        missing += num_rows * (1 + (num_columns * bits + 7) // 8) if num_columns > 0 else 0
+    inflate = zlib.decompressobj()
+    for chunk in chunks:
+        while chunk and missing > 0:
+            missing -= len(inflate.decompress(chunk, min(missing, 2**20)))
+            chunk = inflate.unconsumed_tail
+    if missing > 0:
+        raise ValueError("the file is damaged: rows of its pixels are missing")
+
+
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")  # 0xff00 is a byte of data
+_MAX_JPEG_SCANS = 200  # each is a pass over all pixels, however few bytes it has
+_STRAY_BYTES = 32  # some cameras leave a few at the end of an image that is whole
+_PADDING = bytes(16)  # more than libjpeg looks ahead
+_HOLE = bytes(16)
+
+
+class _JpegPart(bytes):
+    """What a decoder is handed. Pillow cuts off what was used, which tells how much was not."""
+
+    file: "_WatchedJpeg"
+
+    def __radd__(self, rest: bytes) -> "_JpegPart":
+        whole = _JpegPart(rest + bytes(self))
+        whole.file = self.file
+        return whole
+
+    def __getitem__(self, key):
+        part = bytes(self)[key]
+        if isinstance(key, slice):
+            self.file.num_unused[-1] = len(part)
+        return part
+
+
+class _WatchedJpeg(BytesIO):
+    """
+    A JPEG file that finds damage in its data, of which libjpeg warns, but Pillow drops the warnings.
+
+    Data with a hole hold too many or too few codes for their blocks. So the file is handed out in parts that end
+    shortly before and shortly after the last code of a run. There two bytes come one by one: a decoder that wants more
+    codes leaves a byte unused, the second at the latest, and one that has all of them skips both as stray.
+    """
+
+    parts: list[tuple[str, bytes]] | None = None
+    damage: str | None = None
+
+    def watch(self):
+        """Hand out the parts from now on."""
+        data, position, parts = self.getvalue(), 0, []
+        for start, end in self._runs(data):
+            # Not within 0xff00, half of which is no code
+            places = range(end - _STRAY_BYTES, start + _STRAY_BYTES, -1)
+            if stop := next((place for place in places if 0xFF not in data[place - 1 : place + 2]), None):
+                parts += [("", data[position:stop]), ("", data[stop : stop + 1])]
+                parts.append(("too many", data[stop + 1 : stop + 2]))
+                position = stop + 2
+            parts += [("", data[position:end] + _PADDING), ("", b"\0"), ("too few", b"\0")]
+            position = end
+        self.num_needed = len(parts) - 2
+        self.num_unused: list[int | None] = []
+        self.parts = [*parts, ("", data[position:])]
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.parts is None:
+            return super().read(size)
+        num_read = len(self.num_unused)
+        if num_read and (finding := self.parts[num_read - 1][0]) and None not in self.num_unused[-2:]:
+            if (self.num_unused[-2:] == [0, 0]) == (finding == "too many"):
+                self.damage = f"its data hold {finding} codes"
+        if num_read == len(self.parts):
+            return b""
+        self.num_unused.append(None)
+        part = _JpegPart(self.parts[num_read][1])
+        part.file = self
+        return part
+
+    def check(self):
+        """Raise an error if damage was found while all was read."""
+        if len(self.num_unused) < self.num_needed:  # the one scan of a file is read no further than its last pixel
+            self.damage = "its data hold too many codes"
+        if self.damage:
+            raise ValueError(f"the file is damaged: {self.damage}")
+
+    def _runs(self, data: bytes) -> list[tuple[int, int]]:
+        """Where each run of codes starts and ends: a scan, or its part up to a restart marker."""
+        runs, first_codes, position, num_scans = [], {}, 2, 0
+        while (marker := _JPEG_MARKER.search(data, position)) and (kind := marker[0][-1]) != 0xD9:
+            start = marker.end() + 2
+            position = max(start, start - 2 + int.from_bytes(data[start - 2 : start], "big"))
+            segment = data[start:position]
+            if kind < 0xC0 or 0xF0 <= kind <= 0xFD:
+                self.damage = "its data hold a marker that means nothing"
+            if 0xC9 <= kind <= 0xCF and kind != 0xCC:
+                return []  # arithmetic codes, which libjpeg wants in one piece
+            while kind == 0xC4 and len(segment) > 17:  # Huffman tables, each with its shortest code first
+                first_codes[segment[0]] = segment[17]
+                segment = segment[17 + sum(segment[1:17]) :]
+            if kind != 0xDA or len(segment) < 6:
+                continue
+            num_scans += 1
+            if num_scans > _MAX_JPEG_SCANS:
+                raise Image.DecompressionBombError(f"it has more than {_MAX_JPEG_SCANS} scans")
+            # Zero bits are the first code, again and again. Unless it ends a block, as in areas of one colour, no
+            # image has that
+            _, last, refines = segment[-3:]
+            first_used = [first_codes.get(0x10 | tables & 15, 0) for tables in segment[2:-3:2]]
+            has_no_zeros = last > 0 and refines < 16 and any(code & 15 for code in first_used)
+            for number in count():
+                end = _JPEG_MARKER.search(data, position)
+                if not end:
+                    return runs  # Pillow finds the file truncated
+                runs.append((position, end.start()))
+                if has_no_zeros and data.find(_HOLE, position, end.start()) >= 0:
+                    self.damage = "its data have a hole of zeros"
+                if not 0xD0 <= end[0][-1] <= 0xD7:
+                    position = end.start()
+                    break
+                position = end.end()
+                if end[0][-1] & 7 != number & 7:
+                    self.damage = "parts of its data are missing"
+        return runs
+
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in _TRANSPOSITIONS else 1
+    except Exception:  # broken EXIF raises what it likes, and no viewer turns the image
+        return 1
+
+
+def _from_pil(image: Image.Image) -> Image.Image:
+    _check_size(*image.size)
+    if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in IMAGE_FORMATS:
+        raise ValueError(f"its format {image.format} is none of {', '.join(IMAGE_FORMATS)}")
+    # Of deep colours Pillow keeps the upper 8 bits alone
+    is_deep = re.search(";16[BLN]", str(getattr(image, "tile", ""))) and image.mode in ("RGB", "RGBA", "RGBa", "LA")
+    image.load()
+    if is_deep:
+        _check_depth(image)
+    orientation = _orientation(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        upright = Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    elif "transparency" in image.info or {"A", "a"} & set(image.getbands()):
+        for mode in {"La": ["LA"], "PA": ["RGBA"]}.get(image.mode, []):
+            image = image.convert(mode)
+        white = Image.new("RGBA", image.size, "white")
+        upright = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
-        raise FileNotFoundError("no such file (and neither a URL nor base64)")
-    return ImageOps.exif_transpose(Image.open(file))
+        upright = image.convert("RGB")
+    if orientation != 1:
+        upright = upright.transpose(_TRANSPOSITIONS[orientation])
+    upright.info = {}  # else it would be turned again
+    return upright
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow clips 16-bit grey at 255 when it converts it to RGB, which turns nearly all of it white.
-    if image.mode.startswith("I"):
-        image = image.convert("I")
-        low, high = image.getextrema()
-        if low < 0 or high > 65535:
-            raise ValueError(f"its values span {low}..{high}; 16 bits hold 0..65535")
-        return image.point(lambda value: value / 256).convert("L")
-    if image.mode == "F":
-        raise ValueError("it holds floating point values, whose range is unknown; convert it to 8 bits")
-    return image
+def _from_array(source: np.ndarray | torch.Tensor, data_format: ChannelDimension | str | None) -> Image.Image:
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.is_floating_point() else source).numpy()
+    if source.ndim == 3:
+        if data_format is None:
+            data_format = infer_channel_dimension_format(source, num_channels=(1, 3, 4))
+        if ChannelDimension(data_format) == ChannelDimension.FIRST:
+            source = np.moveaxis(source, 0, -1)
+    if source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[-1] not in (1, 3, 4)):
+        raise ValueError("an image has the dimensions height, width and maybe 1, 3 or 4 channels")
+    _check_size(source.shape[1], source.shape[0])
+    if source.ndim == 3 and source.shape[-1] == 1:
+        source = source[..., 0]
+    return _from_pil(Image.fromarray(np.ascontiguousarray(_eight_bits(source))))
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"its values are of type {values.dtype}, not numbers")
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    if values.dtype.kind == "f":
+        rounding = 1e-3  # what a resampling adds
+        maximum = 1 if high <= 1 + rounding else 255
+        if not -rounding * maximum <= low <= high <= maximum * (1 + rounding):
+            raise ValueError(f"its values span {low:g}..{high:g}; floats are to span 0..1 or 0..255")
+    elif values.dtype.kind == "b":
+        maximum = 1
+    else:
+        if not 0 <= low <= high < 2**16:
+            raise ValueError(f"its values span {low:g}..{high:g}; integers are to lie in 0..65535")
+        maximum = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+    return np.rint(values.clip(0, maximum) * (255 / maximum)).astype(np.uint8)
 
 
 DeltaLlavaProcessor.register_for_auto_class()
+# As an import does. transformers' loading of remote code does not, and dill, which `datasets` hands functions to other
+# processes by, then writes these classes out and cannot read them again
+setattr(importlib.import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["DeltaLlavaProcessor"]
+__all__ = ["DeltaLlavaProcessor", "fetch_image", "open_image"]

@@ -29,7 +29,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
-from .data import FEATURES, BadRecord, num_cores, parse_record
+from ..processing_delta_llava import open_image
+from .data import FEATURES, BadRecord, parse_record
+from .images import num_cores
 
 
 logger = logging.get_logger(__name__)
@@ -261,7 +263,7 @@ class BudgetedRows(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        # Decoded below: of a list of images `datasets` decodes the first one twice
+        # Opened below, as everywhere
         self.dataset = dataset.with_format("arrow")
 
     def __len__(self) -> int:
@@ -281,9 +283,9 @@ def _decode(row: dict[str, Any], images: list[dict]) -> list[PilImage]:
     decoded = []
     for image in images:
         try:
-            decoded.append(Image().decode_example(image))
-        except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
-            raise ValueError(f"{_name(row)}: image {image['path']} cannot be read: {error}") from error
+            decoded.append(open_image(image["path"] if image["bytes"] is None else image["bytes"]))
+        except ValueError as error:
+            raise ValueError(f"{_name(row)}: image {image['path']} cannot be read: {error.__cause__}") from error
     return decoded
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from .data import IMAGE_MARKER, Check, check_llava_json, other_suffixes, read_records, write_bad_records
+from .data import IMAGE_MARKER, Check, check_llava_json, read_records, write_bad_records
+from .images import similar_files
 
 
 # How to mend each kind of bad record, and what each kind of note means elsewhere
@@ -42,11 +43,13 @@ FAULTS = {
     "again, save all as .jpg, and leave out what stays missing.",
     "missing_other_suffix": "The same name is there with another suffix: write that into the record. --write_clean "
     "does, where there is only one.",
-    "outside": "Copy the image into the folder: no path, and no link on it, may lead out.",
+    "missing_other_name": "The same name is there in other letter case, with other slashes or in another Unicode form: "
+    "write that into the record. --write_clean does, where there is only one.",
+    "outside": "Copy the image into the folder, or allow links that lead out by --follow_links; no path may leave it.",
     "no_path": "Mend the path: no file system can hold it.",
     "unreadable": "Download the image again: it is empty, damaged or of no known format.",
     "truncated": "Download the image again: its end is missing.",
-    "too_large": "Scale the image down: Pillow takes so many pixels for an attack.",
+    "too_large": "Scale the image down or cut it: so much memory is not spent on one image.",
 }
 NOTES = {
     "marker_moved": "It is moved before the text, as LLaVA does; other tools may leave it where it is.",
@@ -126,17 +129,14 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
     Returns:
         `dict`, *optional*: A record without this fault; `None` if that would need a guess.
     """
-    if fault["kind"] == "missing_other_suffix":
+    if fault["kind"] in ("missing_other_suffix", "missing_other_name"):
         root = os.path.realpath(image_folder)
         missing = os.path.join(root, fault["file"])
-        others = other_suffixes(missing)
+        others = similar_files(missing, root)
         if len(others) == 1:
-            suffix = os.path.splitext(others[0])[1]
+            name = Path(others[0]).relative_to(root).as_posix()
             images = [record["image"]] if isinstance(record["image"], str) else record["image"]
-            images = [
-                os.path.splitext(image)[0] + suffix if os.path.join(root, image) == missing else image
-                for image in images
-            ]
+            images = [name if os.path.join(root, image) == missing else image for image in images]
             return {**record, "image": images[0] if isinstance(record["image"], str) else images}
     if fault["kind"] == "marker_missing" and (isinstance(record["image"], str) or len(record["image"]) == 1):
         turns = [dict(turn) for turn in record["conversations"]]
@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", required=True, help="LLaVA's JSON file")
     parser.add_argument("--images", required=True, help="folder that its images lie in")
     parser.add_argument("--require_images", action="store_true", help="a record without an image is bad (stage 1)")
+    parser.add_argument("--follow_links", action="store_true", help="links may lead out of the folder of the images")
     parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
     parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
     parser.add_argument("--num_proc", type=int, help="processes that decode images (default: one per core)")
@@ -173,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write_clean and Path(options.write_clean).resolve() == Path(options.json).resolve():
         parser.error(f"--write_clean {options.write_clean} would overwrite --json: name another file")
     report = options.report or Path(options.write_clean or "").parent / "bad_records.jsonl"
-    settings = {"require_images": options.require_images, "num_proc": options.num_proc}
+    settings = {name: getattr(options, name) for name in ("require_images", "num_proc", "follow_links")}
 
     check = check_llava_json(options.json, options.images, **settings)
     write_bad_records(check, report)

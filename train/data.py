@@ -3,33 +3,24 @@
 import hashlib
 import heapq
 import json
-import multiprocessing
 import os
 import re
-import stat
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 import datasets.config
-import PIL.ExifTags
-import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers.utils import logging
+
+from .images import check_images, checking_code, image_name, locate_images, read_table
 
 
 logger = logging.get_logger(__name__)
@@ -44,31 +35,15 @@ FEATURES = Features(
         ),
     }
 )
-# What the cache keeps: a row for every record that can be read (`id` is its JSON, `marker_moved` a note), and one for
-# every image file
+# What the cache keeps: a row for every record that can be read (`id` is its JSON, `marker_moved` a note)
 RECORD_FEATURES = Features(
     {"index": Value("int64"), "id": Value("string"), "marker_moved": Value("bool"), **FEATURES},
 )
-_REMARK = {"kind": Value("string"), "reason": Value("string")}
-IMAGE_SCHEMA = Features(
-    {
-        "path": Value("string"),
-        "size": Value("int64"),
-        "mtime_ns": Value("int64"),
-        "fault": _REMARK,
-        "notes": List(_REMARK),
-    }
-).arrow_schema
-# Suffixes that the same image may have been saved under
-SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG", ".GIF")
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CHARACTERS_PER_READ = 2**20
 _MAX_CHARACTERS_PER_RECORD = 2**26  # what is longer is a fault, most likely of a quotation mark
 _ROWS_PER_BATCH = 1000
-_IMAGES_PER_TASK = 32
-_IMAGES_PER_LOOK = 1000
-_LOOKING_THREADS = 16
 
 
 class BadRecord(ValueError):
@@ -167,6 +142,7 @@ def load_llava_json(
     skip_bad_records: bool = False,
     require_images: bool = False,
     num_proc: int | None = None,
+    follow_links: bool = False,
 ) -> Dataset:
     """
     Read LLaVA's training data: a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}` and a folder.
@@ -179,7 +155,8 @@ def load_llava_json(
             its place in a human turn; the one image of a turn comes before its text, as LLaVA trains. A first turn
             `from: system` is allowed.
         image_folder (`str` or `Path`):
-            Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused.
+            Folder that every image lies in. A path that leaves it, by `..` or through a link too, is refused. Its files
+            are opened by [`~delta_llava.processing_delta_llava.open_image`].
         bad_records_path (`str` or `Path`, *optional*, defaults to `"bad_records.jsonl"`):
             Where all bad records are listed, one JSON object a line with `index`, `id`, `file`, `kind` and `reason`.
             When there are none, the file of an earlier call is removed.
@@ -189,6 +166,8 @@ def load_llava_json(
             Whether a record without an image is bad, as it is where the projector alone is trained.
         num_proc (`int`, *optional*, defaults to the cores that this process may use):
             Number of processes that decode images.
+        follow_links (`bool`, *optional*, defaults to `False`):
+            Whether links may lead out of the folder, as where COCO is linked in, or in a snapshot of the Hub.
 
     Returns:
         `datasets.Dataset`: One row per good record, in the file's order, memory-mapped. `images` holds images that are
@@ -200,7 +179,7 @@ def load_llava_json(
         `FileNotFoundError`: The file or the folder does not exist.
         `RuntimeError`: A process that decodes images was killed.
     """
-    check = check_llava_json(json_path, image_folder, require_images, num_proc)
+    check = check_llava_json(json_path, image_folder, require_images, num_proc, follow_links)
     write_bad_records(check, bad_records_path)
     if check.num_bad_records:
         examples = "\n".join(
@@ -231,7 +210,11 @@ def write_bad_records(check: Check, path: str | Path):
 
 
 def check_llava_json(
-    json_path: str | Path, image_folder: str | Path, require_images: bool = False, num_proc: int | None = None
+    json_path: str | Path,
+    image_folder: str | Path,
+    require_images: bool = False,
+    num_proc: int | None = None,
+    follow_links: bool = False,
 ) -> Check:
     """
     Check every record of LLaVA's training data, and decode every image once.
@@ -241,7 +224,8 @@ def check_llava_json(
     finds the images that are known.
 
     Args:
-        json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`):
+        json_path (`str` or `Path`), image_folder (`str` or `Path`), require_images (`bool`), num_proc (`int`),
+        follow_links (`bool`):
             See [`load_llava_json`].
 
     Returns:
@@ -263,26 +247,27 @@ def check_llava_json(
     cache = Path(datasets.config.HF_DATASETS_CACHE, "delta_llava")
     cache.mkdir(parents=True, exist_ok=True)
 
-    # Another version of this file or of Pillow may find other faults
+    # Another version of the code may find other faults
     with json_path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    images_key = _digest(Path(__file__).read_text(encoding="utf-8"), PIL.__version__, root)
-    records_key = _digest(images_key, content, str(require_images))
+    images_key = _digest(checking_code(), root)
+    records_key = _digest(Path(__file__).read_text(encoding="utf-8"), images_key, content, str(require_images))
 
     folder = cache / f"records-{records_key}"
     if not folder.is_dir():
         _cache_records(json_path, root, require_images, folder)
-    records = _read_table(folder / "records.arrow")
+    records = read_table(folder / "records.arrow")
     with open(folder / "bad_records.jsonl", encoding="utf-8") as file:
         num_unreadable = sum(1 for _ in file)
 
     image_paths = pc.unique(_image_paths(records)).to_pylist()
-    stats, faults = _locate_images(image_paths, root)
-    images, num_decoded, seconds = _check_images(cache / f"images-{images_key}.arrow", stats, num_proc)
+    stats, lost = locate_images(image_paths, root, follow_links)
+    faults = {path: BadRecord(fault["reason"], fault["kind"], image_name(path, root)) for path, fault in lost.items()}
+    images, num_decoded, seconds = check_images(cache / f"images-{images_key}.arrow", stats, num_proc)
     notes = {}
     remarkable = pc.or_(images["fault"].is_valid(), pc.greater(pc.list_value_length(images["notes"]), 0))
     for image in images.filter(remarkable).to_pylist():
-        name = _image_name(image["path"], root)
+        name = image_name(image["path"], root)
         if image["fault"]:
             reason = f"image {name} cannot be read: {image['fault']['reason']}"
             faults[image["path"]] = BadRecord(reason, image["fault"]["kind"], name)
@@ -293,7 +278,7 @@ def check_llava_json(
     for row, path in _rows_with_images(records, faults):
         bad_rows.setdefault(row, faults[path])
     for row, path in _rows_with_images(records, notes):
-        image_notes += [(row, _image_name(path, root), note) for note in notes.pop(path, [])]
+        image_notes += [(row, image_name(path, root), note) for note in notes.pop(path, [])]
     return Check(
         folder=folder,
         records=records,
@@ -308,15 +293,6 @@ def check_llava_json(
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _read_table(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_stream(file).read_all()
-
-
-def _image_name(path: str, root: str) -> str:
-    return path.removeprefix(root + os.sep)
 
 
 def _image_paths(records: pa.Table) -> pa.ChunkedArray:
@@ -510,151 +486,3 @@ def _write_records(json_path: Path, root: str, require_images: bool, folder: Pat
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
                 rows = []
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-
-
-def _locate_images(paths: list[str], root: str) -> tuple[dict[str, tuple[int, int]], dict[str, BadRecord]]:
-    """Return size and time of change of the images that are there, and the faults of the others."""
-    real_directory = lru_cache(maxsize=None)(os.path.realpath)
-
-    def locate(some_paths: list[str]):
-        return [_locate_image(path, root, real_directory) for path in some_paths]
-
-    # Threads, because a network's file system answers many questions in the time of one
-    chunks = [paths[start : start + _IMAGES_PER_LOOK] for start in range(0, len(paths), _IMAGES_PER_LOOK)]
-    stats, faults = {}, {}
-    with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
-        for chunk, answers in zip(chunks, pool.map(locate, chunks), strict=True):
-            for path, answer in zip(chunk, answers, strict=True):
-                (faults if isinstance(answer, BadRecord) else stats)[path] = answer
-    return stats, faults
-
-
-def _locate_image(path: str, root: str, real_directory: Callable[[str], str]) -> tuple[int, int] | BadRecord:
-    name = _image_name(path, root)
-    try:
-        file = os.path.join(real_directory(os.path.dirname(path)), os.path.basename(path))
-        if os.path.islink(file):
-            file = os.path.realpath(file)
-        if not file.startswith(root.rstrip(os.sep) + os.sep):
-            return BadRecord(f"image {name} leaves the image folder: it leads to {file}", "outside", name)
-        status = os.stat(file)
-    except (FileNotFoundError, NotADirectoryError):
-        if others := other_suffixes(path):
-            found = " and ".join(os.path.basename(other) for other in others)
-            reason = f"image {name} does not exist in the image folder, but {found} does"
-            return BadRecord(reason, "missing_other_suffix", name)
-        kind = "missing_ocr_vqa" if name.startswith("ocr_vqa/") else "missing"
-        return BadRecord(f"image {name} does not exist in the image folder", kind, name)
-    except (OSError, ValueError) as error:  # a name too long, a loop of links, a null character
-        return BadRecord(f"image {name!r} is no path: {error}", "no_path", name)
-    if not stat.S_ISREG(status.st_mode):
-        return BadRecord(f"image {name} does not exist in the image folder: it is not a file", "missing", name)
-    return status.st_size, status.st_mtime_ns
-
-
-def other_suffixes(path: str) -> list[str]:
-    """Return the files that lie beside a missing image and differ from it in their suffix only."""
-    stem = os.path.splitext(path)[0]
-    return [stem + suffix for suffix in SUFFIXES if os.path.isfile(stem + suffix)]
-
-
-def _check_images(
-    table_path: Path, stats: dict[str, tuple[int, int]], num_proc: int | None
-) -> tuple[pa.Table, int, float]:
-    """Return what is known of the images of `stats` (`IMAGE_SCHEMA`), how many were decoded for that, and the time."""
-    num_decoded, seconds = 0, 0.0
-    table, changed = _known_images(table_path, stats)
-    if changed:
-        with FileLock(f"{table_path}.lock"), TemporaryDirectory(dir=table_path.parent) as unfinished:
-            table, changed = _known_images(table_path, stats)  # another process may have decoded them meanwhile
-            if changed:
-                start = time.perf_counter()
-                decoded = pa.Table.from_batches(_decode_images(changed, num_proc), IMAGE_SCHEMA)
-                num_decoded, seconds = len(changed), time.perf_counter() - start
-                known = table.filter(pc.invert(pc.is_in(table["path"], value_set=pa.array(changed, pa.string()))))
-                table = pa.concat_tables([known, decoded]).combine_chunks()
-                with pa.ipc.new_stream(f"{unfinished}/images.arrow", IMAGE_SCHEMA) as writer:
-                    writer.write_table(table)
-                os.replace(f"{unfinished}/images.arrow", table_path)
-    return table.filter(pc.is_in(table["path"], value_set=pa.array(stats, pa.string()))), num_decoded, seconds
-
-
-def _known_images(table_path: Path, stats: dict[str, tuple[int, int]]) -> tuple[pa.Table, list[str]]:
-    """Return the table of the cache, and the images of `stats` that it does not know as they are."""
-    table = _read_table(table_path) if table_path.is_file() else IMAGE_SCHEMA.empty_table()
-    paths, sizes, times = (table[column].to_pylist() for column in ("path", "size", "mtime_ns"))
-    known = dict(zip(paths, zip(sizes, times, strict=True), strict=True))
-    return table, [path for path, status in stats.items() if known.get(path) != status]
-
-
-def _decode_images(paths: list[str], num_proc: int | None) -> list[pa.RecordBatch]:
-    tasks = [paths[start : start + _IMAGES_PER_TASK] for start in range(0, len(paths), _IMAGES_PER_TASK)]
-    num_proc = min(num_proc or num_cores(), len(tasks))
-    batches = []
-    with tqdm(desc="Checking images", total=len(paths), unit=" images") as progress:
-
-        def collect(results: Iterable[pa.RecordBatch]):
-            for batch in results:
-                batches.append(batch)
-                progress.update(len(batch))
-
-        if num_proc == 1:
-            collect(map(_decode_task, tasks))
-            return batches
-        try:
-            with ProcessPoolExecutor(num_proc, initializer=_end_with_parent) as pool:
-                collect(pool.map(_decode_task, tasks))
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"One of the {num_proc} processes that decode images was killed, after {progress.n} of {len(paths)} "
-                "images: most likely memory ran out. Try again with a smaller num_proc."
-            ) from error
-    return batches
-
-
-def _end_with_parent():
-    # An executor's processes outlive a parent that is killed: they would wait for ever for what it sends
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def num_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _decode_task(paths: list[str]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([_decode_image(path) for path in paths], IMAGE_SCHEMA)
-
-
-def _decode_image(path: str) -> dict[str, Any]:
-    """Decode an image as `datasets.Image` does; a row of `IMAGE_SCHEMA` tells what it found."""
-    size, mtime_ns, fault, notes = -1, -1, None, []
-    try:
-        status = os.stat(path)
-        size, mtime_ns = status.st_size, status.st_mtime_ns
-        with warnings.catch_warnings(record=True, action="always") as caught, PIL.Image.open(path) as image:
-            # An eighth of a JPEG's size: all its bits are read, so that a cut is seen, and few pixels computed
-            image.draft("L", (1, 1))
-            image.load()
-            orientation = image.getexif().get(PIL.ExifTags.Base.Orientation)
-            if orientation is not None:
-                PIL.ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's plug-ins raise whatever a broken file makes them trip over
-        if isinstance(error, PIL.Image.DecompressionBombError):
-            kind = "too_large"
-        else:
-            kind = "truncated" if "truncated" in str(error) else "unreadable"
-        fault = {"kind": kind, "reason": f"{type(error).__name__}: {error}"}
-    else:
-        suffix = os.path.splitext(path)[1]
-        named = PIL.Image.registered_extensions().get(suffix.lower(), image.format)
-        if named != image.format and (named, image.format) != ("JPEG", "MPO"):  # MPO: a JPEG with more behind it
-            notes.append({"kind": "other_format", "reason": f"it is {image.format}, though named {suffix}"})
-        if orientation not in (None, 1):
-            notes.append({"kind": "rotated", "reason": f"EXIF orientation {orientation}: it is shown upright here"})
-        notes += [{"kind": "warning", "reason": f"{item.category.__name__}: {item.message}"} for item in caught]
-    return {"path": path, "size": size, "mtime_ns": mtime_ns, "fault": fault, "notes": notes}

@@ -42,6 +42,8 @@ class ScriptArguments:
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Train without the bad records instead of stopping at them.
+        follow_links (`bool`, *optional*, defaults to `False`):
+            Allow links that lead out of `image_folder`.
         projector_learning_rate (`float`, *optional*, defaults to `learning_rate`):
             Peak learning rate of the projector, where the language model is trained beside it.
         branch_learning_rate (`float`, *optional*, defaults to `projector_learning_rate`):
@@ -66,6 +68,7 @@ class ScriptArguments:
     skip_bad_records: bool = field(
         default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
     )
+    follow_links: bool = field(default=False, metadata={"help": "Allow links that lead out of image_folder."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector. Default: learning_rate."}
     )
@@ -267,6 +270,7 @@ def load_rows(
             script_args.image_folder,
             bad_records_path=Path(training_args.output_dir) / "bad_records.jsonl",
             skip_bad_records=script_args.skip_bad_records,
+            follow_links=script_args.follow_links,
             require_images=require_images,
         )
         dataset = fit_rows(dataset, **fitting)

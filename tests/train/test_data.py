@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from PIL import Image
 
-from delta_llava.train import data
+from delta_llava.train import data, images
 from delta_llava.train.check_data import FAULTS, NOTES
 from delta_llava.train.data import BadRecord, check_llava_json, load_llava_json, parse_record, read_records
 
@@ -28,13 +28,13 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the images that are opened, as they are opened."""
-    names, original = [], PIL.Image.open
+    names, original = [], images.open_image
 
-    def open_and_count(path, *args, **kwargs):
+    def open_and_count(path):
         names.append(os.path.basename(path))
-        return original(path, *args, **kwargs)
+        return original(path)
 
-    monkeypatch.setattr(PIL.Image, "open", open_and_count)
+    monkeypatch.setattr(images, "open_image", open_and_count)
     return names
 
 
@@ -112,14 +112,19 @@ BAD_RECORDS = {
         "missing_other_suffix",
         "image a.jpg does not exist in the image folder, but a.png does",
     ),
+    "other case": (
+        record(image="A.png"),
+        "missing_other_name",
+        "image A.png does not exist in the image folder, but a.png",
+    ),
     "a folder": (
         record(image="folder"),
         "missing",
         "image folder does not exist in the image folder: it is not a file",
     ),
     "path behind a file": (record(image="a.png/b.png"), "missing", "a.png/b.png does not exist"),
-    "unreadable image": (record(image="text.png"), "unreadable", "text.png cannot be read: UnidentifiedImageError"),
-    "truncated image": (record(image="cut.jpg"), "truncated", "cut.jpg cannot be read: OSError"),
+    "unreadable image": (record(image="text.png"), "unreadable", "text.png cannot be read: it is no image of the"),
+    "truncated image": (record(image="cut.jpg"), "truncated", "cut.jpg cannot be read: image file is truncated"),
     "absolute path": (record(image="/etc/hostname"), "outside", "leaves the image folder"),
     "path upwards": (record(image="../outside.png"), "outside", "leaves the image folder"),
     "path up and down": (record(image="folder/../../outside.png"), "outside", "leaves the image folder"),
@@ -315,7 +320,7 @@ def test_what_is_checked_is_not_looked_into_again(load, decoded):
     assert sorted(decoded) == ["a.png", "cut.jpg", "whole.jpg"]
     decoded.clear()
     assert load(records, skip_bad_records=True).with_format("arrow")[:] == first.with_format("arrow")[:]
-    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read: OSError"):
+    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read: image file is truncated"):
         load(records)
     assert decoded == []
 
@@ -366,7 +371,7 @@ def test_a_stopped_check_leaves_nothing_half_in_the_cache(load, cache, monkeypat
     with pytest.raises(ValueError, match="is not JSON"):
         load(json.dumps([record()] * 2500)[:-1])
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    monkeypatch.setattr(data, "_decode_task", lambda paths: 1 / 0)
+    monkeypatch.setattr(images, "_decode_task", lambda paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load([record()])
     assert {path.suffix for path in cache.iterdir() if path.name.startswith("images")} == {".lock"}
@@ -389,7 +394,7 @@ def test_a_cut_image_is_found_wherever_it_is_cut(load, tmp_path, suffix):
 
 def test_an_image_too_large_is_bad_and_a_warning_a_note(load, tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 400)
-    with pytest.raises(ValueError, match=r"whole\.jpg cannot be read: DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"whole\.jpg cannot be read: Image size .* exceeds limit"):
         load([record(image="whole.jpg")])
     load([record()])
     (note,) = check_llava_json(tmp_path / "data.json", tmp_path / "images").notes()
@@ -398,7 +403,7 @@ def test_an_image_too_large_is_bad_and_a_warning_a_note(load, tmp_path, monkeypa
 
 
 def test_several_processes_find_what_one_finds(load, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
     load([record(), record(image="cut.jpg"), record(image="whole.jpg")], skip_bad_records=True, num_proc=2)
     many = list(check_llava_json(tmp_path / "data.json", tmp_path / "images").bad_records())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another_cache")
@@ -414,19 +419,19 @@ by_fork = pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reaso
 
 @by_fork
 def test_a_killed_process_is_a_clear_error(load, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
-    monkeypatch.setattr(data, "_decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_decode_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match=r"One of the 2 processes that decode images was killed.*smaller num_proc"):
         load([record(), record(image="whole.jpg")], num_proc=2)
 
 
 @by_fork
 def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypatch):
-    monkeypatch.setattr(data, "_IMAGES_PER_TASK", 1)
+    monkeypatch.setattr(images, "_IMAGES_PER_TASK", 1)
     records = [record(), record(image="whole.jpg")]
     alive, inherited = multiprocessing.Pipe(duplex=False)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
+        patch.setattr(images, "_decode_image", lambda path: (cache / "decoding").touch() or time.sleep(0.2))
         run = multiprocessing.Process(target=load, args=(records,), kwargs={"num_proc": 2})
         run.start()
     while not (cache / "decoding").exists():
@@ -439,7 +444,7 @@ def test_a_killed_run_leaves_no_process_and_no_lock_behind(load, cache, monkeypa
 
 @by_fork
 def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkeypatch, tmp_path):
-    original = data._decode_image
+    original = images._decode_image
 
     def decode_slowly(path):
         with open(tmp_path / "decoded.txt", "a") as file:
@@ -447,7 +452,7 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
         time.sleep(0.1)
         return original(path)
 
-    monkeypatch.setattr(data, "_decode_image", decode_slowly)
+    monkeypatch.setattr(images, "_decode_image", decode_slowly)
     runs = [multiprocessing.Process(target=load, args=([record(), record(image="whole.jpg")],)) for _ in range(3)]
     for run in runs:
         run.start()
