@@ -99,9 +99,7 @@ def check_finite(name: str, weight: torch.Tensor, where: str | Path):
     # Of one byte alone few operations are implemented; the extremes of others take no memory
     extremes = torch.stack(torch.aminmax(weight.float() if weight.itemsize == 1 else weight))
     if not extremes.isfinite().all():
-        raise ValueError(
-            f"{name} in {where} is not finite: it holds NaN or infinite values, which training left there."
-        )
+        raise ValueError(f"{name} in {where} holds NaN or infinite values, with which no model can answer.")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
