@@ -1,8 +1,12 @@
 """Delta-LLaVA: a LLaVA model whose projector turns an image into as few visual tokens as a call asks for."""
 
+from .configuration_delta_llava import DeltaLlavaConfig  # first: it refuses older releases
+
+
+# isort: split
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
-from .configuration_delta_llava import DeltaLlavaConfig
 from .modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaProjection, DeltaProjector
 from .processing_delta_llava import DeltaLlavaProcessor
 

@@ -1,17 +1,33 @@
 """Configuration of Delta-LLaVA: which tower layers are read, and into how many visual tokens by which projector."""
 
+import transformers
+
+
+# First of all, and first imported by the two other files: older releases lack names that are imported below.
+if (RELEASE := tuple(map(int, transformers.__version__.split(".")[:2]))) < (5, 19):
+    raise ImportError(
+        f"Delta-LLaVA needs transformers>=5.19,<6, but {transformers.__version__} is installed: run `pip install"
+        ' "transformers>=5.19,<6"`.'
+    )
+
 from copy import deepcopy
 from math import isqrt
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:
     # Whoever loads or saves one of the three files follows these lines: a Hub repository always holds all three.
     from .modeling_delta_llava import DeltaLlavaForConditionalGeneration  # noqa: F401
     from .processing_delta_llava import DeltaLlavaProcessor  # noqa: F401
+
+if RELEASE >= (6, 0):
+    logging.get_logger(__name__).warning(
+        f"Delta-LLaVA is made for transformers>=5.19,<6 and untested with {transformers.__version__}."
+    )
 
 AUTO_MAP = {
     "AutoConfig": "configuration_delta_llava.DeltaLlavaConfig",
@@ -42,7 +58,7 @@ def query_grid_size(num_visual_tokens: int, patch_grid_size: int) -> int:
         ValueError: If V is not the square of a divisor of G; the message lists the budgets that are.
     """
     valid = valid_visual_token_counts(patch_grid_size)
-    if num_visual_tokens not in valid:
+    if isinstance(num_visual_tokens, bool) or num_visual_tokens not in valid:
         raise ValueError(
             f"num_visual_tokens={num_visual_tokens} does not fit a grid of {patch_grid_size}x{patch_grid_size} patches:"
             f" it must be one of {valid}."
@@ -73,7 +89,11 @@ class DeltaLlavaConfig(PreTrainedConfig):
             Tower layers that keys and values are made from, indexed alike. By default n/2, 2n/3, n-2 and n-1 (rounded,
             without repeats) for a tower of n layers: `[12, 16, 22, 23]` for CLIP-L.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
-            `"default"` drops the tower's first token (CLS), `"full"` is for towers without one (SigLIP).
+            `"default"` drops the tokens that the tower puts before its patches (CLS, registers): all but the last G².
+            `"full"` is for towers without any (SigLIP).
+        image_size (`int`, *optional*, defaults to that of `vision_config`):
+            Side of the images in pixels. Another one than the tower's needs a tower that interpolates its position
+            embeddings by itself (DINOv2) or has none (DINOv3).
         projector_variant (`str`, *optional*, defaults to `"released"`):
             `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11, and
             `"residual"` ours, not the paper's: the released one's attention, times a gate that starts at zero, is added
@@ -100,7 +120,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: For a budget that the grid does not allow, a layer that the tower does not have, a grid that is not
-            square, or a vision width that is not a multiple of 8; the message names the value and those allowed.
+            square, or a vision width that is not a multiple of 8; the message names the value and those allowed. Fields
+            that `from_pretrained` overrides are checked alike, and all again when the configuration is saved.
 
     Example:
 
@@ -123,6 +144,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
     query_feature_layer: int = -2
     memory_feature_layers: list[int] | None = None
     vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_size: int | None = None
     projector_variant: Literal["released", "paper", "residual"] = "released"
     projector_rank: int = 16
     projector_num_attention_heads: int = 8
@@ -163,10 +185,25 @@ class DeltaLlavaConfig(PreTrainedConfig):
         )
         self.text_config = _sub_config(self.text_config, "llama")
         # Language models differ in where they keep this flag, and the head is ours.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.tie_word_embeddings = bool(
+            self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
+        )
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
 
+        needed = "image_size", "patch_size", "hidden_size", "num_hidden_layers"
+        if missing := [name for name in needed if getattr(self.vision_config, name, None) is None]:
+            raise ValueError(
+                f"Vision towers of type {self.vision_config.model_type!r} have no {' and no '.join(missing)}: a tower"
+                " must make one token of each patch, in all of its layers."
+            )
+        if self.image_size is None:
+            self.image_size, width = _as_pair(self.vision_config.image_size)
+            if width != self.image_size:
+                raise ValueError(
+                    "The vision tower's patch grid must be square, but its image_size="
+                    f"{self.vision_config.image_size} is not."
+                )
         if self.vision_config.hidden_size % 8:
             raise ValueError(
                 f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8."
@@ -196,19 +233,33 @@ class DeltaLlavaConfig(PreTrainedConfig):
             self.memory_feature_layers = sorted({max(round(layer), 1) for layer in fractions})
         self.query_feature_layer = resolve("query_feature_layer", self.query_feature_layer)
         self.memory_feature_layers = [resolve("memory_feature_layers", layer) for layer in self.memory_feature_layers]
-        self.vision_config.num_hidden_layers = max(self.query_feature_layer, *self.memory_feature_layers)
+        deepest = max(self.query_feature_layer, *self.memory_feature_layers)
+        self.vision_config.num_hidden_layers = deepest
+        if hasattr(self.vision_config, "stage_names"):  # a backbone, as DINOv2 is one, has a name for each layer
+            self.vision_config.stage_names = self.vision_config.stage_names[: deepest + 1]
+            self.vision_config.out_features = self.vision_config.stage_names[-1:]
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """[`~PreTrainedConfig.from_dict`], except that fields named as arguments are checked like all others."""
+        names = DeltaLlavaConfig.__annotations__.keys() - cls.sub_configs.keys() & kwargs.keys()
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """[`~PreTrainedConfig.save_pretrained`]; a configuration that would not load again is a `ValueError`."""
+        self.from_dict(self.to_dict())
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def patch_grid_size(self) -> int:
         """Side G of the vision tower's patch grid, in patches."""
-        height, width = _as_pair(self.vision_config.image_size)
         patch_height, patch_width = _as_pair(self.vision_config.patch_size)
-        if height // patch_height != width // patch_width:
+        if self.image_size // patch_height != self.image_size // patch_width:
             raise ValueError(
-                f"The vision tower's patch grid must be square, but image_size={self.vision_config.image_size} and"
+                f"The vision tower's patch grid must be square, but image_size={self.image_size} and"
                 f" patch_size={self.vision_config.patch_size} do not make one."
             )
-        return height // patch_height
+        return self.image_size // patch_height
 
     @property
     def valid_visual_token_counts(self) -> list[int]:
@@ -230,4 +281,4 @@ def _as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 DeltaLlavaConfig.register_for_auto_class()
 
-__all__ = ["AUTO_MAP", "DeltaLlavaConfig", "query_grid_size", "valid_visual_token_counts"]
+__all__ = ["AUTO_MAP", "RELEASE", "DeltaLlavaConfig", "query_grid_size", "valid_visual_token_counts"]

@@ -1,5 +1,10 @@
 """Delta-LLaVA from pixels to logits: vision tower, the projector that forms few visual tokens, language model."""
 
+from .configuration_delta_llava import RELEASE, DeltaLlavaConfig, query_grid_size  # first: it refuses older releases
+
+
+# isort: split
+
 import threading
 from contextlib import contextmanager
 from copy import copy
@@ -8,13 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
-
-from .configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 
 
 logger = logging.get_logger(__name__)
@@ -35,6 +38,8 @@ _NOT_QUANTIZED = (
     "multi_modal_projector",
     "model.multi_modal_projector",
 )
+# From here on a tower keeps the layers that are asked for and no others, and does so within a compiled graph.
+_TOWER_SELECTS_LAYERS = RELEASE >= (5, 23)
 
 
 @dataclass
@@ -388,7 +393,7 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = _TOWER_SELECTS_LAYERS
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -410,11 +415,31 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
         """
         [`~PreTrainedModel.from_pretrained`], except that a `quantization_config` never reaches the vision tower, the
-        projector or the output head: their names join the modules that the backend skips.
+        projector or the output head (their names join the modules that the backend skips), and that no weight of a
+        folder or repository may be missing.
+
+        Raises:
+            ValueError: If the files lack a weight of the model; not with `output_loading_info=True`, which returns what
+                they lack, nor with `state_dict=...`.
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = _quantize_language_model_only(quantization_config)
-        return super().from_pretrained(*args, **kwargs)
+        if kwargs.get("output_loading_info") or kwargs.get("state_dict") is not None:
+            return super().from_pretrained(*args, **kwargs)
+        model, info = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        check_all_loaded(info, args[0] if args else kwargs["pretrained_model_name_or_path"])
+        return model
+
+
+def check_all_loaded(info: dict, name: str):
+    """Raises a `ValueError` if `from_pretrained`'s loading info says that `name` lacks weights of the model."""
+    # A weight of another shape is left out too, where `ignore_mismatched_sizes` lets it.
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if missing:
+        raise ValueError(
+            f"{name} lacks {len(missing)} of the model's weights, which would be random: {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}. Get the whole checkpoint."
+        )
 
 
 def _quantize_language_model_only(quantization_config):
@@ -476,22 +501,31 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             is a list of one `(V_i, text_hidden_size)` tensor per image.
 
         Raises:
-            ValueError: If the grid does not allow a budget, or there are not as many budgets as images.
+            ValueError: If the grid does not allow a budget, there are not as many budgets as images, or the images are
+                of another size than `config.image_size`.
         """
-        num_images = pixel_values.shape[0]
+        num_images, _, height, width = pixel_values.shape
+        if (height, width) != (self.config.image_size, self.config.image_size):
+            raise ValueError(
+                f"pixel_values are images of {height}x{width} pixels, but must be of {self.config.image_size}x"
+                f"{self.config.image_size}."
+            )
         if num_visual_tokens is None:
             num_visual_tokens = self.config.num_visual_tokens
-        budgets = torch.as_tensor(num_visual_tokens).flatten().tolist()
+        # An int stays one: a tensor's values are unknown while a graph is compiled.
+        is_int = isinstance(num_visual_tokens, int)
+        budgets = [num_visual_tokens] if is_int else torch.as_tensor(num_visual_tokens).flatten().tolist()
         if len(budgets) == 1:
             budgets = budgets * num_images
         if len(budgets) != num_images:
             raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
         for budget in sorted(set(budgets) - set(self.config.visual_token_budgets)):
             query_grid_size(budget, self.config.patch_grid_size)
-            logger.warning_once(
-                f"This checkpoint was trained for {self.config.visual_token_budgets} visual tokens and is now used with"
-                f" {budget}: it works, but its answers may be worse."
-            )
+            if not torch.compiler.is_compiling():
+                logger.warning_once(
+                    f"This checkpoint was trained for {self.config.visual_token_budgets} visual tokens and is now used"
+                    f" with {budget}: it works, but its answers may be worse."
+                )
 
         vision_outputs, query_features, memory_features = self._run_vision_tower(pixel_values, **kwargs)
         image_features = [None] * num_images
@@ -503,8 +537,12 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 projected = self.multi_modal_projector(query_features[images], memory_features[images], budget)
             for index, features in zip(images, projected, strict=True):
                 image_features[index] = features
-        vision_outputs.pooler_output = image_features
-        return vision_outputs
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_outputs.last_hidden_state,
+            pooler_output=image_features,
+            hidden_states=vision_outputs.get("hidden_states") if kwargs.get("output_hidden_states") else None,
+            attentions=vision_outputs.get("attentions"),
+        )
 
     def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs):
         """
@@ -518,22 +556,32 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             weight.requires_grad for weight in self.vision_tower.parameters()
         )
         layers = {self.config.query_feature_layer, *self.config.memory_feature_layers}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad), self._capture_layers(layers) as captured:
-            vision_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and needs_grad):
+            if _TOWER_SELECTS_LAYERS:
+                kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or sorted(layers)
+                vision_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+                captured = vision_outputs.hidden_states
+            else:
+                with self._capture_layers(layers) as captured:
+                    vision_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
-        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-        query_features = captured[self.config.query_feature_layer][:, first:]
+        def patches(layer: int) -> torch.Tensor:
+            tokens = captured[layer]
+            if self.config.vision_feature_select_strategy == "full":
+                return tokens
+            return tokens[:, max(tokens.shape[1] - self.config.patch_grid_size**2, 0) :]
+
+        query_features = patches(self.config.query_feature_layer)
         memory_features = torch.cat(
-            [captured[layer][:, first:].to(query_features.device) for layer in self.config.memory_feature_layers],
-            dim=-1,
+            [patches(layer).to(query_features.device) for layer in self.config.memory_feature_layers], dim=-1
         )
         return vision_outputs, query_features, memory_features
 
     @contextmanager
     def _capture_layers(self, layers: set[int]):
         """Yields a dict that the tower's next pass fills with the outputs of `layers`, counted from 1."""
-        # By hooks of our own: what `output_hidden_states=[...]` selects differs between transformers releases, and
-        # `output_hidden_states=True` would keep every layer's output until the last one is done.
+        # For releases without a selection: `output_hidden_states=True` keeps every layer's output to the end.
         captured, thread = {}, threading.get_ident()
 
         def keep(index: int):
@@ -583,12 +631,9 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        num_tokens, num_features = mask.sum(), sum(len(features) for features in image_features)
-        torch_compilable_check(
-            num_tokens == num_features,
-            f"Image features and image tokens do not match, tokens: {num_tokens}, features: {num_features}",
-        )
         budgets = [len(features) for features in image_features]
+        num_tokens = mask.sum()
+        torch_compilable_check(num_tokens == sum(budgets), lambda: self._mismatch(int(num_tokens), budgets))
         if len(set(budgets)) > 1:
             # With mixed budgets the totals may agree while every image stands in another's place.
             ends = mask & ~F.pad(mask, (0, 1))[:, 1:]
@@ -600,6 +645,19 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                     f" but the images' features, {budgets} tokens each, end after {feature_ends}."
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _mismatch(self, num_tokens: int, budgets: list[int]) -> str:
+        """Why there are `num_tokens` placeholders for images of these `budgets`."""
+        found = f"Image features and image tokens do not match, tokens: {num_tokens}, features: {sum(budgets)}"
+        if not budgets:
+            return f'{found}. Pass pixel_values, or mm_encoder_outputs={{"image": output of get_image_features}}.'
+        per_image, rest = divmod(num_tokens, len(budgets))
+        if len(set(budgets)) == 1 and (rest or per_image not in self.config.valid_visual_token_counts):
+            return f"{found}, of {len(budgets)} images."
+        return (
+            f"{found}. The images are seen through num_visual_tokens={budgets}, and the text has placeholders for"
+            " another number: pass the same num_visual_tokens to processor and model."
+        )
 
     @can_return_tuple
     def forward(
@@ -632,7 +690,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
         Raises:
             ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, both of `pixel_values` and
-                `mm_encoder_outputs`, or placeholders and visual tokens do not match.
+                `mm_encoder_outputs`, or placeholders and visual tokens do not match (neither are there images).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -650,6 +708,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
+        elif past_key_values is None or not past_key_values.is_initialized:  # later ones are the answer's own tokens
+            self.get_placeholder_mask(input_ids, inputs_embeds, [])
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -688,7 +748,10 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__(config)
         self.model = DeltaLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=_head_has_bias(text_config))
+        self.logit_scale = _logit_scale(text_config)
+        self.logit_softcapping = getattr(text_config, "final_logit_softcapping", None)
         # `embed_tokens` in most language models, but not in all
         embeddings = self.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
@@ -743,7 +806,9 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
                 Token ids to predict, -100 where there is no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits of the last that many positions only (0: of all), or of those that a tensor indexes.
+                Compute logits of the last that many positions only (0: of all), or of those that a tensor indexes: an
+                int64 tensor `(num_positions,)` in all rows, `(batch_size, num_positions)` in each row, or a bool mask
+                `(batch_size, sequence_length)`, whose logits are `(num_true, vocab_size)`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -756,8 +821,12 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs[0][:, kept, :])
+        logits = self.lm_head(_keep_positions(outputs[0], logits_to_keep))
+        # As the language model's own class does it, and TRL's fused loss, which reads the same fields
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.logit_softcapping is not None:
+            logits = torch.tanh(logits / self.logit_softcapping) * self.logit_softcapping
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -771,6 +840,32 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+
+def _head_has_bias(text_config: PreTrainedConfig) -> bool:
+    if text_config.model_type == "ernie4_5_moe":
+        return text_config.use_bias
+    return text_config.model_type in ("codegen", "gptj", "phi") or getattr(text_config, "lm_head_bias", False)
+
+
+def _logit_scale(text_config: PreTrainedConfig) -> float:
+    """What the language model multiplies its logits by."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(text_config, name, None) is not None:
+            return getattr(text_config, name)
+    scaling = getattr(text_config, "logits_scaling", None) or 1.0
+    return scaling if text_config.model_type == "hyperclovax" else 1.0 / scaling
+
+
+def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """`slice_logits_to_keep` of transformers 5.23, for all releases."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, slice(-logits_to_keep, None)]
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 __all__ = [

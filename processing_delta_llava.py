@@ -1,5 +1,10 @@
 """Processor of Delta-LLaVA: images to pixels, and each `<image>` in a text to as many tokens as its image gets."""
 
+from .configuration_delta_llava import AUTO_MAP, query_grid_size  # first: it refuses older releases
+
+
+# isort: split
+
 import base64
 import binascii
 import difflib
@@ -23,8 +28,6 @@ from PIL import ExifTags, Image, ImageFile
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
-
-from .configuration_delta_llava import AUTO_MAP, query_grid_size
 
 
 # Those that tell by their first bytes what they are, need no other program, and are decoded in C
@@ -102,6 +105,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
         tokenizer.padding_side = "left"
         # from_pretrained hands a budget to the tokenizer too, which would save it and let it win over the processor's
         tokenizer.init_kwargs.pop("num_visual_tokens", None)
+        if hasattr(tokenizer, "legacy"):
+            # Saving a LlamaTokenizer forgets it, and the saved one would put other spaces after special tokens
+            tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
@@ -237,7 +243,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def _check_budget(self, num_visual_tokens: int):
         if self.patch_grid_size is not None:
             query_grid_size(num_visual_tokens, self.patch_grid_size)
-        elif num_visual_tokens < 1 or round(num_visual_tokens**0.5) ** 2 != num_visual_tokens:
+        elif (
+            isinstance(num_visual_tokens, bool)
+            or num_visual_tokens < 1
+            or round(num_visual_tokens**0.5) ** 2 != num_visual_tokens
+        ):
             raise ValueError(f"num_visual_tokens={num_visual_tokens} must be a square: 1, 4, 9, 16, ...")
 
     @property

@@ -1,12 +1,9 @@
-"""What is evaluated: where a checkpoint's files lie, of which commit, what its weights are, and with which budgets."""
+"""What is evaluated: where a checkpoint's files lie, of which commit, and with which budgets."""
 
-import hashlib
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 
@@ -73,30 +70,3 @@ def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], 
         allowed = f"from 1 to {config.image_seq_length}"
     if wrong := [budget for budget in num_visual_tokens if budget not in valid]:
         raise ValueError(f"num_visual_tokens={wrong} must be {allowed}.")
-
-
-def weight_digests(folder: Path) -> dict[str, str]:
-    """
-    Tells weights from others, by the files that `hub.card` hashes: neither imports the other.
-
-    Args:
-        folder (`Path`): With `model.safetensors`, or with an index of several files.
-
-    Returns:
-        `dict[str, str]`: SHA-256, in hexadecimal, by the file's name.
-
-    Raises:
-        ValueError: There is none of these, or both.
-    """
-    index, single = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
-    if index.exists() == single.exists():
-        found = "both" if single.exists() else "neither"
-        raise ValueError(f"{folder} must hold {single.name} or {index.name}, and holds {found}.")
-    names = [single.name]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    digests = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests

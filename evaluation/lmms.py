@@ -27,10 +27,10 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    LlavaImageProcessor,
     StoppingCriteria,
 )
 
+from ..llava import fit_spaces, pad_to_square
 from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
 
@@ -100,15 +100,9 @@ class DeltaLlava(lmms):
             asked = "visual tokens per image, prompts by the checkpoint's chat template"
         else:
             asked = f"visual tokens per question kept by FastV after layer {fastv_layer}, prompts as of LLaVA-1.5"
-            cropped = self.processor.image_processor
-            self.processor.image_processor = LlavaImageProcessor(
-                do_pad=True,
-                size=cropped.size,
-                crop_size=cropped.crop_size,
-                image_mean=cropped.image_mean,
-                image_std=cropped.image_std,
-            )
-            self.processor.chat_template = VICUNA.read_text(encoding="utf-8")
+            self.processor.image_processor = pad_to_square(self.processor.image_processor)
+            template = VICUNA.read_text(encoding="utf-8")
+            self.processor.chat_template = fit_spaces(template, self.processor.tokenizer)
             self.processor.tokenizer.padding_side = "left"
         logger.info(
             f"{pretrained}, commit {self.commit}, {self.model.dtype} on {self.device}, {num_visual_tokens} {asked}"

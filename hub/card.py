@@ -27,7 +27,6 @@ Every key must be there, and no other. A file has each task, dataset, split, met
 about the weights that lie beside it: results of others are refused.
 """
 
-import hashlib
 import json
 import math
 import traceback
@@ -40,8 +39,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
+from ..weights import weight_digests
 from .assemble import is_repository
-from .verify import weight_files
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -147,6 +146,7 @@ def build_card(
         "config": config,
         "sources": sources,
         "is_assembled": (checkpoint / "training" / "sources.yaml").exists(),
+        "is_padded": _is_padded(checkpoint),
         "stages": stages,
         "results": results,
         "result_rows": _result_rows(results),
@@ -193,6 +193,12 @@ def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
                 "Hub: name vision tower and language model as ORG/NAME, by --base_model."
             )
     return sources
+
+
+def _is_padded(checkpoint: Path) -> bool:
+    """Whether the processor pads images to squares."""
+    file = checkpoint / "processor_config.json"
+    return file.exists() and bool(_read(file).get("image_processor", {}).get("do_pad"))
 
 
 def _license(language_model: str, known: dict[str, str], license: str | None) -> str:
@@ -275,7 +281,7 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
             )
         if budget in results:
             raise ValueError(f"{file} and {results[budget]['file']} both have results at {budget} tokens: keep one.")
-        weights = weights or _digests(checkpoint)
+        weights = weights or weight_digests(checkpoint)
         if content["weights"] != weights:
             raise ValueError(f"{file} is about other weights than those in {checkpoint}: evaluate these.")
         seen = {}
@@ -292,15 +298,6 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
                 raise ValueError(f"{where}: measures what results[{first}] measures: keep one.")
         results[budget] = {**content, "file": file.name}
     return dict(sorted(results.items(), reverse=True))
-
-
-def _digests(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of each file of weights."""
-    digests = {}
-    for name in weight_files(checkpoint):
-        with open(checkpoint / name, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
 
 
 def _check_fields(found: Any, expected: dict[str, Any], where: str):

@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..weights import check_finite, weight_files
 
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trained_config.json", "training")
@@ -40,7 +41,8 @@ def merge_adapter(
         `DeltaLlavaForConditionalGeneration`: The model as saved, in the dtype of the base model's weights.
 
     Raises:
-        `ValueError`: `output_dir` holds files, `adapter` is no adapter, or a merged weight is not finite.
+        `ValueError`: `output_dir` holds files, `adapter` is no adapter, the base model's index names files outside its
+            folder, or a merged weight is not finite.
         `OSError`: The base model is not where it is looked for.
     """
     adapter, output_dir = Path(adapter), Path(output_dir)
@@ -53,6 +55,8 @@ def merge_adapter(
         )
     adapter_config = PeftConfig.from_pretrained(adapter)
     base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
+    if Path(base_model).is_dir():
+        weight_files(base_model)
     config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
     trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
     config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
@@ -61,6 +65,8 @@ def merge_adapter(
         base_model, revision=revision, config=config, dtype="auto"
     )
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+    for name, weight in model.state_dict().items():
+        check_finite(name, weight, f"{base_model} with {adapter}")
     model.save_pretrained(output_dir)
     DeltaLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)
     shutil.copytree(adapter / "training", output_dir / "training")

@@ -35,15 +35,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
-from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..weights import read_weights, weight_files
 from .assemble import is_repository
 from .card import FAMILY, build_card
-from .verify import verify, weight_files
+from .verify import verify
 
 
 CODE_FILES = ("configuration_delta_llava.py", "modeling_delta_llava.py", "processing_delta_llava.py")
@@ -264,13 +264,8 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
             raise ValueError(
                 f"{checkpoint}: {name} is {getattr(config, name)} in the config, {theirs} in the processor."
             )
-    for name in weight_files(checkpoint):
-        if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint} lacks {name}, which holds some of its weights.")
-        try:
-            safe_open(checkpoint / name, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{checkpoint / name} cannot be read: {error}.") from error
+    for _ in read_weights(checkpoint):  # all of them can be read, and are finite
+        pass
     # On meta no weight is read, but each name and shape is compared
     _, info = DeltaLlavaForConditionalGeneration.from_pretrained(
         checkpoint, device_map="meta", ignore_mismatched_sizes=True, output_loading_info=True

@@ -109,5 +109,41 @@ def test_the_code_needs_nothing_but_torch_transformers_and_what_they_bring(check
         assert "delta_llava." not in (checkpoint / file).read_text().replace("delta_llava.Delta", "")
 
 
+def test_another_release_is_refused_below_the_range_and_warned_of_above(checkpoint, in_fresh_process):
+    output = in_fresh_process(f"""
+import json, logging, sys
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+refusals = []
+transformers = sys.modules["transformers"]
+transformers.__version__ = "5.18.0"
+for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        auto.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
+    except ImportError as error:
+        refusals.append(str(error))
+transformers.__version__ = "6.0.0"
+handler, warnings = logging.Handler(), []
+handler.emit = lambda record: warnings.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+AutoModel.from_pretrained({str(checkpoint)!r}, trust_remote_code=True)
+print(json.dumps([refusals, [warning for warning in warnings if "6.0.0" in warning]]))
+""")
+    refusals, warnings = json.loads(output.splitlines()[-1])
+    sentence = "Delta-LLaVA needs transformers>=5.19,<6, but 5.18.0 is installed: run `pip install"
+    assert refusals == [f'{sentence} "transformers>=5.19,<6"`.'] * 4
+    assert set(warnings) == {"Delta-LLaVA is made for transformers>=5.19,<6 and untested with 6.0.0."}
+
+
+def test_every_file_checks_the_release_before_it_imports_anything(checkpoint):
+    for file in CODE_FILES:
+        first = next(
+            line for line in (checkpoint / file).read_text().splitlines() if line.startswith(("import ", "from "))
+        )
+        assert first.startswith(
+            "import transformers" if file.startswith("configuration") else "from .configuration_delta_llava import "
+        )
+
+
 def test_weights_are_safetensors(checkpoint):
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".jinja", ".py", ".safetensors"}

@@ -1,24 +1,37 @@
 """The model: what every user of a transformers VLM expects of it, at any budget, in any mix."""
 
 import copy
+import json
 import sys
 import threading
 import time
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    CohereConfig,
+    Gemma2Config,
     GPT2Config,
+    GPTJConfig,
+    GraniteConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PhiConfig,
     Qwen2Config,
+    ResNetConfig,
     TextIteratorStreamer,
     TorchAoConfig,
 )
+from trl.trainer.utils import add_fused_lm_head
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava.configuration_delta_llava import RELEASE
+from delta_llava.hub.assemble import join
 
 
 ALL_BUDGETS = [1, 4, 9, 16, 36, 144]
@@ -226,6 +239,160 @@ def test_logits_to_keep(tiny_model, tiny_processor, noise):
     torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, everything[:, -1:])
     some = torch.tensor([0, 5])
     torch.testing.assert_close(model(**inputs, logits_to_keep=some).logits, everything[:, some])
+    # As transformers 5.23 has it: positions of each row, and a mask, which flattens
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 7], [1, 8, 9, 10]])}
+    rows, columns = torch.tensor([[0], [1]]), torch.tensor([[0, 3], [2, 1]])
+    everything = model(**batch).logits
+    torch.testing.assert_close(model(**batch, logits_to_keep=columns).logits, everything[rows, columns])
+    mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
+    kept = model(**batch, logits_to_keep=mask).logits
+    assert kept.shape == (3, 320)
+    torch.testing.assert_close(kept, everything[mask])
+
+
+SIZE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "text_config",
+    [
+        PhiConfig(**SIZE, **HEADS),  # a bias
+        GPTJConfig(n_embd=64, n_layer=1, n_head=4, rotary_dim=8, vocab_size=320),
+        GraniteConfig(**SIZE, **HEADS, logits_scaling=6.0, embedding_multiplier=3.0),
+        CohereConfig(**SIZE, **HEADS, logit_scale=0.3),
+        Gemma2Config(**SIZE, **HEADS, head_dim=16, final_logit_softcapping=0.5),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_heads_that_do_more_than_multiply(tiny_config, tiny_processor, noise, text_config, tmp_path):
+    torch.manual_seed(0)
+    language_model = AutoModelForCausalLM.from_config(text_config).eval()
+    with torch.no_grad():
+        for name, weight in language_model.get_output_embeddings().named_parameters():
+            weight.normal_() if name == "bias" else weight.mul_(20)
+    ids = torch.tensor([[1, 7, 8, 9, 33, 44]])
+    expected = language_model(input_ids=ids).logits
+
+    config = tiny_config(text_config=text_config)
+    tower = DeltaLlavaForConditionalGeneration(config).model.vision_tower
+    join(config, tower, language_model).save_pretrained(tmp_path)
+    model = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+    # Training is of the same model
+    inputs = tiny_processor()(images=noise(1), text="<image> what", num_visual_tokens=4, return_tensors="pt")
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    add_fused_lm_head(model)
+    torch.testing.assert_close(model(**inputs, labels=inputs["input_ids"], fused_lm_head=True).loss, loss)
+
+
+def test_missing_weights_are_an_error(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    whole = dict(weights)
+    del weights["model.multi_modal_projector.attention.out_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = r"lacks 1 of the model's weights, .*random: .*multi_modal_projector\.attention\.out_proj\.weight"
+    for load in (
+        DeltaLlavaForConditionalGeneration.from_pretrained,
+        DeltaLlavaModel.from_pretrained,
+        lambda folder: AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    # Whoever looks for himself, or has the weights in memory
+    _, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert len(info["missing_keys"]) == 1
+    config = DeltaLlavaConfig.from_pretrained(tmp_path)
+    DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights)
+    DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=whole)
+
+
+def test_placeholders_without_images_are_refused(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
+    encoded = model.get_image_features(inputs.pop("pixel_values"))
+    message = r'tokens: 36, features: 0\. Pass pixel_values, or mm_encoder_outputs=\{"image": '
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for wrong in (inputs, {**inputs, "mm_encoder_outputs": encoded}, {"inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match=message):
+            model(**wrong)
+        with pytest.raises(ValueError, match=message):
+            model.generate(**wrong, max_new_tokens=2)
+    # A placeholder that the model itself says is a token like others
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[model.config.image_token_id] = 1
+        model.model.language_model.norm.weight.fill_(0.0)
+    tokens = new_tokens(model, {**inputs, "mm_encoder_outputs": {"image": encoded}}, suppress_tokens=[0])
+    assert tokens.shape == (1, 8)
+    answer = {"input_ids": torch.tensor([[1, 5]])}
+    cache = model(**answer, use_cache=True).past_key_values
+    model(input_ids=torch.tensor([[model.config.image_token_id]]), past_key_values=cache)
+
+
+def test_a_mismatch_of_budgets_names_them(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(2), text="<image><image>", num_visual_tokens=36, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"tokens: 72, features: 8\. .* num_visual_tokens=\[4, 4\].* same num_visual_"):
+        model(**inputs | {"num_visual_tokens": 4})
+    shortened = {name: value[:, 5:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match="tokens: 67, features: 72, of 2 images"):
+        model(**inputs | shortened)
+
+
+def test_images_of_another_size_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="images of 48x96 pixels, but must be of 48x48"):
+        tiny_model().get_image_features(torch.zeros(1, 3, 48, 96))
+
+
+@pytest.fixture
+def compilable(tiny_model, tiny_processor, noise):
+    """A model after one eager call, and the inputs of a call with an int budget."""
+    model = tiny_model()
+    for module in model.modules():
+        if hasattr(module, "probability"):
+            module.probability = 0.0  # drop path is random
+    inputs = tiny_processor()(images=noise(1), text="<image> a red circle", num_visual_tokens=9, return_tensors="pt")
+    inputs = {**inputs, "num_visual_tokens": 9, "use_cache": False}
+    model(**inputs)
+    torch.compiler.reset()
+    return model, inputs
+
+
+def test_only_where_the_tower_selects_layers_a_graph_is_promised():
+    assert DeltaLlavaForConditionalGeneration._can_compile_fullgraph is (RELEASE >= (5, 23))
+
+
+@pytest.mark.skipif(RELEASE < (5, 23), reason="the tower's layers are taken by hooks")
+def test_one_graph_in_inference_and_training(compilable):
+    model, inputs = compilable
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    inputs["labels"] = inputs["input_ids"]
+    model.model.vision_tower.requires_grad_(False)
+    model.train()
+
+    def step(run):
+        model.zero_grad()
+        run(**inputs).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    expected = step(model)
+    assert any("multi_modal_projector" in name for name in expected)
+    for name, gradient in step(compiled).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.skipif(RELEASE < (5, 23), reason="the tower's layers are taken by hooks")
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(compilable, strict):
+    model, inputs = compilable
+    exported = torch.export.export(model, (), kwargs=inputs, strict=strict).module()
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    torch.testing.assert_close(exported(**other).logits, model(**other).logits)
 
 
 def test_loss_is_that_of_shifted_labels(tiny_model, tiny_processor, noise):
@@ -422,9 +589,61 @@ def test_defaults_of_the_configuration(tiny_config):
         ({"query_feature_layer": 0}, "query_feature_layer names layer 0"),
     ],
 )
-def test_bad_configuration_is_refused(tiny_config, overrides, message):
+def test_bad_configuration_is_refused(tiny_config, overrides, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_config(**overrides)
+    # Whichever way it comes in
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    message = message.replace("has 5 layers", "has 4 layers")  # it is trimmed
+    with pytest.raises(ValueError, match=message):
+        DeltaLlavaConfig.from_pretrained(tmp_path, **overrides)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        config.save_pretrained(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_visual_tokens": True},
+        {"visual_token_budgets": [36, True]},
+        {"memory_feature_layers": [True, 2]},
+        {"projector_rank": True},
+        {"image_size": True},
+    ],
+)
+def test_a_bool_is_no_number_in_a_configuration(tiny_config, tmp_path, overrides):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **overrides}))
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(overrides))):
+        DeltaLlavaConfig.from_pretrained(tmp_path)
+
+
+def test_a_bool_is_no_budget_of_a_processor(tiny_processor, tmp_path):
+    tiny_processor().save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    for overrides in ({"num_visual_tokens": True}, {"num_visual_tokens": True, "patch_grid_size": None}):
+        file.write_text(json.dumps({**settings, **overrides}))
+        with pytest.raises(ValueError, match="num_visual_tokens=True"):
+            DeltaLlavaProcessor.from_pretrained(tmp_path)
+
+
+def test_fields_named_at_loading_are_checked(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for load in (DeltaLlavaForConditionalGeneration, AutoModelForImageTextToText):
+        assert load.from_pretrained(tmp_path, num_visual_tokens=4).config.num_visual_tokens == 4
+        with pytest.raises(ValueError, match=r"num_visual_tokens=5 .* one of \[1, 4, 9, 16, 36, 144\]"):
+            load.from_pretrained(tmp_path, num_visual_tokens=5)
+    config, others = DeltaLlavaConfig.from_pretrained(
+        tmp_path, query_feature_layer=-1, nonsense=1, return_unused_kwargs=True
+    )
+    assert config.query_feature_layer == 4 and others == {"nonsense": 1}
+    with pytest.raises(ValueError, match=r"num_visual_tokens=True .* one of"):
+        tiny_model().get_image_features(torch.zeros(1, 3, 48, 48), num_visual_tokens=True)
 
 
 def test_bad_tower_is_refused(tiny_config):
@@ -432,6 +651,8 @@ def test_bad_tower_is_refused(tiny_config):
     vision_config.image_size = [48, 64]
     with pytest.raises(ValueError, match="patch grid must be square"):
         tiny_config(vision_config=vision_config)
+    with pytest.raises(ValueError, match="type 'resnet' have no image_size and no patch_size"):
+        tiny_config(vision_config=ResNetConfig())
     vision_config = tiny_config().vision_config
     vision_config.hidden_size = 36
     with pytest.raises(ValueError, match="hidden_size=36 must be a multiple of 8"):

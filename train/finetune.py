@@ -18,9 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaImageProcessor
 from trl import ModelConfig, SFTConfig
 
+from ..llava import pad_to_square
 from ..processing_delta_llava import DeltaLlavaProcessor
 from .batches import Collator
 from .preflight import report
@@ -51,15 +51,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
     processor.num_visual_tokens = config.num_visual_tokens
     if training_args.chat_template_path:
         processor.chat_template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
-    # Square padding as in LLaVA-1.5: what a centre crop cuts away cannot be asked about
-    image_size = config.vision_config.image_size
-    processor.image_processor = LlavaImageProcessor(
-        do_pad=True,
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=processor.image_processor.image_mean,
-        image_std=processor.image_processor.image_std,
-    )
+    processor.image_processor = pad_to_square(processor.image_processor)
     collator = Collator(processor, training_args.max_length)
     rows, held_out = load_rows(script_args, training_args, processor, config)
 

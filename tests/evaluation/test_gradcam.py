@@ -246,6 +246,7 @@ def test_the_model_is_left_as_it_was(frozen_tower, tiny_model, tiny_processor, n
         ]
         return modules, [(weight.requires_grad, weight.grad) for weight in model.parameters()]
 
+    grad_cam(model, tiny_processor(), noise(1)[0], "What is it?", 36, "a red circle")  # transformers' hooks stay
     before, weights = state(), [weight.clone() for weight in model.parameters()]
     seen = grad_cam(model, tiny_processor(), noise(1)[0], "What is it?", 36, "a red circle")
     assert seen.input_map.sum() > 0

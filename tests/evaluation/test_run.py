@@ -10,7 +10,7 @@ import yaml
 from transformers import LlavaConfig
 
 from delta_llava.evaluation import run as module
-from delta_llava.evaluation.checkpoint import locate, weight_digests
+from delta_llava.evaluation.checkpoint import locate
 from delta_llava.evaluation.results import read_results, result, results_file, write_results
 from delta_llava.evaluation.suite import read_suite, table
 from delta_llava.hub.card import build_card
@@ -258,15 +258,6 @@ def test_what_is_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
     assert locate("org/name", "tokens-36") == (tmp_path / "snapshots/c0ffee", "c0ffee")
     assert asked == [("org/name", "tokens-36")]
     assert locate(tmp_path) == (tmp_path, None)
-
-
-def test_weights_in_several_files_are_all_told(tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path, max_shard_size="200KB")
-    files = {file.name for file in tmp_path.glob("*.safetensors")}
-    assert len(files) > 1 and weight_digests(tmp_path).keys() == files
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="and holds both"):
-        weight_digests(tmp_path)
 
 
 def test_what_fastv_cannot_do_is_said_first(tiny_config, tmp_path):

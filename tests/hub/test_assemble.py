@@ -1,28 +1,43 @@
 """Assembling: small parts saved and joined for real, the backbones we name at full size on the meta device."""
 
+import json
+import shutil
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    GemmaConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaForCausalLM,
+    MambaConfig,
+    MiniMaxConfig,
+    OPTConfig,
     Qwen2Config,
     SiglipImageProcessor,
     SiglipVisionModel,
 )
 
 from delta_llava import DeltaLlavaForConditionalGeneration
-from delta_llava.hub import assemble as hub
 from delta_llava.hub.assemble import assemble, build_config, join, main
 
 
@@ -132,6 +147,216 @@ def test_siglip_keeps_all_patches_and_loses_its_head(parts, noise):
     assert logits.shape[1] == 36
 
 
+@pytest.fixture
+def join_tower(parts, tmp_path):
+    """Assembles a tower, saved by a function, with a Llama; returns the model as anyone loads it."""
+
+    def make(vision_config, image_processor=None, **options):
+        torch.manual_seed(0)
+        tower, language, out = parts()
+        shutil.rmtree(tower)
+        shutil.rmtree(out, ignore_errors=True)
+        AutoModel.from_config(vision_config).save_pretrained(tower)
+        size = {"height": 48, "width": 48}
+        (image_processor or CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=size)).save_pretrained(tower)
+        assemble(tower, language, out, **options)
+        model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
+        return (
+            AutoModel.from_pretrained(tower).eval(),
+            model,
+            AutoProcessor.from_pretrained(out, trust_remote_code=True),
+        )
+
+    return make
+
+
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "prefix_tokens"),
+    [("dinov2", 1), ("dinov2_with_registers", 5), ("dinov3_vit", 1), ("deit", 2), ("ijepa", 0), ("beit", 1)],
+)
+def test_any_tokens_before_the_patches_are_dropped(join_tower, model_type, prefix_tokens):
+    tower, model, _ = join_tower(CONFIG_MAPPING[model_type](**TOWER))
+    assert model.config.vision_feature_select_strategy == ("default" if prefix_tokens else "full")
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    query, memory = model.model._run_vision_tower(pixels)[1:]
+    with torch.no_grad():
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    assert states[1].shape[1] == 144 + prefix_tokens
+    torch.testing.assert_close(query, states[5][:, prefix_tokens:])
+    expected = torch.cat([states[layer][:, prefix_tokens:] for layer in model.config.memory_feature_layers], dim=-1)
+    torch.testing.assert_close(memory, expected)
+
+
+def test_a_tower_takes_images_of_another_size_than_its_own_by_an_option(join_tower, noise):
+    dinov2 = Dinov2Config(**TOWER | {"image_size": 64})
+    with pytest.raises(ValueError, match=r"makes images of 48x48 pixels, but .* 64x64. .* --image_size"):
+        join_tower(dinov2)
+    tower, model, processor = join_tower(dinov2, image_size=48)
+    assert (model.config.image_size, model.config.patch_grid_size) == (48, 12)
+    inputs = processor(images=noise(1), text="<image>", num_visual_tokens=36, return_tensors="pt")
+    with torch.no_grad():
+        states = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    torch.testing.assert_close(model.model._run_vision_tower(inputs["pixel_values"])[1], states[5][:, 1:])
+    assert model(**inputs).image_hidden_states.shape == (36, 64)
+    _, model, processor = join_tower(dinov2, image_size=64)
+    assert processor(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"].shape[-2:] == (64, 64)
+    with pytest.raises(ValueError, match=r"type 'clip_vision_model' cannot be used at 64x64 pixels: .*64\*64"):
+        join_tower(CLIPVisionConfig(**TOWER), image_size=64)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("vit_mae", r"tokens of shape \(3, 37, 32\)"),  # it drops patches by chance
+        ("yolos", "its last 144 tokens are not its patches"),  # they are its detections
+        ("pixtral", r"tokens of shape \(1, 432, 32\)"),  # it packs images into one row
+        ("sam_vision_model", r"tokens of shape \(3, 12, 12, 32\)"),
+        ("siglip2_vision_model", "spatial_shapes"),
+        ("vivit", "not enough values"),
+    ],
+)
+def test_a_tower_that_cannot_be_run_is_refused_by_name(parts, join_tower, model_type, reason):
+    size = {"image_size": [48, 48]} if model_type == "yolos" else {}
+    with pytest.raises(ValueError, match=f"type '{model_type}' cannot be used at 48x48 pixels: .*{reason}"):
+        join_tower(CONFIG_MAPPING[model_type](**TOWER | size))
+
+
+def test_a_tower_with_missing_weights_is_refused(parts):
+    tower, language, out = parts(siglip=True)
+    weights = load_file(f"{tower}/model.safetensors")
+    missing = next(name for name in weights if name.endswith("layers.0.mlp.fc1.weight"))
+    del weights[missing]
+    save_file(weights, f"{tower}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"tower lacks 1 of the model's weights, .*layers.0.mlp.fc1.weight"):
+        assemble(tower, language, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text_config", "reason"),
+    [
+        (BertConfig(is_decoder=True, num_attention_heads=4), "its output head has"),
+        (BartConfig(), "its base is BartDecoderWrapper"),
+        (OPTConfig(word_embed_proj_dim=32, ffn_dim=96, num_attention_heads=4), "its output head has"),
+        (MambaConfig(), "past_key_values"),
+        (
+            MiniMaxConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2),
+            "cache of its own",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_a_language_model_of_another_make_is_refused_by_name(parts, templates, text_config, reason):
+    for name, value in {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "d_model": 64}.items():
+        if hasattr(text_config, name):
+            setattr(text_config, name, value)
+    tower, language, out = parts(text_config=text_config)
+    with pytest.raises(ValueError, match=f"type '{text_config.model_type}' cannot be joined: .*{reason}"):
+        assemble(tower, language, out, chat_template=templates / "vicuna-v1.jinja")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["language", "tower"]
+
+
+def test_logits_that_are_not_the_language_model_s_leave_no_folder(parts, monkeypatch):
+    tower, language, out = parts()
+    save = DeltaLlavaForConditionalGeneration.save_pretrained
+
+    def save_another(model, folder, **options):
+        with torch.no_grad():
+            model.lm_head.weight[7] += 0.1
+        save(model, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaLlavaForConditionalGeneration, "save_pretrained", save_another)
+        with pytest.raises(ValueError, match=r"type 'llama' cannot be joined: .* logits on a text are .* away"):
+            assemble(tower, language, out)
+    assert not out.exists() and not out.with_name("out.incomplete").exists()
+    # What a killed process has left is no obstacle
+    out.with_name("out.incomplete").mkdir()
+    out.mkdir()
+    for dtype in ("bfloat16", "float16"):
+        assert assemble(tower, language, out, dtype=dtype).dtype == getattr(torch, dtype)
+        assert [path.name for path in out.parent.glob("out*")] == ["out"]
+        shutil.rmtree(out)
+
+
+def test_memory_holds_one_language_model(parts, monkeypatch):
+    tower, language, out = parts()
+    load, alive = AutoModelForCausalLM.from_pretrained, []
+
+    def watch(*args, **kwargs):
+        model, info = load(*args, **kwargs)
+        alive.extend(weakref.ref(weight) for weight in model.parameters())
+        return model, info
+
+    load_joined = DeltaLlavaForConditionalGeneration.from_pretrained
+
+    def check(*args, **kwargs):
+        assert alive and not any(weight() is not None for weight in alive)
+        return load_joined(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
+    monkeypatch.setattr(DeltaLlavaForConditionalGeneration, "from_pretrained", check)
+    assemble(tower, language, out)
+
+
+def test_the_language_model_s_own_end_tokens_stay_beside_the_template_s(parts, tiny_config, tmp_path, noise):
+    gemma = GemmaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, head_dim=32)
+    gemma.num_key_value_heads = 1
+    tower, language, out = parts(text_config=gemma)
+    own = {"bos_token_id": 1, "eos_token_id": [2, 6], "temperature": 0.9, "top_p": 0.6, "_from_model_config": True}
+    (Path(language) / "generation_config.json").write_text(json.dumps(own))
+    template = tmp_path / "mine.jinja"
+    body = "{% for message in messages %}{% generation %}{{ message.content }}END{% endgeneration %}{% endfor %}"
+    for end, expected in {"<|im_end|>\n": [2, 4, 6], "</s>": [2, 6], "": [2, 6]}.items():
+        template.write_text(body.replace("END", end))
+        assemble(tower, language, out, chat_template=template)
+        generation_config = GenerationConfig.from_pretrained(out)
+        assert generation_config.eos_token_id == expected
+        assert generation_config.bos_token_id == 1 and generation_config.pad_token_id == 291
+        shutil.rmtree(out)
+    # Without a file the configuration says the end tokens; sampling that is asked for stays
+    (Path(language) / "generation_config.json").write_text(json.dumps({**own, "do_sample": True, "top_k": 5}))
+    assemble(tower, language, out, chat_template=template)
+    generation_config = GenerationConfig.from_pretrained(out)
+    assert (generation_config.do_sample, generation_config.temperature, generation_config.top_k) == (True, 0.9, 5)
+    template.write_text("{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match="The chat template cannot be rendered: no"):
+        assemble(tower, language, tmp_path / "out2", chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        (None, True),
+        ("{{ 'USER: ' + messages[0].content + ' ASSISTANT:' }}", True),
+        ("{{ '<|im_start|>user\n' + messages[0].content + '<|im_end|>' }}", False),
+        ("{{ '<|user|>\n' + messages[0].content + eos_token }}", False),
+    ],
+)
+def test_a_llama_with_a_template_of_its_own_gets_no_other(parts, templates, own, kept):
+    tower, language, out = parts()
+    tokenizer = AutoTokenizer.from_pretrained(language)
+    tokenizer.chat_template = own
+    tokenizer.save_pretrained(language)
+    if not kept:
+        with pytest.raises(ValueError, match=r"brings a chat template of its own, .* by --chat_template"):
+            assemble(tower, language, out)
+        assert not out.exists()
+    assemble(tower, language, out, chat_template=None if kept else templates / "vicuna-v1.jinja")
+    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
+    assert processor.chat_template == (templates / "vicuna-v1.jinja").read_text()
+
+
 def test_joining_copies_no_weight_of_the_language_model(parts):
     tower, language, _ = parts()
     language_model = AutoModelForCausalLM.from_pretrained(language)
@@ -223,7 +448,7 @@ def test_full_size_on_meta(tower, language, backbones):
 
 def test_bad_input_is_refused_before_a_weight_is_loaded(parts, monkeypatch, tiny_config):
     tower, language, out = parts()
-    monkeypatch.setattr(hub, "AutoModelForCausalLM", None)  # loading would fail
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # loading would fail
     with pytest.raises(ValueError, match=r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"):
         assemble(tower, language, out, num_visual_tokens=[36, 25])
     CLIPImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(tower)
