@@ -84,7 +84,8 @@ def build_card(
         num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Default budget on that branch.
         base_model (`list[str]`, *optional*): `ORG/NAME` of tower and language model, where `training/sources.yaml` does
             not tell.
-        datasets (`list[str]`, *optional*): `ORG/NAME` of the data sets, where the recipes do not tell.
+        datasets (`list[str]`, *optional*): What was trained on, where the recipes do not tell: `ORG/NAME` of data sets
+            on the Hub, and others in words.
         license (`str`, *optional*): The language model's, where `family` does not tell.
         family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): With licenses and data sets by name.
 
@@ -104,10 +105,15 @@ def build_card(
             "trained for."
         )
     family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
-    if wrong := [name for name in datasets or () if not is_repository(name)]:
-        raise ValueError(f"datasets={wrong} must be named as ORG/NAME.")
+    for name in datasets or ():
+        if not name.strip() or "\n" in name or "huggingface.co/" in name:
+            raise ValueError(
+                f"datasets={name!r} must be one line: ORG/NAME of a data set on the Hub, without the address, or words "
+                "for data that is not there."
+            )
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
+    datasets = datasets or _datasets(stages, family["datasets"], "converted_from" in sources)
     results = _results(checkpoint, config)
     license = _license(sources["language_model"], family["licenses"], license)
 
@@ -118,7 +124,7 @@ def build_card(
         tags=["delta-llava", "vision-language", "visual-token-compression"],
         base_model=list(dict.fromkeys(filter(is_repository, sources.values()))),
         base_model_relation="finetune",  # of two, the Hub would think that they were merged
-        datasets=datasets or _datasets(stages, family["datasets"], "converted_from" in sources),
+        datasets=list(filter(is_repository, datasets)) or None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=[
             EvalResult(
@@ -148,6 +154,7 @@ def build_card(
         "is_assembled": (checkpoint / "training" / "sources.yaml").exists(),
         "is_padded": _is_padded(checkpoint),
         "stages": stages,
+        "own_data": [name for name in datasets if not is_repository(name)],
         "results": results,
         "result_rows": _result_rows(results),
         "costs": _costs(config, num_visual_tokens),
@@ -258,14 +265,22 @@ def _last(log_history: list[dict[str, float]], name: str) -> float | None:
     return next((entry[name] for entry in reversed(log_history) if name in entry), None)
 
 
-def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str] | None:
-    # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
-    names = {stage["data"]: known.get(stage["data"].partition(".")[0], stage["data"]) for stage in stages}
-    unknown = sorted(data for data, name in names.items() if not is_repository(name))
+def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str]:
+    names, unknown = [], []
+    for stage in stages:
+        # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
+        name = known.get(stage["data"].partition(".")[0])
+        # A file of two names, drawings/train.json, could be those of a repository too
+        if name is None and "stream" in stage["recipe"] and is_repository(stage["data"]):
+            name = stage["data"]
+        (unknown if name is None else names).append(name or stage["data"])
     if unknown or (is_converted and not stages):
-        told = f"of {unknown}" if unknown else "that the converted weights were trained on"
-        raise ValueError(f"The data sets {told} are unknown: name them as ORG/NAME, by --datasets.")
-    return list(dict.fromkeys(names.values())) or None
+        told = f"of {sorted(set(unknown))}" if unknown else "that the converted weights were trained on"
+        raise ValueError(
+            f"The data sets {told} are unknown: name them by --datasets, as ORG/NAME where they are on the Hub, and "
+            "else in words, as in --datasets 'Our own drawings'."
+        )
+    return list(dict.fromkeys(names))
 
 
 def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, Any]]:

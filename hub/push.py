@@ -27,12 +27,13 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     cached_assets_path,
+    constants,
     get_session,
     hf_hub_download,
     is_offline_mode,
     set_client_factory,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -61,7 +62,16 @@ RECORDS = ("training/sources.yaml", *STAGES, "results/tokens-*.json")
 # Nothing else is ever sent, or deleted from a repository: no optimizer state, no pickle, no log of other making
 OURS = (*REQUIRED_FILES, *RECORDS, SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "README.md")
 TOKEN = re.compile(rb"(hf|api_org)_[\w.-]{30,}")
+FOLDERS = ("training", "results", "additional_chat_templates")
+# Whoever loads the folder reads these, whether they are sent or not
+READ = (".json", ".jinja", ".py", ".txt", ".model", ".safetensors")
+BUDGET_BRANCH = re.compile(r"tokens-([1-9][0-9]*)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_SILENCE = 120  # seconds that the Hub may leave a request without a byte; huggingface_hub would wait for ever
+
+
+class Refusal(ValueError):
+    """What a push refuses of its own accord, in distinction from errors of reading the Hub's answers."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Prepared:
         num_visual_tokens (`int`): Default budget of the branch.
         card (`ModelCard`): Of the branch.
         files (`dict[str, Path | bytes]`): All files by their names in the repository, the card among them.
+        datasets (`list[str]`): Data sets that are said to be on the Hub, by whoever pushes.
     """
 
     checkpoint: Path
@@ -82,6 +93,7 @@ class Prepared:
     num_visual_tokens: int
     card: ModelCard
     files: dict[str, Path | bytes]
+    datasets: list[str]
 
 
 def prepare(
@@ -101,16 +113,19 @@ def prepare(
         repo_id (`str`): `ORG/NAME`.
         revision (`str`, *optional*, defaults to `main`): Branch. `tokens-36` gets 36 visual tokens as its default.
         base_model (`list[str]`, *optional*), datasets (`list[str]`, *optional*), license (`str`, *optional*):
-            For the card, where the checkpoint's own records do not tell.
+            For the card, where the checkpoint's own records do not tell, as for [`~delta_llava.hub.card.build_card`].
         family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): With licenses and data sets by name.
 
     Raises:
-        ValueError: The checkpoint is not whole, holds an access token or was not trained for the branch's number of
-            visual tokens, or its card has an unfilled field.
+        ValueError: The checkpoint is not whole, has weights that are not finite, holds an access token or a link in
+            place of a file, or was not trained for the branch's number of visual tokens; the branch's name is no name
+            of a budget, but looks like one; or the card has an unfilled field.
     """
     checkpoint, branch = Path(checkpoint), revision or "main"
     if not is_repository(repo_id):
         raise ValueError(f"repo_id={repo_id} must be ORG/NAME, of letters, digits, '-', '_' and '.'.")
+    _check_branch(branch)
+    _check_files(checkpoint)
     num_visual_tokens = _check_checkpoint(checkpoint, branch)
     card = build_card(
         checkpoint,
@@ -126,7 +141,8 @@ def prepare(
     for name, content in files.items():
         if not name.endswith(".safetensors") and TOKEN.search(_bytes(content)):
             raise ValueError(f"{name} holds what looks like an access token of the Hub: take it out, and revoke it.")
-    return Prepared(checkpoint, repo_id, branch, num_visual_tokens, card, files)
+    on_the_hub = list(filter(is_repository, datasets or ()))
+    return Prepared(checkpoint, repo_id, branch, num_visual_tokens, card, files, on_the_hub)
 
 
 def push(
@@ -147,9 +163,11 @@ def push(
         `str`: The commit that the branch stands at; `None` for a dry run.
 
     Raises:
-        ValueError: A repository that was to be private is public, or holds a model of another type.
-        OSError: The Hub refuses or cannot be reached, or somebody else has pushed meanwhile. Readers see the old state
-            or, if the Hub's last answer was lost, the new one: a push that is run again goes on from there.
+        ValueError: A repository that was to be private is public, or holds a model of another type, or a data set that
+            was said to be on the Hub is not there.
+        OSError: The Hub refuses or cannot be reached, what it answers cannot be understood, or somebody else has pushed
+            meanwhile. Readers see the old state or, if the Hub's last answer was lost, the new one: a push that is run
+            again goes on from there.
         RuntimeError: What was published is not what was sent, or does not load. It stays, to be looked at.
     """
     repo_id, branch = prepared.repo_id, prepared.branch
@@ -162,12 +180,19 @@ def push(
         return None
     with talking_to_the_hub(repo_id):
         api = HfApi()
+        if absent := [name for name in prepared.datasets if not api.repo_exists(name, repo_type="dataset")]:
+            raise Refusal(
+                f"datasets={absent} cannot be found on the Hub: describe data that is not there in words, as in "
+                "--datasets 'Our own drawings'."
+            )
         branches = _branches(api, repo_id)
         if not (branches or dry_run):
             api.create_repo(repo_id, private=private or None, exist_ok=True)
             branches = _branches(api, repo_id)
+            if "main" not in branches:
+                raise OSError(f"{repo_id} has been created, and the Hub shows no branch main of it")
         if private and branches and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id} is public: make it private in its settings, or push without --private.")
+            raise Refusal(f"{repo_id} is public: make it private in its settings, or push without --private.")
         changes = _changes(api, repo_id, branches.get(branch, branches.get("main")), additions)
         _print_changes(prepared, changes)
         if branch not in ("main", *branches) and len(changes) >= len(additions):
@@ -178,6 +203,8 @@ def push(
         message = f"Delta-LLaVA with {prepared.num_visual_tokens} visual tokens by default"
         commit = _commit(api, repo_id, branch, branches, changes, message)
         differing = _changes(api, repo_id, commit, additions)
+        if (head := _branches(api, repo_id).get(branch)) != commit:
+            raise OSError(f"branch {branch} is at {head}, and not at {commit}, which has been pushed to it")
 
     if differing:
         names = [change.path_in_repo for change in differing]
@@ -203,23 +230,31 @@ def talking_to_the_hub(what: str) -> Iterator[None]:
         set_client_factory(lambda: type(session)(event_hooks=hooks, follow_redirects=True, timeout=None))
     try:
         yield
-    except (HTTPError, OSError, RuntimeError) as error:
-        # Uploads hide it behind a RuntimeError
-        reason = error.__cause__ or error if isinstance(error, RuntimeError) else error
+    except Refusal:
+        raise
+    except Exception as error:
+        # Uploads hide it behind a RuntimeError, downloads behind the news that nothing is in the cache
+        reason = error.__cause__ or error if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) else error
+        told = f"{type(reason).__name__}: {reason}"
         if isinstance(reason, HfHubHTTPError) and reason.response.status_code in (401, 403):
             advice = "Log in by `hf auth login`, with a token that may write there, and run the same command again."
-        else:
+        elif isinstance(reason, (HTTPError, OSError, RuntimeError)):
             advice = "Run the same command again to go on."
+        else:
+            told = f"What {constants.ENDPOINT} answered cannot be understood ({told})."
+            advice = (
+                "See what answers there, which HF_ENDPOINT, a proxy or the login page of a network may decide, and "
+                "whether huggingface_hub is up to date. Run the same command again to go on."
+            )
         raise OSError(
-            f"{type(reason).__name__}: {reason}\nReaders of {what} see the old state, or the new one if its commit "
-            f"was the last thing done. {advice}"
+            f"{told}\nReaders of {what} see the old state, or the new one if its commit was the last thing done. "
+            f"{advice}"
         ) from error
 
 
 def _limit_silence(request):
     for part, seconds in request.extensions["timeout"].items():
-        if seconds is None:
-            request.extensions["timeout"][part] = MAX_SILENCE
+        request.extensions["timeout"][part] = MAX_SILENCE if seconds is None else min(seconds, MAX_SILENCE)
 
 
 def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | CommitOperationDelete]):
@@ -239,6 +274,27 @@ def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | Commit
         if _bytes(prepared.files[name]) != (Path(__file__).parents[1] / name).read_bytes():
             print(f"{name} is another than that of this package: it is published as it is.")
     print(end="", flush=True)
+
+
+def _check_branch(branch: str):
+    """Refuse a branch that readers would take for one of a budget, or a push for one that it has left behind."""
+    looks = "token" in branch.casefold() or branch.strip().isdecimal() or branch.casefold() == "main"
+    if branch.endswith(".incoming") or (looks and branch != "main" and not BUDGET_BRANCH.fullmatch(branch)):
+        raise ValueError(
+            f"revision={branch!r} must be main, tokens-N for N visual tokens, as tokens-36 is, or a name that is not "
+            "like these and does not end with .incoming."
+        )
+
+
+def _check_files(checkpoint: Path):
+    """Refuse links: what they lead to lies elsewhere, or is not meant for others, whatever the link is called."""
+    files = [path for pattern in ("*", f"{FOLDERS[-1]}/*", *RECORDS) for path in checkpoint.glob(pattern)]
+    read = [path for path in files if path.parent != checkpoint or path.suffix in READ or path.name in FOLDERS]
+    for path in read:
+        if path.is_symlink() or (path.parent != checkpoint and path.parent.is_symlink()):
+            raise ValueError(f"{path} is a link, to {path.resolve()}: put what is to be published there itself.")
+        if path.name not in FOLDERS and not path.is_file():
+            raise ValueError(f"{path} is no file: take it away.")
 
 
 def _check_checkpoint(checkpoint: Path, branch: str) -> int:
@@ -274,7 +330,7 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
         found = ", ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in info.items() if keys)
         raise ValueError(f"The weights in {checkpoint} are not those of its config: {found}.")
 
-    match = re.fullmatch(r"tokens-([1-9]\d*)", branch)
+    match = BUDGET_BRANCH.fullmatch(branch)
     num_visual_tokens = int(match[1]) if match else config.num_visual_tokens
     if num_visual_tokens not in config.visual_token_budgets:
         raise ValueError(
@@ -305,9 +361,12 @@ def _bytes(content: Path | bytes) -> bytes:
 def _branches(api: HfApi, repo_id: str) -> dict[str, str]:
     """Commits of a repository's branches; none where there is no repository."""
     try:
-        return {branch.name: branch.target_commit for branch in api.list_repo_refs(repo_id).branches}
+        branches = {branch.name: branch.target_commit for branch in api.list_repo_refs(repo_id).branches}
     except RepositoryNotFoundError:
         return {}
+    if any(not COMMIT.fullmatch(commit) for commit in branches.values()):
+        raise ValueError(f"the branches are {branches}")
+    return branches
 
 
 def _changes(
@@ -322,7 +381,7 @@ def _changes(
         file = hf_hub_download(repo_id, "config.json", revision=commit)
         model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
         if model_type != DeltaLlavaConfig.model_type:
-            raise ValueError(f"{repo_id} holds a model of type {model_type}, which a push would replace: name another.")
+            raise Refusal(f"{repo_id} holds a model of type {model_type}, which a push would replace: name another.")
     for name in remote:
         # Weights of an earlier push in other shards, say; what was not made here is left alone
         if any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in OURS):
@@ -374,7 +433,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--dry_run", action="store_true", help="print what would be sent, and send nothing")
     parser.add_argument("--base_model", nargs="+", help="ORG/NAME of tower and language model, for the card")
-    parser.add_argument("--datasets", nargs="+", help="ORG/NAME of the data sets trained on, for the card")
+    parser.add_argument("--datasets", nargs="+", help="data trained on: ORG/NAME on the Hub, or words, for the card")
     parser.add_argument("--license", help="the language model's, as the Hub names it, for the card")
     options = vars(parser.parse_args(arguments))
     where = {name: options.pop(name) for name in ("private", "dry_run")}

@@ -189,6 +189,7 @@ class LoopbackHub:
 
     Attributes:
         url (`str`): The endpoint.
+        datasets (`set[str]`): Names of the data sets that are there, which can be looked up and not read.
         requests (`list[str]`): What was asked, as `"METHOD path"`. The client's look-up of agents is left out.
         environment (`dict[str, str]`): Variables that point a subprocess here, with the token and an empty cache.
     """
@@ -196,9 +197,10 @@ class LoopbackHub:
     def __init__(self, home: Path):
         self.repositories: dict[str, Repository] = {}
         self.collections: dict[str, dict[str, Any]] = {}
+        self.datasets: set[str] = set()
         self.requests: list[str] = []
         self._count = 0
-        self._failures: dict[int, int | str] = {}
+        self._failures: dict[int, int | str | bytes] = {}
         self._released = threading.Event()
         self._lock = threading.RLock()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -218,17 +220,18 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def fail(self, at: int, how: int | str, times: int = 1):
+    def fail(self, at: int, how: int | str | bytes, times: int = 1):
         """
         Lets requests fail.
 
         Args:
             at (`int`): Number of the first one, counted from now: 1 is the next.
-            how (`int` or `str`): A status of `MESSAGES`; `"reset"` (the connection, and nothing is done),
-                `"reset_after"` (it is done, but the answer is lost) or `"stall"` (silence until `release`).
+            how (`int`, `str` or `bytes`): A status of `MESSAGES`; `"reset"` (the connection, and nothing is done),
+                `"reset_after"` (it is done, but the answer is lost) or `"stall"` (silence until `release`); or what is
+                answered instead, with a status of 200, while nothing is done.
             times (`int`, *optional*, defaults to 1): Number of requests in a row.
         """
-        if how not in (*MESSAGES, "reset", "reset_after", "stall"):
+        if not isinstance(how, bytes) and how not in (*MESSAGES, "reset", "reset_after", "stall"):
             raise ValueError(f"how={how!r} is none of {[*MESSAGES, 'reset', 'reset_after', 'stall']}.")
         with self._lock:
             self._failures |= dict.fromkeys(range(self._count + at, self._count + at + times), how)
@@ -260,7 +263,7 @@ class LoopbackHub:
         with self._lock:
             return [commit.sha for commit in self.repositories[repo_id].log(branch)]
 
-    def receive(self, method: str, path: str) -> tuple[int | str | None, threading.Event]:
+    def receive(self, method: str, path: str) -> tuple[int | str | bytes | None, threading.Event]:
         """Records a request; returns how it shall fail, and the event that ends a stall."""
         with self._lock:
             self._count += 1
@@ -358,6 +361,12 @@ class LoopbackHub:
             "cardData": card or None,
             **{name: card[name] for name in ("pipeline_tag", "library_name", "model-index") if name in card},
         }
+
+    @route("GET", "/api/datasets/{path}")
+    def dataset_info(self, request: Request, path: str):
+        if path not in self.datasets:
+            raise Refusal(404 if request.authorised else 401, f"{path}: {MESSAGES[404]}", "RepoNotFound")
+        return {"id": path, "sha": "0" * 40, "private": False, "tags": [], "siblings": []}
 
     @route("GET", "/api/models/{repo}/tree/{revision}")
     @route("GET", "/api/models/{repo}/tree/{revision}/{path}")
@@ -618,7 +627,10 @@ class _Handler(BaseHTTPRequestHandler):
                     code="RepoNotFound" if how == 404 and of_repository else "",
                     headers={"Retry-After": str(RETRY_AFTER)} if how == 429 else None,
                 )
-            answer = hub.answer(self.command, url.path, url.query, self.headers, body)
+            if isinstance(how, bytes):
+                answer = Answer(200, {}, how)
+            else:
+                answer = hub.answer(self.command, url.path, url.query, self.headers, body)
         except Refusal as refusal:
             answer = Answer(refusal.status, refusal.headers, json.dumps(refusal.body).encode())
         if how == "reset_after":

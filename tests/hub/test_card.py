@@ -185,11 +185,21 @@ def test_an_unfilled_field_is_refused_and_the_arguments_fill_it(checkpoint):
     write(checkpoint / "training/pretrain.yaml", {"json_path": "mine.json"})
     with pytest.raises(ValueError, match=r"data sets of \['mine.json'\] are unknown: .* by --datasets"):
         build_card(checkpoint, REPO, base_model=["org/tower", "org/language"], license="mit")
-    with pytest.raises(ValueError, match=r"datasets=\['my drawings'\] must be named as ORG/NAME"):
-        build_card(checkpoint, REPO, datasets=["my drawings"])
+    for wrong in ("", "two\nlines", "https://huggingface.co/datasets/org/mine"):
+        with pytest.raises(ValueError, match=r"datasets=.* must be one line: ORG/NAME"):
+            build_card(checkpoint, REPO, datasets=[wrong])
+    write(
+        checkpoint / "training/pretrain.yaml", {"json_path": "drawings/mine.json"}
+    )  # a repository's name, by its look
+    with pytest.raises(ValueError, match=r"data sets of \['drawings/mine.json'\] are unknown: .* in words"):
+        build_card(checkpoint, REPO, base_model=["org/tower", "org/language"], license="mit")
     given = {"base_model": ["org/tower", "org/language"], "license": "mit", "datasets": ["org/mine"]}
     card = build_card(checkpoint, REPO, **given)
     assert (card.data.base_model, card.data.license, card.data.datasets) == tuple(given.values())
+    card = build_card(checkpoint, REPO, **{**given, "datasets": ["Our drawings."]})
+    assert "Trained on data that is not on the Hub: Our drawings.\n" in section(card, "Training")
+    assert card.data.datasets is None and "not on the Hub" not in build_card(checkpoint, REPO, **given).text
+    assert table(card, "Training") == table(build_card(checkpoint, REPO, **given), "Training")
 
 
 def test_a_license_that_is_not_the_language_models_is_refused(checkpoint):

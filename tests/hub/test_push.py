@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -306,6 +307,64 @@ def test_a_refused_push_says_so_and_how_to_go_on(loopback_hub, checkpoint, unver
     assert visible(loopback_hub) == before
 
 
+ANSWERS = [b"<html>Log in here</html>", b"", b'{"branches": [', b"[]", b'{"error": "try later"}', b"null", b"\xff\xfe"]
+
+
+def test_an_answer_that_makes_no_sense_is_told_as_such(loopback_hub, checkpoint, unverified, naps):
+    folder = checkpoint()
+    publish(folder)
+    (folder / "generation_config.json").write_text("{}")
+    prepared = prepare(folder, REPO)
+    before, told = visible(loopback_hub), 0
+    for content in ANSWERS:
+        loopback_hub.fail(at=1, how=content, times=100)
+        with pytest.raises(OSError, match=rf"(?s)What {loopback_hub.url} answered cannot be understood .*HF_ENDPOINT"):
+            push(prepared)
+        loopback_hub.recover()
+        assert visible(loopback_hub) == before
+    loopback_hub.repositories.clear()
+    loopback_hub.requests.clear()
+    push(prepared)
+    new, num_requests = visible(loopback_hub), len(loopback_hub.requests)
+    # At any request: either it does not matter what was answered, or an error says so, and the next push ends well
+    for number in range(1, num_requests + 1):
+        for content in ANSWERS[:5:2]:
+            loopback_hub.repositories.clear()
+            loopback_hub.fail(at=number, how=content)
+            try:
+                push(prepared)
+            except OSError:
+                told += 1
+            loopback_hub.recover()
+            push(prepared)
+            assert visible(loopback_hub) == new, (number, content)
+    assert told > num_requests
+
+
+def test_a_hub_that_falls_silent_after_the_push_ends_the_verification(
+    loopback_hub, checkpoint, unverified, naps, monkeypatch
+):
+    folder = checkpoint()
+    commit = publish(folder)
+    monkeypatch.setattr(module, "MAX_SILENCE", 0.05)
+    for number in (1, 3):
+        loopback_hub.fail(at=number, how="stall", times=1000)
+        with pytest.raises(OSError, match="Run the same command again to go on"):
+            verify(folder, REPO, commit)
+        loopback_hub.recover()
+
+
+def test_data_of_one_s_own_is_described_in_words_and_data_of_the_hub_is_there(loopback_hub, checkpoint, unverified):
+    folder = checkpoint()
+    loopback_hub.datasets.add("org/data")
+    with pytest.raises(ValueError, match=r"datasets=\['org/typo'\] cannot be found on the Hub: describe"):
+        push(prepare(folder, REPO, datasets=["org/data", "org/typo"]))
+    assert not loopback_hub.repositories
+    push(prepare(folder, REPO, datasets=["org/data", "Our own drawings."]))
+    card = visible(loopback_hub)["main"]["README.md"].decode()
+    assert "datasets:\n- org/data\n" in card and "Our own drawings." in card
+
+
 def test_a_push_does_not_overwrite_what_somebody_else_has_pushed_meanwhile(
     loopback_hub, checkpoint, unverified, monkeypatch
 ):
@@ -506,6 +565,71 @@ def test_what_would_not_serve_others_is_refused_before_anything_is_sent(
     with pytest.raises(ValueError, match=message):
         publish(folder, REPO)
     assert not loopback_hub.requests
+
+
+def link(folder, name, target):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+
+
+def link_folder(folder, name):
+    (folder / name).rename(folder.parent / name)
+    (folder / name).symlink_to(folder.parent / name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: link(folder, "training/pretrain.png", folder.parent / "secret"),
+        lambda folder: link(folder, "training/finetune.png", "../../secret"),
+        lambda folder: link(folder, "results/tokens-4.json", "../.env"),
+        lambda folder: link(folder, "training/pretrain.yaml", "nowhere"),
+        lambda folder: link(folder, "added_tokens.json", folder.parent / "secret"),
+        lambda folder: [link(folder.parent, "chain", "secret"), link(folder, "config.json", "../chain")],
+        lambda folder: link(folder, "model.safetensors", "checkpoint-1/model.safetensors"),
+        lambda folder: link_folder(folder, "training"),
+        lambda folder: link_folder(folder, "results"),
+        lambda folder: os.mkfifo(folder / "training/pretrain.json"),
+        lambda folder: (folder / "training/pretrain.yaml").mkdir(),
+    ],
+)
+def test_nothing_but_the_folder_s_own_files_is_read(loopback_hub, checkpoint, unverified, damage, tmp_path):
+    folder = checkpoint()
+    (tmp_path / "secret").write_text("secret")
+    damage(folder)
+    with pytest.raises(ValueError, match=r"is a link, to .*: put what|is no file: take it away"):
+        publish(folder)
+    assert not loopback_hub.requests
+
+
+def test_links_that_no_push_reads_are_no_reason_to_refuse(checkpoint, tmp_path):
+    folder = checkpoint()
+    link(folder, "latest", "checkpoint-1")
+    link(folder, "train.log", tmp_path / "log")
+    (tmp_path / "named").symlink_to(folder)
+    assert prepare(tmp_path / "named", REPO).files.keys() == FILES
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        *("tokens-036", "tokens-0", "tokens--1", "Tokens-36", "tokens-36 ", "tokens-\uff13\uff16", "tokens_36", "36"),
+        *("token-36", "tokens-36.incoming", "dev.incoming", "tokens-36/x", "Main"),
+    ],
+)
+def test_a_branch_that_says_another_budget_than_it_would_have_is_refused(loopback_hub, checkpoint, branch):
+    with pytest.raises(ValueError, match=r"revision=.* must be main, tokens-N"):
+        prepare(checkpoint(), REPO, branch)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(loopback_hub, checkpoint, unverified):
+    folder = checkpoint()
+    commit = publish(folder)
+    loopback_hub.requests.clear()
+    set_weight(folder, float("nan"))
+    for refuse in (lambda: publish(folder), lambda: verify(folder, REPO, commit)):
+        with pytest.raises(ValueError, match=r"lm_head.weight in .*model.safetensors holds NaN or infinite"):
+            refuse()
 
 
 FAMILY = {
