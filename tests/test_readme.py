@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlavaImageProcessor
 from trl import ModelConfig, SFTConfig
 
 from delta_llava import DeltaLlavaConfig
@@ -22,11 +22,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_snippets_run(tiny_model, tiny_processor, noise, tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     (tmp_path / "demo/out/scenes/images").mkdir(parents=True)
     noise(1)[0].save(tmp_path / "demo/out/scenes/images/held_out-00000.png")
     tiny_model().save_pretrained(tmp_path / "demo/out/checkpoint")
     tiny_processor().save_pretrained(tmp_path / "demo/out/checkpoint")
+    tower = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, image_size=96, patch_size=4
+    )
+    converted = {"projector_variant": "residual", "num_visual_tokens": 576, "visual_token_budgets": [576]}
+    tiny_model(vision_config=tower, **converted).save_pretrained(tmp_path / "checkpoints/llava-1.5-7b")
+    size = {"size": {"height": 96, "width": 96}, "crop_size": {"height": 96, "width": 96}, "do_center_crop": False}
+    processor = tiny_processor(num_visual_tokens=576, patch_grid_size=24)
+    processor.image_processor = LlavaImageProcessor(do_pad=True, **size)
+    processor.save_pretrained(tmp_path / "checkpoints/llava-1.5-7b")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for snippet in snippets:
@@ -61,7 +70,7 @@ def test_paths_that_documents_name_exist():
 def test_options_that_documents_name_exist():
     known = {field.name for kind in (ScriptArguments, SFTConfig, ModelConfig) for field in fields(kind)} | {"config"}
     for script in [*(ROOT / "hub").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
-        known |= set(re.findall(r'add_argument\("--(\w+)"', script.read_text(encoding="utf-8")))
+        known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script.read_text(encoding="utf-8")))
     named = set()
     for document in ("README.md", "train/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
