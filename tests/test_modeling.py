@@ -96,8 +96,9 @@ def test_budget_of_the_call_before_that_of_the_processor_before_that_of_the_conf
     assert len(model.get_image_features(pixel_values, num_visual_tokens=4).pooler_output[0]) == 4
 
 
-def test_image_features_of_mixed_budgets_are_those_of_each_image_alone(tiny_model, tiny_processor, noise):
-    model = tiny_model()
+@pytest.mark.parametrize("variant", ["released", "residual"])
+def test_image_features_of_mixed_budgets_are_those_of_each_image_alone(variant, tiny_model, tiny_processor, noise):
+    model = tiny_model(projector_variant=variant)
     pixel_values = tiny_processor()(images=noise(5), text="<image>" * 5, return_tensors="pt")["pixel_values"]
     budgets = torch.tensor([36, 4, 36, 144, 4])
     tower_passes, projector_passes = [], []
@@ -188,8 +189,9 @@ def test_static_cache_generates_the_same(tiny_model, tiny_processor, noise):
     assert torch.equal(static, new_tokens(model, inputs))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, tiny_processor, noise):
-    model = tiny_model().train()
+@pytest.mark.parametrize("variant", ["released", "residual"])
+def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, tiny_processor, noise):
+    model = tiny_model(projector_variant=variant).train()
     for module in model.modules():
         if hasattr(module, "probability"):
             module.probability = 0.0  # drop path is random
@@ -407,7 +409,7 @@ def test_loss_is_that_of_shifted_labels(tiny_model, tiny_processor, noise):
 
 
 def test_device_map_with_a_split_between_parts(tiny_model, tiny_processor, noise, tmp_path):
-    model = tiny_model()
+    model = tiny_model(projector_variant="residual")
     inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
     expected = new_tokens(model, inputs)
     model.save_pretrained(tmp_path)
@@ -670,7 +672,7 @@ QUANTIZATION = {
 @pytest.mark.parametrize("method", QUANTIZATION)
 def test_quantization_leaves_tower_and_projector_alone(tiny_model, tiny_processor, noise, tmp_path, method):
     pytest.importorskip(method.split("-")[0])
-    original = tiny_model()
+    original = tiny_model(projector_variant="residual")
     original.save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(
         tmp_path, trust_remote_code=True, quantization_config=QUANTIZATION[method](), device_map="cpu"

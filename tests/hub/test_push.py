@@ -73,7 +73,9 @@ def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
 
     def make(name="checkpoint", **overrides):
         folder = tmp_path / name
-        tiny_model(**{"visual_token_budgets": [4, 36], **overrides}).save_pretrained(folder)
+        tiny_model(**{"projector_variant": "residual", "visual_token_budgets": [4, 36], **overrides}).save_pretrained(
+            folder
+        )
         tiny_processor(num_visual_tokens=overrides.get("num_visual_tokens", 36)).save_pretrained(folder)
         write_sources(folder, vision_tower="openai/clip-vit-large-patch14-336", language_model="lmsys/vicuna-7b-v1.5")
         recipe = {"json_path": "llava_v1_5_mix665k.json", "learning_rate": 0.01, "per_device_train_batch_size": 2}

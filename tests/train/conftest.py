@@ -18,7 +18,8 @@ def checkpoint(tmp_path_factory, tiny_config, tiny_processor):
     processor = tiny_processor()
     processor.save_pretrained(folder)
     torch.manual_seed(0)
-    config = tiny_config(visual_token_budgets=[36], image_token_id=processor.image_token_id)
+    overrides = {"projector_variant": "residual", "visual_token_budgets": [36]}
+    config = tiny_config(**overrides, image_token_id=processor.image_token_id)
     DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
     return folder
 

@@ -108,10 +108,6 @@ BAD_RECIPES = {
     "budget of no grid": ({"num_visual_tokens": [4, 25]}, r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"),
     "missing json": ({"json_path": "none.json"}, "json_path=none.json is not a file"),
     "missing folder": ({"image_folder": "none"}, "image_folder=none is not a folder"),
-    "rate of no branch": (
-        {"branch_learning_rate": 0.1},
-        "branch_learning_rate=0.1 needs .*='residual'.* is 'released'",
-    ),
     "packing": ({"packing": True}, "packing=True.* must be left out"),
     "padding to multiples": ({"pad_to_multiple_of": 8}, "pad_to_multiple_of=8 must be left out"),
     "sequential": ({"train_sampling_strategy": "sequential"}, "=sequential must be 'random' or 'group_by_length'"),
@@ -365,18 +361,13 @@ def test_the_projector_may_have_its_own_learning_rate(run, monkeypatch, strategy
     assert len(everything) == len(set(everything))
 
 
-@pytest.fixture
-def llava(checkpoint, tmp_path, tiny_config, tiny_processor):
-    """A residual checkpoint with a closed gate, as `hub.convert` makes it of a LLaVA-1.5."""
-    folder = tmp_path / "llava"
-    tiny_processor().save_pretrained(folder)
-    torch.manual_seed(0)
-    config = tiny_config(projector_variant="residual", visual_token_budgets=[144], num_visual_tokens=144)
-    DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+def test_a_rate_of_the_branch_needs_a_branch(run, tiny_config, tmp_path):
+    tiny_config().save_pretrained(tmp_path / "released")
+    with pytest.raises(ValueError, match=r"branch_learning_rate=0\.1 needs .*='residual'.* is 'released'"):
+        run(finetune, model_name_or_path=str(tmp_path / "released"), branch_learning_rate=0.1)
 
 
-def test_a_residual_projector_may_have_three_rates_and_no_decay_of_its_gate(run, llava, monkeypatch):
+def test_a_residual_projector_may_have_three_rates_and_no_decay_of_its_gate(run, monkeypatch):
     groups = []
 
     def create_optimizer(self, model=None, original=trainer.DeltaLlavaTrainer.create_optimizer):
@@ -389,7 +380,7 @@ def test_a_residual_projector_may_have_three_rates_and_no_decay_of_its_gate(run,
 
     monkeypatch.setattr(trainer.DeltaLlavaTrainer, "create_optimizer", create_optimizer)
     changes = {"projector_learning_rate": 0.003, "branch_learning_rate": 0.02, "weight_decay": 0.1}
-    run(finetune, model_name_or_path=str(llava), num_visual_tokens=[1, 4], **changes)
+    run(finetune, **changes)
     prefix = "model.multi_modal_projector."
     assert len({name for name, *_ in groups}) == len(groups)
     for name, rate, _ in groups:
