@@ -47,6 +47,7 @@ TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 FAMILY = Path(__file__).parent / "checkpoints.yaml"
 TEXT_TOKENS, NEW_TOKENS = 68, 30  # of the paper's figure 3
 LOG = {"num_rows", "num_processes", "batch_size", "versions", "log_history"}
+DATA_FILES = (".json", ".jsonl", ".parquet")
 UNITS = ("percent", "points")
 RESULT_FILE = {"num_visual_tokens": int, "toolkit": str, "date": str, "commit": (str, type(None))}
 RESULT_FILE |= {"weights": dict, "results": list}
@@ -106,10 +107,10 @@ def build_card(
         )
     family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
     for name in datasets or ():
-        if not name.strip() or "\n" in name or "huggingface.co/" in name:
+        if not name.strip() or not name.isprintable() or "huggingface.co/" in name or name.startswith(("/", "~", ".")):
             raise ValueError(
                 f"datasets={name!r} must be one line: ORG/NAME of a data set on the Hub, without the address, or words "
-                "for data that is not there."
+                "for data that is not there, and not its path."
             )
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
@@ -271,7 +272,7 @@ def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted:
         # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
         name = known.get(stage["data"].partition(".")[0])
         # A file of two names, drawings/train.json, could be those of a repository too
-        if name is None and "stream" in stage["recipe"] and is_repository(stage["data"]):
+        if name is None and is_repository(stage["data"]) and Path(stage["data"]).suffix not in DATA_FILES:
             name = stage["data"]
         (unknown if name is None else names).append(name or stage["data"])
     if unknown or (is_converted and not stages):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -29,6 +30,7 @@ from huggingface_hub import (
     cached_assets_path,
     constants,
     get_session,
+    get_token,
     hf_hub_download,
     is_offline_mode,
     set_client_factory,
@@ -36,6 +38,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
+from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
@@ -60,7 +63,8 @@ REQUIRED_FILES = (
 STAGES = [f"training/{stage}*.{kind}" for stage in ("pretrain", "finetune") for kind in ("yaml", "json", "png")]
 RECORDS = ("training/sources.yaml", *STAGES, "results/tokens-*.json")
 # Nothing else is ever sent, or deleted from a repository: no optimizer state, no pickle, no log of other making
-OURS = (*REQUIRED_FILES, *RECORDS, SAFE_WEIGHTS_NAME, "model-*-of-*.safetensors", SAFE_WEIGHTS_INDEX_NAME, "README.md")
+SHARDS = "model-*-of-*.safetensors"
+OURS = (*REQUIRED_FILES, *RECORDS, SAFE_WEIGHTS_NAME, SHARDS, SAFE_WEIGHTS_INDEX_NAME, "README.md")
 TOKEN = re.compile(rb"(hf|api_org)_[\w.-]{30,}")
 FOLDERS = ("training", "results", "additional_chat_templates")
 # Whoever loads the folder reads these, whether they are sent or not
@@ -83,8 +87,10 @@ class Prepared:
         checkpoint (`Path`), repo_id (`str`), branch (`str`): From where to where.
         num_visual_tokens (`int`): Default budget of the branch.
         card (`ModelCard`): Of the branch.
-        files (`dict[str, Path | bytes]`): All files by their names in the repository, the card among them.
-        datasets (`list[str]`): Data sets that are said to be on the Hub, by whoever pushes.
+        files (`dict[str, Path | bytes]`): All files by their names in the repository, the card among them: weights by
+            their place, the others as they were read.
+        named (`dict[str, list[str]]`): What the card says to be on the Hub by the word of whoever pushes or trained,
+            under `"dataset"` and `"model"`.
     """
 
     checkpoint: Path
@@ -93,7 +99,7 @@ class Prepared:
     num_visual_tokens: int
     card: ModelCard
     files: dict[str, Path | bytes]
-    datasets: list[str]
+    named: dict[str, list[str]]
 
 
 def prepare(
@@ -138,11 +144,18 @@ def prepare(
         family=family,
     )
     files = _files(checkpoint, num_visual_tokens) | {"README.md": str(card).encode()}
+    token = get_token()
     for name, content in files.items():
-        if not name.endswith(".safetensors") and TOKEN.search(_bytes(content)):
+        if isinstance(content, Path):
+            with safe_open(content, framework="pt") as weights:
+                content = str(weights.metadata()).encode()
+        if TOKEN.search(content) or (token and token.encode() in content):
             raise ValueError(f"{name} holds what looks like an access token of the Hub: take it out, and revoke it.")
-    on_the_hub = list(filter(is_repository, datasets or ()))
-    return Prepared(checkpoint, repo_id, branch, num_visual_tokens, card, files, on_the_hub)
+    known = yaml.safe_load(Path(family).read_text(encoding="utf-8"))["datasets"].values()
+    said = [name for name in card.data.datasets or () if name not in known]
+    return Prepared(
+        checkpoint, repo_id, branch, num_visual_tokens, card, files, {"dataset": said, "model": base_model or []}
+    )
 
 
 def push(
@@ -163,8 +176,8 @@ def push(
         `str`: The commit that the branch stands at; `None` for a dry run.
 
     Raises:
-        ValueError: A repository that was to be private is public, or holds a model of another type, or a data set that
-            was said to be on the Hub is not there.
+        ValueError: A repository that was to be private is public, or holds a model of another type, or a data set or a
+            base model that was said to be on the Hub is not there.
         OSError: The Hub refuses or cannot be reached, what it answers cannot be understood, or somebody else has pushed
             meanwhile. Readers see the old state or, if the Hub's last answer was lost, the new one: a push that is run
             again goes on from there.
@@ -180,11 +193,12 @@ def push(
         return None
     with talking_to_the_hub(repo_id):
         api = HfApi()
-        if absent := [name for name in prepared.datasets if not api.repo_exists(name, repo_type="dataset")]:
-            raise Refusal(
-                f"datasets={absent} cannot be found on the Hub: describe data that is not there in words, as in "
-                "--datasets 'Our own drawings'."
-            )
+        for kind, names in prepared.named.items():
+            if absent := [name for name in names if not api.repo_exists(name, repo_type=kind)]:
+                words = ", or describe data that is not there in words, as in --datasets 'Our own drawings'"
+                raise Refusal(
+                    f"{kind}s={absent} cannot be found on the Hub: correct the name{words * (kind == 'dataset')}."
+                )
         branches = _branches(api, repo_id)
         if not (branches or dry_run):
             api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -271,7 +285,7 @@ def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | Commit
     }
     print(f"never sent: {', '.join(sorted(map(str, beside - folders - files))) or 'nothing'}")
     for name in CODE_FILES:
-        if _bytes(prepared.files[name]) != (Path(__file__).parents[1] / name).read_bytes():
+        if prepared.files[name] != (Path(__file__).parents[1] / name).read_bytes():
             print(f"{name} is another than that of this package: it is published as it is.")
     print(end="", flush=True)
 
@@ -320,6 +334,10 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
             raise ValueError(
                 f"{checkpoint}: {name} is {getattr(config, name)} in the config, {theirs} in the processor."
             )
+    if getattr(config, "transformers_weights", None):
+        raise ValueError(f"transformers_weights in {checkpoint / 'config.json'} names other weights: take it out.")
+    if others := [name for name in weight_files(checkpoint) if not fnmatch(name, SHARDS) and name != SAFE_WEIGHTS_NAME]:
+        raise ValueError(f"{checkpoint} has weights in {others}: name them {SHARDS}, as save_pretrained does.")
     for _ in read_weights(checkpoint):  # all of them can be read, and are finite
         pass
     # On meta no weight is read, but each name and shape is compared
@@ -342,20 +360,21 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
 
 def _files(checkpoint: Path, num_visual_tokens: int) -> dict[str, Path | bytes]:
     """What is to be published but for the card, with another default budget where that is not the checkpoint's own."""
-    names = [*REQUIRED_FILES, *weight_files(checkpoint)]
-    for pattern in (SAFE_WEIGHTS_INDEX_NAME, *RECORDS):
-        names += sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.glob(pattern))
-    files = {name: checkpoint / name for name in names}
+    paths = [checkpoint / name for name in REQUIRED_FILES]
+    for pattern in (SAFE_WEIGHTS_INDEX_NAME, "training/sources.yaml", "results/tokens-*.json"):
+        paths += sorted(checkpoint.glob(pattern))
+    for stage in ("pretrain", "finetune"):  # what lies beside the recipes and is not of one is not for others
+        for recipe in sorted(checkpoint.glob(f"training/{stage}*.yaml")):
+            paths += [path for kind in (".yaml", ".json", ".png") if (path := recipe.with_suffix(kind)).exists()]
+    # Read once, so that what is sent is what has been checked
+    files = {path.relative_to(checkpoint).as_posix(): path.read_bytes() for path in paths}
+    files |= {name: checkpoint / name for name in weight_files(checkpoint)}
     for name in ("config.json", "processor_config.json"):
-        values = json.loads(files[name].read_text(encoding="utf-8"))
+        values = json.loads(files[name])
         if values["num_visual_tokens"] != num_visual_tokens:
             values["num_visual_tokens"] = num_visual_tokens
             files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
     return files
-
-
-def _bytes(content: Path | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def _branches(api: HfApi, repo_id: str) -> dict[str, str]:
@@ -378,7 +397,8 @@ def _changes(
     is_there_config = "config.json" in remote
     changes = [addition for addition in additions if not _is_same(addition, remote.pop(addition.path_in_repo, None))]
     if is_there_config and any(change.path_in_repo == "config.json" for change in changes):
-        file = hf_hub_download(repo_id, "config.json", revision=commit)
+        # From the cache, a proxy's page that was once taken for it would come again for ever
+        file = hf_hub_download(repo_id, "config.json", revision=commit, force_download=True)
         model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
         if model_type != DeltaLlavaConfig.model_type:
             raise Refusal(f"{repo_id} holds a model of type {model_type}, which a push would replace: name another.")

@@ -185,7 +185,14 @@ def test_an_unfilled_field_is_refused_and_the_arguments_fill_it(checkpoint):
     write(checkpoint / "training/pretrain.yaml", {"json_path": "mine.json"})
     with pytest.raises(ValueError, match=r"data sets of \['mine.json'\] are unknown: .* by --datasets"):
         build_card(checkpoint, REPO, base_model=["org/tower", "org/language"], license="mit")
-    for wrong in ("", "two\nlines", "https://huggingface.co/datasets/org/mine"):
+    for wrong in (
+        "",
+        "two\nlines",
+        "https://huggingface.co/datasets/org/mine",
+        "/home/me/mine.json",
+        "~/mine",
+        "../mine",
+    ):
         with pytest.raises(ValueError, match=r"datasets=.* must be one line: ORG/NAME"):
             build_card(checkpoint, REPO, datasets=[wrong])
     write(

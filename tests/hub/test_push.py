@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi, get_session
+from huggingface_hub import HfApi, get_session, hf_hub_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import RETRY_AFTER
 from safetensors.torch import load_file, save_file
@@ -281,10 +282,10 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
     assert interrupted == num_requests or how == "reset_after"
 
 
-def set_weight(folder, value):
+def set_weight(folder, value, **notes):
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][0, 0] = value
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / "model.safetensors", {"format": "pt", **notes})
     write_results(folder, 36)
 
 
@@ -359,8 +360,15 @@ def test_a_hub_that_falls_silent_after_the_push_ends_the_verification(
 def test_data_of_one_s_own_is_described_in_words_and_data_of_the_hub_is_there(loopback_hub, checkpoint, unverified):
     folder = checkpoint()
     loopback_hub.datasets.add("org/data")
-    with pytest.raises(ValueError, match=r"datasets=\['org/typo'\] cannot be found on the Hub: describe"):
+    with pytest.raises(ValueError, match=r"datasets=\['org/typo'\] cannot be found on the Hub: .* in words"):
         push(prepare(folder, REPO, datasets=["org/data", "org/typo"]))
+    for recipe in ({"stream": "shards/train"}, {"json_path": "shards/train"}):  # folders, by names of repositories
+        (folder / "training/finetune.yaml").write_text(yaml.safe_dump(recipe))
+        with pytest.raises(ValueError, match=r"datasets=\['shards/train'\] cannot be found on the Hub"):
+            push(prepare(folder, REPO))
+    towers = ["org/tower", "lmsys/vicuna-7b-v1.5"]
+    with pytest.raises(ValueError, match=r"models=\['org/tower', .* cannot be found on the Hub: correct the name\."):
+        push(prepare(folder, REPO, datasets=["org/data"], base_model=towers))
     assert not loopback_hub.repositories
     push(prepare(folder, REPO, datasets=["org/data", "Our own drawings."]))
     card = visible(loopback_hub)["main"]["README.md"].decode()
@@ -524,6 +532,13 @@ def break_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
+def move_weights(folder, name):
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / name.strip("/"))
+    index = {"weight_map": dict.fromkeys(names, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def misshape(folder):
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = torch.zeros(2, 2)
@@ -549,6 +564,14 @@ def misshape(folder):
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
             "model.safetensors cannot be read: ",
+        ),
+        (lambda folder: break_config(folder, transformers_weights="other.safetensors"), "transformers_weights in"),
+        (lambda folder: move_weights(folder, "other.safetensors"), r"has weights in \['other\.safetensors'\]"),
+        (lambda folder: move_weights(folder, "/model-1-of-1.safetensors"), "places weights in '/model-"),
+        (lambda folder: set_weight(folder, 1, note="hf_" + "a" * 34), r"model\.safetensors holds what looks like"),
+        (
+            lambda folder: (folder / "training/finetune.yaml").write_text("stream: org/x\nkey: hf_loopback"),
+            r"training/finetune\.yaml holds what looks like an access token",
         ),
         (misshape, r"mismatched keys: .*lm_head\.weight"),
         (lambda folder: break_config(folder, projector_variant="paper"), "missing keys: .*multi_modal_projector"),
@@ -602,6 +625,27 @@ def test_nothing_but_the_folder_s_own_files_is_read(loopback_hub, checkpoint, un
     with pytest.raises(ValueError, match=r"is a link, to .*: put what|is no file: take it away"):
         publish(folder)
     assert not loopback_hub.requests
+
+
+def test_what_is_sent_is_what_was_checked(loopback_hub, checkpoint, unverified, tmp_path):
+    folder = checkpoint()
+    (folder / "training/finetune_notes.json").write_text("{}")  # of no recipe
+    prepared = prepare(folder, REPO)
+    log = (folder / "training/finetune.json").read_bytes()
+    (tmp_path / "secret").write_text("secret")
+    link(folder, "training/finetune.json", tmp_path / "secret")
+    push(prepared)
+    (files,) = visible(loopback_hub).values()
+    assert files.keys() == FILES and files["training/finetune.json"] == log
+
+
+def test_a_page_in_place_of_a_file_is_not_taken_again(loopback_hub, checkpoint, unverified, naps):
+    folder = checkpoint()
+    commit = publish(folder)
+    cached = Path(hf_hub_download(REPO, "config.json", revision=commit))
+    cached.write_text("<html>")
+    break_config(folder, visual_token_budgets=[1, 4, 36])
+    assert publish(folder) != commit
 
 
 def test_links_that_no_push_reads_are_no_reason_to_refuse(checkpoint, tmp_path):
