@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from parity import assert_parity, drawn
 from PIL import Image
@@ -789,7 +790,9 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
 def test_a_converted_llava_is_pushed_and_verified(llava_hf, loopback_hub, tmp_path, capfd):
     _, folder = llava_hf()
     convert(folder, tmp_path / "out", dtype="bfloat16")
-    names = {"base_model": ["x/clip", "lmsys/vicuna-7b-v1.5"], "datasets": ["x/y"]}
+    names = {"base_model": ["x/clip", "lmsys/vicuna-7b-v1.5"], "datasets": ["LLaVA's own data"]}
+    for name in names["base_model"]:
+        HfApi().create_repo(name)
     push(prepare(tmp_path / "out", "org/llava-untrained", **names))
     assert "same answer" in capfd.readouterr().out
     assert "model.safetensors" in loopback_hub.files("org/llava-untrained")

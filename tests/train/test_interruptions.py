@@ -324,7 +324,7 @@ def test_a_resumed_run_notices_other_data_and_another_model(run, data, checkpoin
     with pytest.raises(TypeError, match="NoneType"):  # all copies are as good, and what does not matter may change
         resume(logging_steps=5, save_steps=1, dataloader_pin_memory=False, num_visual_tokens=[16, 1, 4, 4])
     records = json.loads((images / "data.json").read_text())
-    (images / "data.json").write_text(json.dumps(records).replace("Sure?", "Yes!?"))
+    (images / "data.json").write_text(json.dumps(records).replace("Which colour?", "What colour?"))
     with pytest.raises(ValueError, match=r"other settings: data has changed; rows has changed\. Give"):
         resume()
     (images / "data.json").write_text(json.dumps(records))
