@@ -338,7 +338,7 @@ class DeltaProjector(nn.Module):
             case "released":
                 return self.mlp(attended)
             case "residual":
-                pooled = F.adaptive_avg_pool2d(grid, side).flatten(2).transpose(1, 2)
+                pooled = self._cells(query_features, side).mean(2)
                 return self.mlp(pooled + self.gate * attended)
             case "paper":
                 tokens = self.text_projection(attended)

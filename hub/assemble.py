@@ -478,8 +478,8 @@ def build_generation_config(
     chat_template: str,
 ) -> GenerationConfig:
     """
-    The language model's own generation configuration, with its tokenizer's padding and one more end token: the one that
-    ends an answer in the chat template.
+    The language model's own generation configuration, with its tokenizer's padding, one more end token, which is the one
+    that ends an answer in the chat template, and no placeholder of an image in an answer.
 
     Args:
         language_model (`str` or `Path`): Folder or Hub repository with its `generation_config.json`, if it has one.
@@ -505,6 +505,9 @@ def build_generation_config(
     if generation_config.bos_token_id is None:
         generation_config.bos_token_id = tokenizer.bos_token_id
     generation_config.pad_token_id = tokenizer.pad_token_id
+    # Prompt lookup takes candidates from the prompt, where placeholders follow what an answer may hold too
+    image_token_id = tokenizer.convert_tokens_to_ids(DeltaLlavaProcessor.image_token)
+    generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), image_token_id})
     return generation_config
 
 

@@ -334,6 +334,19 @@ def test_the_language_model_s_own_end_tokens_stay_beside_the_template_s(parts, t
         assemble(tower, language, tmp_path / "out2", chat_template=template)
 
 
+def test_prompt_lookup_says_what_greedy_search_does(parts, noise):
+    tower, language, out = parts()
+    model = assemble(tower, language, out)
+    processor = DeltaLlavaProcessor.from_pretrained(out)
+    # The prompt's "USER: <image>" has what an answer may begin with, and images after it
+    prompt = "USER: <image>\nWhat is it? ASSISTANT: It is USER:"
+    inputs = processor(images=noise(1), text=prompt, num_visual_tokens=9, return_tensors="pt")
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, prompt_lookup_num_tokens=5), expected)
+    assert model.config.image_token_id not in expected[0, inputs["input_ids"].shape[1] :]
+
+
 @pytest.mark.parametrize(
     ("own", "kept"),
     [
