@@ -37,7 +37,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from delta_llava import DeltaLlavaForConditionalGeneration
+from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.hub.assemble import assemble, build_config, join, main
 
 
