@@ -6,8 +6,8 @@ against one for each budget.
 python -m delta_llava.study.run --output_dir runs/study
 ```
 
-Every run assembles the demo's backbones with a projector, trains both stages with the demo's recipes, but smaller
-batches and fewer rows, and answers the held-out questions at every budget. All runs have the same scenes, steps and
+Every run assembles the demo's backbones with a projector, trains both stages with the demo's recipes, but on fewer
+rows, and answers the held-out questions at every budget. All runs have the same scenes, steps and
 batches; a seed decides the projector's first weights and the order of rows and budgets, the same for all methods. Each
 finished run is a row of `rows.jsonl`: an interrupted study goes on with the runs that have none. From the rows,
 `RESULTS.md` and `RESULTS.png` are written, after every run anew.
