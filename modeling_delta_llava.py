@@ -690,7 +690,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
         Raises:
             ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, both of `pixel_values` and
-                `mm_encoder_outputs`, or placeholders and visual tokens do not match (neither are there images).
+                `mm_encoder_outputs`, or placeholders and visual tokens do not match. `input_ids` may have placeholders
+                without any images, but not in training, in `generate`, or if `mm_encoder_outputs` lacks `"image"`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -708,8 +709,11 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_outputs.pooler_output)
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
-        elif past_key_values is None or not past_key_values.is_initialized:  # later ones are the answer's own tokens
-            self.get_placeholder_mask(input_ids, inputs_embeds, [])
+        elif input_ids is not None and (self.training or mm_encoder_outputs is not None):
+            # An answer or a training step, since `generate` always passes `mm_encoder_outputs`. A plain forward pass
+            # may look at placeholders alone, as transformers' common tests do.
+            if past_key_values is None or not past_key_values.is_initialized:  # later ones are the answer's own tokens
+                self.get_placeholder_mask(input_ids, inputs_embeds, [])
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -112,9 +112,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
     def __call__(
-        self, images=None, text=None, videos=None, audio=None, **kwargs: Unpack[DeltaLlavaProcessorKwargs]
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        **kwargs: Unpack[DeltaLlavaProcessorKwargs],
     ) -> BatchFeature:
-        if videos is not None or audio is not None:
+        # transformers passes both from a chat, as None
+        if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError(f"{type(self).__name__} takes images and text, neither videos nor audio.")
         kwargs = self._check_arguments(kwargs)
         if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:

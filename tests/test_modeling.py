@@ -316,12 +316,18 @@ def test_placeholders_without_images_are_refused(tiny_model, tiny_processor, noi
     inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
     encoded = model.get_image_features(inputs.pop("pixel_values"))
     message = r'tokens: 36, features: 0\. Pass pixel_values, or mm_encoder_outputs=\{"image": '
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    for wrong in (inputs, {**inputs, "mm_encoder_outputs": encoded}, {"inputs_embeds": embeds}):
-        with pytest.raises(ValueError, match=message):
-            model(**wrong)
+    mistaken = {**inputs, "mm_encoder_outputs": encoded}
+    for wrong in (inputs, mistaken):
         with pytest.raises(ValueError, match=message):
             model.generate(**wrong, max_new_tokens=2)
+    for forward, wrong in ((model, mistaken), (model.model, mistaken), (model.train(), inputs)):
+        with pytest.raises(ValueError, match=message):
+            forward(**wrong)
+    model.eval()
+    # transformers' common tests run a model on its `input_ids` alone, and generate from embeddings alone
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(model(**inputs).logits, model(inputs_embeds=embeds).logits)
+    model.generate(inputs_embeds=embeds, max_new_tokens=2)
     # A placeholder that the model itself says is a token like others
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -332,6 +338,13 @@ def test_placeholders_without_images_are_refused(tiny_model, tiny_processor, noi
     answer = {"input_ids": torch.tensor([[1, 5]])}
     cache = model(**answer, use_cache=True).past_key_values
     model(input_ids=torch.tensor([[model.config.image_token_id]]), past_key_values=cache)
+
+
+def test_a_draft_model_need_not_see_the_images(tiny_model, tiny_processor, noise):
+    # transformers hands it the placeholders alone
+    model, inputs = tiny_model(), tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
+    drafted = new_tokens(model, inputs, suppress_tokens=[0], assistant_model=tiny_model())
+    assert torch.equal(drafted, new_tokens(model, inputs, suppress_tokens=[0]))
 
 
 def test_a_mismatch_of_budgets_names_them(tiny_model, tiny_processor, noise):
