@@ -478,8 +478,8 @@ def build_generation_config(
     chat_template: str,
 ) -> GenerationConfig:
     """
-    The language model's own generation configuration, with its tokenizer's padding, one more end token, which is the one
-    that ends an answer in the chat template, and no placeholder of an image in an answer.
+    The language model's own generation configuration, with its tokenizer's padding, the end of an answer in the chat
+    template as one more end token, and no placeholder of an image in an answer.
 
     Args:
         language_model (`str` or `Path`): Folder or Hub repository with its `generation_config.json`, if it has one.
