@@ -123,7 +123,7 @@ class Record(TrainerCallback):
 
     def finish(self, trainer: Trainer):
         """Write the log, once the weights that it tells of are saved."""
-        if trainer.state.is_world_process_zero and trainer.state.log_history:  # none if nothing was left to train
+        if trainer.state.is_world_process_zero:
             self._write_log(trainer, self.file.with_suffix(".json"))
 
     def _write_log(self, trainer: Trainer, file: Path):

@@ -111,7 +111,7 @@ def _lock(folder: Path) -> int:
 
 def why_incomplete(checkpoint: Path) -> str | None:
     """
-    What keeps a run from going on from a checkpoint: a file is missing, or is not as it was written.
+    What keeps a run from going on from a checkpoint: a file is missing, is not as it was written, or was never written.
 
     Args:
         checkpoint (`Path`): Folder that [`~delta_llava.train.trainer.DeltaLlavaTrainer`] has written, maybe under FSDP
@@ -126,6 +126,8 @@ def why_incomplete(checkpoint: Path) -> str | None:
     if "files" not in record:
         return "it was not written to its end"
     files = record["files"]
+    if not any(Path(name).name.startswith("rng_state") for name in files):
+        return "save_only_model has left optimizer, schedule and random state out"
     for name, (size, _) in files.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"

@@ -234,7 +234,7 @@ class DeltaLlavaTrainer(SFTTrainer):
                 if state.global_step >= num_steps:
                     # The Trainer would train one step more
                     logger.warning(f"{resume_from_checkpoint} is of the last step: nothing is left to train.")
-                    return self._load_from_checkpoint(resume_from_checkpoint)
+                    return self._end_where_it_ended(resume_from_checkpoint, state)
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except pickle.UnpicklingError:
             # Without torch's own words, which advise to trust the file
@@ -247,6 +247,15 @@ class DeltaLlavaTrainer(SFTTrainer):
             logger.warning(f"SIGTERM has ended training at step {step} of {steps}. {self._way_on()}")
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    def _end_where_it_ended(self, checkpoint: str, state: TrainerState):
+        """Take weights and log from a checkpoint of the last step, after which a run may have been killed."""
+        self._load_from_checkpoint(checkpoint)
+        state.is_world_process_zero = self.is_world_process_zero()
+        state.log_history.append({"train_runtime": 0.0, "step": state.global_step})
+        self.state = state
+        self.record.on_train_begin(self.args, state, self.control)
+        self.record.on_train_end(self.args, state, self.control)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Like the Trainer's; a loss that is not finite is a `FloatingPointError`, in all processes at once."""

@@ -218,6 +218,15 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(run, checkpoint
     assert latest_checkpoint(SimpleNamespace(output_dir=resumed)) == str(resumed / "checkpoint-9")
 
 
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_with_a_new_optimizer(run):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "save_only_model": True}
+    folder = run(finetune, **options)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        run(finetune, resume_from_checkpoint="latest", **{**options, "max_steps": 2})
+    with pytest.raises(ValueError, match="save_only_model has left optimizer"):
+        run(finetune, resume_from_checkpoint=str(folder / "checkpoint-1"), **{**options, "max_steps": 2})
+
+
 def test_a_run_goes_on_in_another_folder(run, checkpoints, unbroken_weights):
     moved = run(finetune, "moved", ["--resume_from_checkpoint", str(checkpoints / "checkpoint-8")], **ELASTIC)
     assert (moved / "model.safetensors").read_bytes() == unbroken_weights

@@ -425,9 +425,15 @@ def test_a_finished_run_that_is_resumed_gives_its_result_again(run):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": -1, "num_train_epochs": 1}
     folder = run(finetune, "run", **options)
     result = (folder / "model.safetensors").read_bytes()
+    log = json.loads((folder / "training" / "finetune.json").read_text())
     (folder / "model.safetensors").unlink()
+    (folder / "training" / "finetune.json").unlink()  # as if it had been killed before
     run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
     assert (folder / "model.safetensors").read_bytes() == result
+    again = json.loads((folder / "training" / "finetune.json").read_text())
+    assert again["log_history"].pop() == {"train_runtime": 0.0, "step": 3}
+    log["log_history"].pop()
+    assert again == log
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
 
