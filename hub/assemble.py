@@ -53,6 +53,7 @@ from ..modeling_delta_llava import (
     check_all_loaded,
 )
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..turns import stop_at_end_of_turn
 
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -478,8 +479,8 @@ def build_generation_config(
     chat_template: str,
 ) -> GenerationConfig:
     """
-    The language model's own generation configuration, with its tokenizer's padding, the end of an answer in the chat
-    template as one more end token, and no placeholder of an image in an answer.
+    The language model's own generation configuration, with its tokenizer's padding, the end tokens of its tokenizer and
+    of an answer in the chat template, and no placeholder of an image in an answer.
 
     Args:
         language_model (`str` or `Path`): Folder or Hub repository with its `generation_config.json`, if it has one.
@@ -494,14 +495,10 @@ def build_generation_config(
         generation_config = GenerationConfig.from_pretrained(language_model)
     except OSError:
         generation_config = GenerationConfig.from_model_config(text_config)
-    generation_config._from_model_config = False  # else `generate` would make it anew
     if not generation_config.do_sample:
         # Vicuna has them. Without sampling they do nothing but forbid that the configuration is saved.
         generation_config.temperature = generation_config.top_p = generation_config.top_k = None
-    end_tokens = generation_config.eos_token_id
-    end_tokens = set(end_tokens if isinstance(end_tokens, list) else [end_tokens])
-    end_tokens |= {tokenizer.eos_token_id, _end_of_turn(tokenizer, chat_template)}
-    generation_config.eos_token_id = sorted(end_tokens - {None})
+    stop_at_end_of_turn(generation_config, tokenizer, chat_template)
     if generation_config.bos_token_id is None:
         generation_config.bos_token_id = tokenizer.bos_token_id
     generation_config.pad_token_id = tokenizer.pad_token_id
@@ -509,21 +506,6 @@ def build_generation_config(
     image_token_id = tokenizer.convert_tokens_to_ids(DeltaLlavaProcessor.image_token)
     generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), image_token_id})
     return generation_config
-
-
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> int | None:
-    """The special token that an answer ends with in a chat template, if it ends with one."""
-    chat = [{"role": role, "content": [{"type": "text", "text": "Hello"}]} for role in ("user", "assistant")]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            chat, chat_template=chat_template, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except Exception as error:  # templates raise what they like
-        raise ValueError(f"The chat template cannot be rendered: {error}") from error
-    answer = [token for token, mask in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if mask]
-    while answer and tokenizer.decode(answer[-1]).isspace():
-        answer.pop()
-    return answer[-1] if answer and answer[-1] in tokenizer.added_tokens_decoder else None
 
 
 def load_image_processor(vision_tower: str, image_size: int | None) -> BaseImageProcessor:

@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..turns import stop_at_end_of_turn
 from ..weights import check_finite, weight_files
 
 
@@ -67,8 +68,10 @@ def merge_adapter(
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
     for name, weight in model.state_dict().items():
         check_finite(name, weight, f"{base_model} with {adapter}")
+    processor = DeltaLlavaProcessor.from_pretrained(adapter)
+    stop_at_end_of_turn(model.generation_config, processor.tokenizer, processor.chat_template)
     model.save_pretrained(output_dir)
-    DeltaLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
     shutil.copytree(adapter / "training", output_dir / "training")
     return model
 

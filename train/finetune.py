@@ -22,6 +22,7 @@ from trl import ModelConfig, SFTConfig
 
 from ..llava import pad_to_square
 from ..processing_delta_llava import DeltaLlavaProcessor
+from ..turns import stop_at_end_of_turn
 from .batches import Collator
 from .preflight import report
 from .recipe import ScriptArguments, check_recipe, load_model, load_rows, lora_config, parse_recipe
@@ -64,6 +65,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
     ################
     # Trained weights in float32: in 16 bits, AdamW's small steps would be rounded away
     model = load_model(script_args, training_args, model_args, config)
+    stop_at_end_of_turn(model.generation_config, processor.tokenizer, processor.chat_template)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.float()
     adapters = lora_config(model, model_args) if model_args.use_peft else None

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava.hub.merge_adapter import merge_adapter
 from delta_llava.train import batches, finetune, pretrain, trainer
 
 
@@ -412,6 +413,15 @@ def test_a_chat_template_is_that_of_the_run_the_dry_run_and_the_result(run, chec
     assert (folder / "chat_template.jinja").read_text() == template
     with pytest.raises(ValueError, match="chat_template_path has no place in stage 1"):
         run(pretrain, "stage-1", chat_template_path=str(tmp_path / "own.jinja"))
+
+
+def test_the_result_stops_at_the_end_of_turn_of_the_template_that_it_learns(run, templates, tmp_path):
+    template = {"chat_template_path": str(templates / "chatml.jinja")}
+    merge_adapter(run(finetune, "adapter", use_peft=True, lora_r=4, **template), tmp_path / "merged")
+    for folder in (run(finetune, **template), tmp_path / "merged"):
+        end_of_turn = DeltaLlavaProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids("<|im_end|>")
+        model = DeltaLlavaForConditionalGeneration.from_pretrained(folder)
+        assert sorted(model.generation_config.eos_token_id) == [2, end_of_turn]
 
 
 def test_a_new_run_does_not_delete_what_an_earlier_one_has_left(run):
