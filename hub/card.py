@@ -39,8 +39,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
+from ..llava import GAP, NO_GAP
 from ..weights import weight_digests
-from .assemble import is_repository
+from .assemble import TEMPLATES, is_repository
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -154,6 +155,7 @@ def build_card(
         "sources": sources,
         "is_assembled": (checkpoint / "training" / "sources.yaml").exists(),
         "is_padded": _is_padded(checkpoint),
+        "is_vicuna": _is_vicuna(checkpoint),
         "stages": stages,
         "own_data": [name for name in datasets if not is_repository(name)],
         "results": results,
@@ -207,6 +209,12 @@ def _is_padded(checkpoint: Path) -> bool:
     """Whether the processor pads images to squares."""
     file = checkpoint / "processor_config.json"
     return file.exists() and bool(_read(file).get("image_processor", {}).get("do_pad"))
+
+
+def _is_vicuna(checkpoint: Path) -> bool:
+    """Whether the chat template is `templates/vicuna-v1.jinja`, as it is or with the spaces of `llava.fit_spaces`."""
+    file, template = checkpoint / "chat_template.jinja", (TEMPLATES / "vicuna-v1.jinja").read_text(encoding="utf-8")
+    return file.exists() and file.read_text(encoding="utf-8") in (template, template.replace(NO_GAP, GAP))
 
 
 def _license(language_model: str, known: dict[str, str], license: str | None) -> str:

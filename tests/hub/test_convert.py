@@ -780,9 +780,12 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
         "So at 144 visual tokens this is that LLaVA-1.5, and all other budgets are untrained",
         "67.2 on MMBench at 576 tokens, 61.7 at 144, 50.8 at 36 and 19.3 at 1 (Cai et al., 2024",
         "padded to squares in the mean colour",
-        "| Projector | `residual` variant |",
+        "The chat template is Vicuna's",
+        "| Projector | `residual` variant, not the paper's",
     ):
         assert said in card
+    (tmp_path / "None" / "chat_template.jinja").write_text("{{ messages }}")
+    assert "Vicuna's" not in build_card(tmp_path / "None", "x/llava", **names).content
     card = build_card(tmp_path / "released", "x/llava", **names).content
     assert "began with random weights. Nothing has been trained since." in card and "MMBench" not in card
 
