@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Record(TrainerCallback):
         self.versions = {package: importlib.metadata.version(package) for package in PACKAGES}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.time()
         if not state.is_world_process_zero:
             return
         model = Path(self.model_name_or_path)
@@ -114,26 +116,27 @@ class Record(TrainerCallback):
             logger.warning(f"{self.file}.png could not be written: {error}")  # no reason to end a run
 
     def write_checkpoint(self, trainer: Trainer, checkpoint: Path):
-        """Write the record so far into a checkpoint, which may become a result: `merge_adapter` takes it."""
+        """Write the record into a checkpoint as if the run had ended there: whoever publishes it needs all of it."""
         self._draw(trainer.state)
         folder = checkpoint / FOLDER
         folder.mkdir()
         _copy(self.file.parent, folder)
-        self._write_log(trainer, folder / f"{self.file.name}.json")
+        end = {"train_runtime": round(time.time() - self.start, 4), "step": trainer.state.global_step}
+        self._write_log(trainer, folder / f"{self.file.name}.json", end)
 
     def finish(self, trainer: Trainer):
         """Write the log, once the weights that it tells of are saved."""
         if trainer.state.is_world_process_zero:
             self._write_log(trainer, self.file.with_suffix(".json"))
 
-    def _write_log(self, trainer: Trainer, file: Path):
+    def _write_log(self, trainer: Trainer, file: Path, *more: dict[str, float]):
         args, state = trainer.args, trainer.state
         log = {
             "num_rows": self.num_rows,
             "num_processes": args.world_size,
             "batch_size": state.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "versions": self.versions,
-            "log_history": state.log_history,
+            "log_history": [*state.log_history, *more],
         }
         file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 

@@ -781,6 +781,7 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
         "67.2 on MMBench at 576 tokens, 61.7 at 144, 50.8 at 36 and 19.3 at 1 (Cai et al., 2024",
         "padded to squares in the mean colour",
         "The chat template is Vicuna's",
+        "The projector's MLP is LLaVA-1.5's own.",
         "| Projector | `residual` variant, not the paper's",
     ):
         assert said in card

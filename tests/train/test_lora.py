@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from delta_llava.hub.card import build_card
 from delta_llava.hub.merge_adapter import merge_adapter
 from delta_llava.train import finetune, pretrain
 
@@ -122,6 +123,7 @@ def test_a_checkpoint_of_an_adapter_run_merges_as_its_result_does(run, tmp_path)
         assert files == {"finetune.yaml", "finetune.json", "finetune.png"}
         log = json.loads((tmp_path / name / "training/finetune.json").read_text())
         assert [entry["step"] for entry in log["log_history"] if "loss" in entry] == steps
+        build_card(tmp_path / name, "org/name", base_model=["org/tower", "org/llm"], datasets=["data"], license="mit")
 
 
 def test_bad_adapter_settings_are_errors(run, checkpoint, tmp_path):
