@@ -20,6 +20,7 @@ from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import stop_at_end_of_turn
 from ..weights import check_finite, weight_files
+from .assemble import new_folder
 
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trained_config.json", "training")
@@ -46,33 +47,32 @@ def merge_adapter(
             folder, or a merged weight is not finite.
         `OSError`: The base model is not where it is looked for.
     """
-    adapter, output_dir = Path(adapter), Path(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"output_dir={output_dir} holds files already: name a new or an empty folder.")
+    adapter = Path(adapter)
     if missing := [name for name in NEEDED if not (adapter / name).exists()]:
         raise ValueError(
             f"{adapter} lacks {', '.join(missing)}: name a folder that delta_llava.train.finetune has written with "
             "use_peft, or a checkpoint-N in it."
         )
-    adapter_config = PeftConfig.from_pretrained(adapter)
-    base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
-    if Path(base_model).is_dir():
-        weight_files(base_model)
-    config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
-    trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
-    config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
+    with new_folder(output_dir) as folder:
+        adapter_config = PeftConfig.from_pretrained(adapter)
+        base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
+        if Path(base_model).is_dir():
+            weight_files(base_model)
+        config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
+        trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
+        config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
 
-    model = DeltaLlavaForConditionalGeneration.from_pretrained(
-        base_model, revision=revision, config=config, dtype="auto"
-    )
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
-    for name, weight in model.state_dict().items():
-        check_finite(name, weight, f"{base_model} with {adapter}")
-    processor = DeltaLlavaProcessor.from_pretrained(adapter)
-    stop_at_end_of_turn(model.generation_config, processor.tokenizer, processor.chat_template)
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
-    shutil.copytree(adapter / "training", output_dir / "training")
+        model = DeltaLlavaForConditionalGeneration.from_pretrained(
+            base_model, revision=revision, config=config, dtype="auto"
+        )
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+        for name, weight in model.state_dict().items():
+            check_finite(name, weight, f"{base_model} with {adapter}")
+        processor = DeltaLlavaProcessor.from_pretrained(adapter)
+        stop_at_end_of_turn(model.generation_config, processor.tokenizer, processor.chat_template)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        shutil.copytree(adapter / "training", folder / "training")
     return model
 
 

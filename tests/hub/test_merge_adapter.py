@@ -1,6 +1,7 @@
 """A merged checkpoint holds finite weights, of a base model whose files are its own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -46,4 +47,20 @@ def test_a_base_model_whose_index_points_elsewhere_is_refused(adapter, tmp_path)
     weight_map["lm_head.weight"] = "../elsewhere.safetensors"
     index.write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ValueError, match=r"index\.json places weights in '\.\./elsewhere\.safetensors'"):
+        merge_adapter(folder, tmp_path / "merged")
+
+
+def test_a_merge_that_fails_midway_leaves_nothing(adapter, tmp_path, monkeypatch):
+    folder, _ = adapter()
+
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        with pytest.raises(OSError, match="No space left"):
+            merge_adapter(folder, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+    merge_adapter(folder, tmp_path / "merged")
+    with pytest.raises(ValueError, match="holds files already"):
         merge_adapter(folder, tmp_path / "merged")
