@@ -382,8 +382,7 @@ def _read(source: Any) -> bytes:
         if scheme.startswith(("http://", "https://")):
             return fetch_image(source)
         if scheme.startswith("data:"):
-            header, _, content = source.partition(",")
-            return _from_base64(content) if header.lower().endswith(";base64") else unquote_to_bytes(content)
+            return decode_data_url(source)
     try:
         status = os.stat(source)
     except (OSError, ValueError) as error:  # ValueError: a null character
@@ -398,6 +397,12 @@ def _read(source: Any) -> bytes:
     _check_length(status.st_size)
     with open(source, "rb") as file:
         return file.read()
+
+
+def decode_data_url(url: str) -> bytes:
+    """The bytes in a `data:` URL, or a `ValueError` where their base64 is broken."""
+    header, _, content = url.partition(",")
+    return _from_base64(content) if header.lower().endswith(";base64") else unquote_to_bytes(content)
 
 
 def _from_base64(text: str) -> bytes:
@@ -694,4 +699,4 @@ DeltaLlavaProcessor.register_for_auto_class()
 # processes by, then writes these classes out and cannot read them again
 setattr(importlib.import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["DeltaLlavaProcessor", "fetch_image", "open_image"]
+__all__ = ["DeltaLlavaProcessor", "decode_data_url", "fetch_image", "open_image"]

@@ -46,7 +46,7 @@ FAULTS = {
     "image at the start of the first one.",
     "marker_surplus": f"Delete the {IMAGE_MARKER} that have no image, or add the images to the record.",
     "marker_foreign": f"Write {IMAGE_MARKER} in its place. --write_clean does, where there is one for each image.",
-    "address": "Download the image and name its file: nothing is fetched during training. A data: URL is in base64.",
+    "address": "Download the image and name its file: nothing is fetched during training. Write a data: URL anew.",
     "missing": "Complete the download or mend the path; for LLaVA, --images is the folder that holds coco/, gqa/, "
     "ocr_vqa/, textvqa/ and vg/.",
     "missing_ocr_vqa": "OCR-VQA's images are downloaded one by one, and some links are dead: run its loadDataset.py "

@@ -1,10 +1,11 @@
 """One record of any usual form as the one chat that training knows, with nothing in it dropped in silence."""
 
-import base64
 import re
 from collections import Counter
 from reprlib import Repr
 from typing import Any, NamedTuple
+
+from ..processing_delta_llava import decode_data_url
 
 
 IMAGE_MARKER = "<image>"
@@ -361,12 +362,9 @@ def _image(source: Any, ignored: set[str]) -> str | dict[str, Any]:
         raise BadRecord(f"image is {short(given)}, not a path or a list of paths")
     if not is_utf8(source):
         raise BadRecord(f"image {source!r} holds half of a surrogate pair, which UTF-8 cannot write", "text", source)
-    if source.startswith("data:"):
+    if source[:5].lower() == "data:":
         try:
-            head, _, body = source.partition(",")
-            if not head.endswith(";base64"):
-                raise ValueError("it is not in base64")
-            return {"bytes": base64.b64decode(body, validate=True), "path": None}
+            return {"bytes": decode_data_url(source), "path": None}
         except ValueError as error:
             raise BadRecord(f"image {short(source)} cannot be decoded: {error}", "address") from error
     source = source.removeprefix("file://")
