@@ -30,12 +30,12 @@ def weight_files(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> list[st
         raise ValueError(f"{folder} must hold {file.name} or {index.name}, and holds {found}.")
     names = [file.name]
     if index.exists():
-        _check_place(folder, index.name, index)
+        check_place(folder, index.name, index)
         names = sorted(set(_weight_map(index).values()))
     for name in names:
         if "\\" in name or Path(name).name != name or Path(name).suffix != file.suffix:
             raise ValueError(f"{index} places weights in {name!r}, but must name {file.suffix} files beside it.")
-        _check_place(folder, name, index if index.exists() else file)
+        check_place(folder, name, index if index.exists() else file)
     return names
 
 
@@ -113,7 +113,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_place(folder: Path, name: str, named_by: Path):
+def check_place(folder: Path, name: str, named_by: Path):
+    """Raises a `ValueError` if a file that is to be read is not there, or a link leads out of the folder to it."""
     home, target = folder.resolve(), (folder / name).resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):

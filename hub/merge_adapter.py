@@ -19,7 +19,7 @@ from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import stop_at_end_of_turn
-from ..weights import check_finite, weight_files
+from ..weights import check_finite, check_place, weight_files
 from .assemble import new_folder
 
 
@@ -43,8 +43,8 @@ def merge_adapter(
         `DeltaLlavaForConditionalGeneration`: The model as saved, in the dtype of the base model's weights.
 
     Raises:
-        `ValueError`: `output_dir` holds files, `adapter` is no adapter, the base model's index names files outside its
-            folder, or a merged weight is not finite.
+        `ValueError`: `output_dir` holds files, `adapter` is no adapter, a link in its `training` or the base model's
+            index leads out of its folder, or a merged weight is not finite.
         `OSError`: The base model is not where it is looked for.
     """
     adapter = Path(adapter)
@@ -53,6 +53,8 @@ def merge_adapter(
             f"{adapter} lacks {', '.join(missing)}: name a folder that delta_llava.train.finetune has written with "
             "use_peft, or a checkpoint-N in it."
         )
+    for file in (path for path in (adapter / "training").iterdir() if not path.is_dir()):
+        check_place(adapter, f"training/{file.name}", file)  # what is copied will be published
     with new_folder(output_dir) as folder:
         adapter_config = PeftConfig.from_pretrained(adapter)
         base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"

@@ -13,6 +13,8 @@ from huggingface_hub import snapshot_download
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
+from ..weights import check_place
+
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +99,7 @@ class Record(TrainerCallback):
                 if OURS.fullmatch(file.name):  # of an earlier run, whose weights will be replaced
                     file.unlink()
             if (earlier / "sources.yaml").is_file():
-                _copy(earlier, folder)
+                _copy(model, folder)
             else:
                 logger.warning(
                     f"{earlier} holds no record of what the model was made of: it will be missing in the card."
@@ -120,7 +122,7 @@ class Record(TrainerCallback):
         self._draw(trainer.state)
         folder = checkpoint / FOLDER
         folder.mkdir()
-        _copy(self.file.parent, folder)
+        _copy(checkpoint.parent, folder)
         end = {"train_runtime": round(time.time() - self.start, 4), "step": trainer.state.global_step}
         self._write_log(trainer, folder / f"{self.file.name}.json", end)
 
@@ -141,9 +143,10 @@ class Record(TrainerCallback):
         file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
-def _copy(source: Path, target: Path):
-    for file in source.iterdir():
+def _copy(model: Path, target: Path):
+    for file in (model / FOLDER).iterdir():
         if OURS.fullmatch(file.name):
+            check_place(model, f"{FOLDER}/{file.name}", file)  # what is copied will be published
             shutil.copyfile(file, target / file.name)
 
 

@@ -64,3 +64,11 @@ def test_a_merge_that_fails_midway_leaves_nothing(adapter, tmp_path, monkeypatch
     merge_adapter(folder, tmp_path / "merged")
     with pytest.raises(ValueError, match="holds files already"):
         merge_adapter(folder, tmp_path / "merged")
+
+
+def test_a_record_that_links_out_of_the_adapter_is_refused(adapter, tmp_path):
+    folder, _ = adapter()
+    (tmp_path / "private.png").write_text("private")
+    (folder / "training/finetune.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(ValueError, match=r"finetune\.png leads out of its folder"):
+        merge_adapter(folder, tmp_path / "merged")

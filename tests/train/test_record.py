@@ -132,6 +132,13 @@ def test_a_run_does_not_replace_another_model(run, checkpoint, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
+def test_a_record_that_links_out_of_the_model_is_not_copied(run, assembled, tmp_path):
+    (tmp_path / "private.png").write_text("private")
+    (assembled / "training/pretrain.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(ValueError, match=r"pretrain\.png leads out of its folder"):
+        run(finetune, model_name_or_path=str(assembled))
+
+
 def test_a_model_without_records_is_told(run, caplog):
     run(pretrain)
     assert "holds no record of what the model was made of" in caplog.text
