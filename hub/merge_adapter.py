@@ -48,14 +48,14 @@ def merge_adapter(
         `OSError`: The base model is not where it is looked for.
     """
     adapter = Path(adapter)
-    if missing := [name for name in NEEDED if not (adapter / name).exists()]:
-        raise ValueError(
-            f"{adapter} lacks {', '.join(missing)}: name a folder that delta_llava.train.finetune has written with "
-            "use_peft, or a checkpoint-N in it."
-        )
-    for file in (path for path in (adapter / "training").iterdir() if not path.is_dir()):
-        check_place(adapter, f"training/{file.name}", file)  # what is copied will be published
     with new_folder(output_dir) as folder:
+        if missing := [name for name in NEEDED if not (adapter / name).exists()]:
+            raise ValueError(
+                f"{adapter} lacks {', '.join(missing)}: name a folder that delta_llava.train.finetune has written with "
+                "use_peft, or a checkpoint-N in it."
+            )
+        for file in (path for path in (adapter / "training").iterdir() if not path.is_dir()):
+            check_place(adapter, f"training/{file.name}", file)  # what is copied will be published
         adapter_config = PeftConfig.from_pretrained(adapter)
         base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
         if Path(base_model).is_dir():
