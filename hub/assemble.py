@@ -236,7 +236,7 @@ def check_logits(model: DeltaLlavaForConditionalGeneration, tokenizer: PreTraine
     except Exception as error:  # a class that does not fit may fail in any way
         raise ValueError(f"Language models of type {model_type!r} cannot be joined: {error}") from error
     error = ((found - expected).norm() / expected.norm()).item()
-    tolerance = LOGITS_TOLERANCE[model.dtype]
+    tolerance = LOGITS_TOLERANCE.get(model.dtype, 1e-3)
     if not error <= tolerance:
         raise ValueError(
             f"Language models of type {model_type!r} cannot be joined: the joined model's logits on a text are"

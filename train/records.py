@@ -26,7 +26,7 @@ UNSUPPORTED_TURN_KEYS = (
     *("image", "images", "video", "videos", "audio", "audios"),
     *("tool_calls", "function_call", "reasoning_content", "thinking"),
 )
-LOSS_KEYS = ("loss", "weight", "train")
+LOSS_KEYS = ("loss", "weight", "train", "loss_mask", "train_on_turn")
 TURN_KEYS = {"from", "role", "value", "content", *LOSS_KEYS, *UNSUPPORTED_TURN_KEYS}
 SOURCE_KEYS = ("image", "image_url", "url", "path", "base64")
 # What other programs write where an image belongs

@@ -122,6 +122,14 @@ LOSSES = {
         ),
         [1, 1, 0, 1, 1],
     ),
+    "loss_mask": (
+        weighed(("human", {"loss_mask": 0}), ("gpt", {"loss_mask": 0}), ("human", {}), ("gpt", {})),
+        [1, 0, 1, 1],
+    ),
+    "train_on_turn": (
+        weighed(("human", {}), ("gpt", {"train_on_turn": False}), ("human", {}), ("gpt", {})),
+        [1, 0, 1, 1],
+    ),
     "train": (weighed(("human", {"train": 0}), ("gpt", {"train": False}), ("human", {}), ("gpt", {})), [1, 0, 1, 1]),
     "a prompt": (
         {"prompt": chat("a", "b", "c")["messages"], "completion": [{"role": "assistant", "content": "d"}]},
