@@ -208,11 +208,26 @@ class DeltaLlavaConfig(PreTrainedConfig):
             raise ValueError(
                 f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8."
             )
+        if (
+            self.vision_config.hidden_size % self.projector_num_attention_heads
+            or self.projector_num_attention_heads < 1
+        ):
+            raise ValueError(
+                f"projector_num_attention_heads={self.projector_num_attention_heads} must divide the vision tower's"
+                f" hidden_size={self.vision_config.hidden_size}."
+            )
+        if self.projector_rank < 1:
+            raise ValueError(
+                f"projector_rank={self.projector_rank} must be 1 or more; use_delta_projection=False leaves the"
+                " low-rank update out."
+            )
         self._resolve_layers()
         if self.num_visual_tokens is None:
             self.num_visual_tokens = max(count for count in self.valid_visual_token_counts if count <= 144)
         if self.visual_token_budgets is None:
             self.visual_token_budgets = [self.num_visual_tokens]
+        if len(set(self.visual_token_budgets)) != len(self.visual_token_budgets) or not self.visual_token_budgets:
+            raise ValueError(f"visual_token_budgets={self.visual_token_budgets} must name budgets, each once.")
         for num_visual_tokens in (self.num_visual_tokens, *self.visual_token_budgets):
             query_grid_size(num_visual_tokens, self.patch_grid_size)
 
@@ -228,6 +243,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
                 )
             return resolved
 
+        if self.memory_feature_layers == []:
+            raise ValueError("memory_feature_layers=[] must name a layer.")
         if self.memory_feature_layers is None:
             fractions = (num_layers / 2, 2 * num_layers / 3, num_layers - 2, num_layers - 1)
             self.memory_feature_layers = sorted({max(round(layer), 1) for layer in fractions})

@@ -602,6 +602,11 @@ def test_defaults_of_the_configuration(tiny_config):
         ({"visual_token_budgets": [36, 2]}, r"num_visual_tokens=2 .* one of \[1, 4"),
         ({"memory_feature_layers": [3, 6]}, r"memory_feature_layers names layer 6, but the vision tower has 5 layers"),
         ({"query_feature_layer": 0}, "query_feature_layer names layer 0"),
+        ({"memory_feature_layers": []}, r"memory_feature_layers=\[\] must name a layer"),
+        ({"visual_token_budgets": []}, r"visual_token_budgets=\[\] must name budgets"),
+        ({"visual_token_budgets": [4, 4]}, r"visual_token_budgets=\[4, 4\] must name budgets, each once"),
+        ({"projector_rank": 0}, "projector_rank=0 must be 1 or more"),
+        ({"projector_num_attention_heads": 3}, "projector_num_attention_heads=3 must divide .* hidden_size=32"),
     ],
 )
 def test_bad_configuration_is_refused(tiny_config, overrides, message, tmp_path):

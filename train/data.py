@@ -482,7 +482,7 @@ def read_records(json_path: str | Path) -> Iterator[Any]:
     """
     found = None
     try:
-        with open(json_path, encoding="utf-8", newline="") as file:
+        with open(json_path, encoding="utf-8-sig", newline="") as file:
             text = file.read(_CHARACTERS_PER_READ)
             start = _SPACE.match(text).end()
             if text.startswith("{", start):

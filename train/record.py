@@ -178,7 +178,8 @@ def draw_curves(log_history: list[dict[str, float]], file: Path):
         plot(losses, name, marker="o", markersize=3, label=f"validation, {name.split('_')[1]} visual tokens")
     plot(rates, "learning_rate", color="grey")
     losses.set(ylabel="loss (nats per token)")
-    losses.legend()
+    if losses.lines:
+        losses.legend()
     rates.set(xlabel="step", ylabel="learning rate")
     figure.savefig(file, dpi=100)
     plt.close(figure)

@@ -225,7 +225,6 @@ def test_a_record_without_image_is_bad_where_images_are_required(load):
         ("7", "holds int"),
         ("null", "holds NoneType"),
         ('["\xff', "is not JSON"),
-        ("\ufeff[1]", r"is not JSON \(Unexpected UTF-8 BOM"),
         ("[1]\n[2]", r"is not JSON \(the list is followed by '\[2"),
         ('{"id": 1}\n5', r"is not JSON \(record 0 is followed by '5', not by an object"),
         ('{"id": 1}\n{"id": 2', "is not JSON \\(record 1: Expecting ',' delimiter"),
@@ -609,3 +608,9 @@ def test_where_locks_do_not_hold_whoever_is_first_wins(load, monkeypatch):
 def test_every_kind_of_fault_and_note_has_a_remedy():
     assert {kind for _, kind, _ in BAD_RECORDS.values()} <= FAULTS.keys()
     assert not FAULTS.keys() & NOTES.keys()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_records(data, tmp_path):
+    marked = tmp_path / "marked.json"
+    marked.write_text("\ufeff" + data[0].read_text(), encoding="utf-8")
+    assert load_llava_json(marked, data[1])["messages"] == load_llava_json(data[0], data[1])["messages"]
