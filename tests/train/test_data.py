@@ -584,7 +584,9 @@ def test_of_processes_that_start_together_one_checks_for_all(load, cache, monkey
         return original(path)
 
     monkeypatch.setattr(images, "decode_image", decode_slowly)
-    runs = [multiprocessing.Process(target=load, args=([record(), record(image="whole.jpg")],)) for _ in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps([record(), record(image="whole.jpg")]))
+    files = tmp_path / "data.json", tmp_path / "images"
+    runs = [multiprocessing.Process(target=load_llava_json, args=files) for _ in range(3)]
     for run in runs:
         run.start()
     for run in runs:
