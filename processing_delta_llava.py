@@ -295,8 +295,8 @@ def open_image(source: Any, input_data_format: ChannelDimension | str | None = N
 
     Inference, checking data and training open every image by this function, so that all of them see the same and
     refuse the same. Beside limits on bytes, pixels (Pillow's `MAX_IMAGE_PIXELS`, twice), sides and their ratio, it
-    finds damage that Pillow passes over: a PNG's wrong checksums and missing rows, a JPEG's data that end too early or
-    too late.
+    finds damage that Pillow passes over: a PNG's wrong checksums, missing rows and missing end, a JPEG's data that end
+    too early, too late or without an end marker.
 
     Args:
         source:
@@ -468,15 +468,17 @@ def _check_depth(image: Image.Image):
 
 
 def _check_png(image: Image.Image, data: bytes):
-    # Pillow looks neither at the checksums of the pixels' chunks nor whether all rows have come
-    chunks, position = [], 8
-    while position + 12 <= len(data):
+    # Pillow looks neither at the checksums of the pixels' chunks nor whether all rows and the end have come
+    chunks, chunk, position = [], b"", 8
+    while not chunk.startswith(b"IEND"):
+        if position + 12 > len(data):
+            raise ValueError("the file is damaged: its end is missing")
         length = int.from_bytes(data[position : position + 4], "big")
         chunk = data[position + 4 : position + 8 + length]
         position += 12 + length
-        if chunk.startswith(b"IDAT"):
+        if chunk.startswith((b"IDAT", b"IEND")):
             if zlib.crc32(chunk) != int.from_bytes(data[position - 4 : position], "big"):
-                raise ValueError("the file is damaged: a checksum of its pixels is wrong")
+                raise ValueError("the file is damaged: a checksum of its pixels or its end is wrong")
             chunks.append(chunk[4:])
     width, height, (depth, colour, _, _, is_interlaced) = *image.size, data[24:29]
     # The rows that are missing come out as zeros, the last one at least
@@ -575,15 +577,15 @@ class _WatchedJpeg(BytesIO):
 
     def _runs(self, data: bytes) -> list[tuple[int, int]]:
         """Where each run of codes starts and ends: a scan, or its part up to a restart marker."""
-        runs, first_codes, position, num_scans = [], {}, 2, 0
-        while (marker := _JPEG_MARKER.search(data, position)) and (kind := marker[0][-1]) != 0xD9:
+        runs, first_codes, position, num_scans, is_arithmetic = [], {}, 2, 0, False
+        # Up to the end of the image, or the start of another
+        while (marker := _JPEG_MARKER.search(data, position)) and (kind := marker[0][-1]) not in (0xD8, 0xD9):
             start = marker.end() + 2
             position = max(start, start - 2 + int.from_bytes(data[start - 2 : start], "big"))
             segment = data[start:position]
             if kind < 0xC0 or 0xF0 <= kind <= 0xFD:
                 self.damage = "its data hold a marker that means nothing"
-            if 0xC9 <= kind <= 0xCF and kind != 0xCC:
-                return []  # arithmetic codes, which libjpeg wants in one piece
+            is_arithmetic |= 0xC9 <= kind <= 0xCF and kind != 0xCC
             while kind == 0xC4 and len(segment) > 17:  # Huffman tables, each with its shortest code first
                 first_codes[segment[0]] = segment[17]
                 segment = segment[17 + sum(segment[1:17]) :]
@@ -600,7 +602,8 @@ class _WatchedJpeg(BytesIO):
             for number in count():
                 end = _JPEG_MARKER.search(data, position)
                 if not end:
-                    return runs  # Pillow finds the file truncated
+                    position = len(data)
+                    break
                 runs.append((position, end.start()))
                 if has_no_zeros and data.find(_HOLE, position, end.start()) >= 0:
                     self.damage = "its data have a hole of zeros"
@@ -610,7 +613,10 @@ class _WatchedJpeg(BytesIO):
                 position = end.end()
                 if end[0][-1] & 7 != number & 7:
                     self.damage = "parts of its data are missing"
-        return runs
+        # libjpeg makes do without one where the bytes that follow, such as zeros, complete the last scan
+        if not marker or kind == 0xD8:
+            self.damage = "its end marker is missing"
+        return [] if is_arithmetic else runs  # libjpeg wants arithmetic codes in one piece
 
 
 _TRANSPOSITIONS = {

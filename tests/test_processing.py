@@ -347,28 +347,35 @@ def test_a_sound_jpeg_is_seen_as_pillow_sees_it(options):
     sources = [photograph(), photograph((17, 23)), Image.new("L", (300, 200), 255), Image.new("CMYK", (1, 1)), GREY]
     for source in sources:
         data = encoded(source if isinstance(source, Image.Image) else Image.fromarray(source), "JPEG", **options)
-        for stray in (b"", b"behind the image"):
+        for stray in (b"", b"after the image", bytes(5000), data):
             assert open_image(data + stray).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
         stray = data[:-2] + bytes(8) + data[-2:]  # as cameras leave it
         assert open_image(stray).tobytes() == open_image(data).tobytes()
 
 
-@pytest.mark.parametrize("options", JPEG_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*JPEG_OPTIONS, {"quality": 92, "subsampling": 0}], ids=str)
 @pytest.mark.parametrize("filling", [b"\0", b"\xff", b"", b"no"], ids=["zeros", "ones", "left out", "text"])
-def test_a_jpeg_with_a_hole_is_refused(options, filling):
+def test_a_jpeg_with_a_hole_or_without_its_tail_is_refused(options, filling, noise):
     data = encoded(photograph(), "JPEG", **options)
     start = data.index(b"\xff\xda") + 200
-    damaged = data[:start] + (filling * 400)[:400] + data[start + 400 :]
-    with pytest.raises(ValueError, match=r"damaged|broken data|truncated"):
-        open_image(damaged)
+    damaged = [data[:start] + (filling * 400)[:400] + data[start + 400 :]]
+    for whole in (data, encoded(*noise(1, size=(160, 200)), "JPEG", **options)):
+        for length in (2, 10, *(int(len(whole) * part) for part in (0.01, 0.03, 0.2, 0.5))):
+            for tail in ((filling * length)[:length], filling * len(whole), whole[-2 * length : -length]):
+                damaged += [whole[:-length] + tail, whole[:-length] + tail + whole]  # alone, and before another image
+    for file in damaged:
+        with pytest.raises(ValueError, match=r"Cannot read image .*(damaged|broken data|truncated)"):
+            open_image(file)
 
 
 def test_a_png_with_a_zeroed_tail_or_without_all_rows_is_refused():
     data = encoded(photograph())
     assert open_image(data).tobytes() == photograph().tobytes()
-    for num_zeros in (100, 5000, len(data) // 2):
-        with pytest.raises(ValueError, match=r"damaged|broken|truncated|unrecognized"):
-            open_image(data[:-num_zeros] + bytes(num_zeros))
+    assert open_image(data + bytes(99)).tobytes() == photograph().tobytes()
+    for num_bytes in (1, 4, 8, 12, 100, 5000, len(data) // 2):
+        for tail in (b"", bytes(num_bytes)):
+            with pytest.raises(ValueError, match=r"damaged|broken|truncated|unrecognized"):
+                open_image(data[:-num_bytes] + tail)
     assert open_image(png([bytes(30)] * 10, 10, 10)).size == (10, 10)
     for num_rows, is_interlaced in ((5, 0), (9, 0), (5, 1)):
         with pytest.raises(ValueError, match=r"rows of its pixels are missing|truncated"):
