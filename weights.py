@@ -56,12 +56,12 @@ def weight_digests(folder: str | Path) -> dict[str, str]:
     return digests
 
 
-def read_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_weights(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Reads a checkpoint's weights from safetensors, one after the other, and refuses those that no model can use.
 
     Args:
-        folder (`str` or `Path`): As for [`weight_files`].
+        folder (`str` or `Path`), single (`str`): As for [`weight_files`].
 
     Yields:
         `tuple[str, torch.Tensor]`: Name and weight.
@@ -71,8 +71,8 @@ def read_weights(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
             too; or a weight is not finite. Else as for [`weight_files`].
     """
     folder = Path(folder)
-    names = weight_files(folder)
-    index = folder / f"{SAFE_WEIGHTS_NAME}.index.json"
+    names = weight_files(folder, single)
+    index = folder / f"{single}.index.json"
     weight_map = _weight_map(index) if index.exists() else None
     for name in names:
         try:

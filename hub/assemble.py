@@ -268,7 +268,17 @@ def is_repository(name: str) -> bool:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase):
-    """Adds the placeholder `<image>`, and `<pad>` to a tokenizer that has no padding token."""
+    """
+    Adds the placeholder `<image>`, and `<pad>` to a tokenizer that has no padding token.
+
+    Raises:
+        ValueError: If the tokenizer knows no words: without files, transformers makes an empty one.
+    """
+    if not tokenizer("Hello", add_special_tokens=False)["input_ids"]:
+        raise ValueError(
+            f"{tokenizer.name_or_path} lacks the vocabulary of its tokenizer: put the language model's tokenizer.json"
+            " there."
+        )
     tokenizer.add_tokens(DeltaLlavaProcessor.image_token, special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})

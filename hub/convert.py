@@ -130,8 +130,8 @@ def convert(
 
     Raises:
         ValueError: If `output_dir` holds files, `checkpoint` is of no known layout or holds another projector, a file
-            could run code when read, a tensor is missing, misshapen, unknown or not finite, or an option is missing or
-            contradicts the checkpoint.
+            could run code when read, a tensor is missing, misshapen, unknown or not finite, the tokenizer has no
+            vocabulary, or an option is missing or contradicts the checkpoint.
     """
     checkpoint = str(checkpoint)
     with new_folder(output_dir) as folder:
@@ -297,7 +297,7 @@ def _load(
         expected = DeltaProjector(config).state_dict()
     fresh = [name for name in expected if name not in stored]
     needed = "mlp." if config.projector_variant == "residual" else ""
-    if stored:
+    if config.projector_variant == source.projector:
         problems += [f"nothing was found for projector.{name}" for name in fresh if name.startswith(needed)]
     for name, tensor in stored.items():
         if name not in expected:

@@ -13,17 +13,19 @@ import argparse
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import stop_at_end_of_turn
-from ..weights import check_finite, check_place, weight_files
+from ..weights import check_finite, check_place, read_weights
 from .assemble import new_folder
+from .layouts import few
 
 
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "trained_config.json", "training")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+NEEDED = ("adapter_config.json", ADAPTER_WEIGHTS, "trained_config.json", "training")
 
 
 def merge_adapter(
@@ -44,8 +46,8 @@ def merge_adapter(
 
     Raises:
         `ValueError`: `output_dir` holds files, `adapter` is no adapter, a link in its `training` or the base model's
-            index leads out of its folder, or a merged weight is not finite.
-        `OSError`: The base model is not where it is looked for.
+            index leads out of its folder, the base model is not where it is looked for, a file of weights cannot be
+            read, the adapter's lacks a tensor or holds one that the model does not have, or a weight is not finite.
     """
     adapter = Path(adapter)
     with new_folder(output_dir) as folder:
@@ -58,16 +60,36 @@ def merge_adapter(
             check_place(adapter, f"training/{file.name}", file)  # what is copied will be published
         adapter_config = PeftConfig.from_pretrained(adapter)
         base_model, revision = base_model or adapter_config.base_model_name_or_path, adapter_config.revision or "main"
+        tensors = dict(read_weights(adapter, ADAPTER_WEIGHTS))
         if Path(base_model).is_dir():
-            weight_files(base_model)
-        config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
+            for _ in read_weights(base_model):  # all of them can be read, and are finite
+                pass
+        try:
+            config = DeltaLlavaConfig.from_pretrained(base_model, revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"The base model of {adapter} cannot be read: base_model={base_model} is neither its folder nor a"
+                " repository that can be reached. Name the place where it is now by --base_model."
+            ) from error
         trained = DeltaLlavaConfig.from_json_file(adapter / "trained_config.json")
         config.visual_token_budgets, config.num_visual_tokens = trained.visual_token_budgets, trained.num_visual_tokens
 
         model = DeltaLlavaForConditionalGeneration.from_pretrained(
             base_model, revision=revision, config=config, dtype="auto"
         )
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+        model = PeftModel(model, adapter_config)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        file = adapter / ADAPTER_WEIGHTS
+        if missing := sorted(expected.keys() - tensors.keys()):
+            raise ValueError(f"{file} lacks {len(missing)} of the adapter's tensors: {few(missing)}.")
+        for name, weight in expected.items():
+            if tensors[name].shape != weight.shape:
+                raise ValueError(
+                    f"{name} in {file} has shape {tuple(tensors[name].shape)} instead of {tuple(weight.shape)}."
+                )
+        if unknown := set_peft_model_state_dict(model, tensors).unexpected_keys:
+            raise ValueError(f"{file} holds {len(unknown)} tensors that the model has no place for: {few(unknown)}.")
+        model = model.merge_and_unload(progressbar=True, safe_merge=True)
         for name, weight in model.state_dict().items():
             check_finite(name, weight, f"{base_model} with {adapter}")
         processor = DeltaLlavaProcessor.from_pretrained(adapter)

@@ -35,7 +35,13 @@ from huggingface_hub import (
     is_offline_mode,
     set_client_factory,
 )
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 from safetensors import safe_open
@@ -317,7 +323,10 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
         raise ValueError(f"{checkpoint} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
     if missing := [name for name in REQUIRED_FILES if not (checkpoint / name).is_file()]:
         raise ValueError(f"{checkpoint} is no whole checkpoint: {', '.join(missing)} is not there.")
-    config = DeltaLlavaConfig.from_pretrained(checkpoint)
+    try:
+        config = DeltaLlavaConfig.from_pretrained(checkpoint)
+    except StrictDataclassError as error:
+        raise ValueError(f"{checkpoint / 'config.json'}: {' '.join(str(error).split())}") from error
     auto_map = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("auto_map")
     if auto_map != AUTO_MAP:
         raise ValueError(f"auto_map of {checkpoint / 'config.json'} is {auto_map}, but must be {AUTO_MAP}.")

@@ -489,6 +489,33 @@ def test_llava_of_transformers_has_its_own_parts(llava_hf, tmp_path):
         convert(folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("code_base", [False, True])
+def test_a_llava_without_a_projector_needs_a_fresh_one_to_be_asked_for(llava_hf, tower_folder, tmp_path, code_base):
+    llava, folder = llava_hf()
+    weights = {name: weight for name, weight in llava.state_dict().items() if "projector" not in name}
+    if code_base:
+        clip = CLIPModel(
+            CLIPConfig(vision_config=llava.config.vision_config.to_dict(), text_config={"hidden_size": 16})
+        )
+        settings = {"mm_vision_tower": tower_folder(clip), "mm_projector_type": "mlp2x_gelu", "model_type": "llava"}
+        text = {name: value for name, value in llava.config.text_config.to_dict().items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(text | settings))
+        weights = {name: weight for part in in_code_base_naming(weights) for name, weight in part.items()}
+    save_weights(weights, folder)
+    for variant in (None, "residual"):
+        with pytest.raises(ValueError, match=r"nothing was found for projector\.mlp\.0\.weight; .*mlp\.2\.bias"):
+            convert(folder, tmp_path / "out", projector_variant=variant)
+    convert(folder, tmp_path / "out", projector_variant="released")
+
+
+def test_a_tokenizer_without_its_vocabulary_is_named(llava_hf, tmp_path):
+    _, folder = llava_hf()
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ValueError, match=rf"{folder} lacks the vocabulary of its tokenizer: .*tokenizer\.json"):
+        convert(folder, tmp_path / "out")
+
+
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 48, "patch_size": 4}
 LLAVAS = {
     "as published": {},

@@ -1,11 +1,13 @@
 """A merged checkpoint holds finite weights, of a base model whose files are its own."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from delta_llava.hub.merge_adapter import merge_adapter
 
@@ -35,9 +37,53 @@ def adapter(tiny_model, tiny_processor, tmp_path):
 
 def test_a_projector_that_is_not_finite_is_refused_by_name(adapter, tmp_path):
     folder, name = adapter(float("nan"))
-    with pytest.raises(ValueError, match=rf"multi_modal_projector\.{name} in .* with {folder} holds NaN or infinite"):
+    with pytest.raises(ValueError, match=rf"multi_modal_projector\.{name} in {folder}/adapter_model\.saf.* holds NaN"):
         merge_adapter(folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+LAYER = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
+PROJECTOR = "base_model.model.model.multi_modal_projector.mlp.0.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A.weight": None, "B.weight": None}, rf"lacks 2 of the .*: {LAYER}A\.weight, {LAYER}B\.weight\.$"),
+        ({"A.weight": None}, rf"lacks 1 of the adapter's tensors: {LAYER}A\.weight\.$"),
+        ({PROJECTOR: None}, rf"lacks 1 of the adapter's tensors: {PROJECTOR}\.$"),
+        ({"B.weight": torch.full((64, 8), torch.nan)}, rf"{LAYER}B\.weight in .* holds NaN"),
+        ({"B.weight": torch.zeros(63, 8)}, rf"{LAYER}B\.weight in .* has shape \(63, 8\) instead of \(\d+, 8\)"),
+        ({"C.weight": torch.zeros(1)}, r"holds 1 tensors that the model has no place for: .*q_proj\.lora_C"),
+    ],
+    ids=["a layer", "a matrix", "the projector", "NaN", "shape", "unknown"],
+)
+def test_an_adapter_that_is_not_the_models_is_refused_by_name(adapter, tmp_path, change, message):
+    folder, _ = adapter()
+    file = folder / "adapter_model.safetensors"
+    change = {name if name == PROJECTOR else LAYER + name: weight for name, weight in change.items()}
+    tensors = load_file(file)
+    assert all(name in tensors for name, weight in change.items() if weight is None)
+    save_file({name: weight for name, weight in (tensors | change).items() if weight is not None}, file)
+    with pytest.raises(ValueError, match=message) as refused:
+        merge_adapter(folder, tmp_path / "merged")
+    assert str(file) in str(refused.value) and not (tmp_path / "merged").exists()
+
+
+def test_a_cut_file_and_a_base_model_that_is_gone_are_named(adapter, tmp_path):
+    folder, _ = adapter()
+    shard = next((tmp_path / "base").glob("model-00002*"))
+    for file in (folder / "adapter_model.safetensors", shard):
+        content = file.read_bytes()
+        file.write_bytes(content[:-9])
+        with pytest.raises(ValueError, match=rf"{re.escape(str(file))} cannot be read"):
+            merge_adapter(folder, tmp_path / "merged")
+        file.write_bytes(content)
+    gone = tmp_path / "base"
+    gone.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=rf"base model of {folder} .*base_model={gone} is neither .*--base_model"):
+        merge_adapter(folder, tmp_path / "merged")
+    merge_adapter(folder, tmp_path / "merged", tmp_path / "moved")
 
 
 def test_a_base_model_whose_index_points_elsewhere_is_refused(adapter, tmp_path):

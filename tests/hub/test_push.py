@@ -560,6 +560,7 @@ def misshape(folder):
             ),
             "takes code from another repository",
         ),
+        (lambda folder: break_config(folder, num_visual_tokens=True), r"config\.json: .*num_visual_tokens.*got bool"),
         (lambda folder: break_config(folder, num_visual_tokens=4), "num_visual_tokens is 4 in the config, 36"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
