@@ -209,8 +209,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
                 f"The vision tower's hidden_size={self.vision_config.hidden_size} must be a multiple of 8."
             )
         if (
-            self.vision_config.hidden_size % self.projector_num_attention_heads
-            or self.projector_num_attention_heads < 1
+            self.projector_num_attention_heads < 1
+            or self.vision_config.hidden_size % self.projector_num_attention_heads
         ):
             raise ValueError(
                 f"projector_num_attention_heads={self.projector_num_attention_heads} must divide the vision tower's"

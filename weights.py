@@ -39,6 +39,12 @@ def weight_files(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> list[st
     return names
 
 
+def refuse_adapter(folder: Path, name: str | Path):
+    """Raises a `ValueError` if the folder of what the user calls `name` holds an adapter, which is no checkpoint."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{name} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
+
+
 def weight_digests(folder: str | Path) -> dict[str, str]:
     """
     Tells weights from others.

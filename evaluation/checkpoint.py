@@ -6,6 +6,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from ..configuration_delta_llava import DeltaLlavaConfig
+from ..weights import refuse_adapter
 
 
 # All that loading needs where this package is installed.
@@ -37,8 +38,7 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
         except ValueError as error:  # what cannot name a repository
             raise FileNotFoundError(f"{checkpoint} is neither a folder nor a repository of the Hub: {error}") from error
         commit = folder.name
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{checkpoint} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
+    refuse_adapter(folder, checkpoint)
     return folder, commit
 
 

@@ -50,7 +50,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
-from ..weights import read_weights, weight_files
+from ..weights import read_weights, refuse_adapter, weight_files
 from .assemble import is_repository
 from .card import FAMILY, build_card
 from .verify import verify
@@ -319,8 +319,7 @@ def _check_files(checkpoint: Path):
 
 def _check_checkpoint(checkpoint: Path, branch: str) -> int:
     """Refuse a checkpoint that would not load for others; return the number of visual tokens that `branch` is for."""
-    if (checkpoint / "adapter_config.json").exists():
-        raise ValueError(f"{checkpoint} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
+    refuse_adapter(checkpoint, checkpoint)
     if missing := [name for name in REQUIRED_FILES if not (checkpoint / name).is_file()]:
         raise ValueError(f"{checkpoint} is no whole checkpoint: {', '.join(missing)} is not there.")
     try:

@@ -606,6 +606,7 @@ def test_defaults_of_the_configuration(tiny_config):
         ({"visual_token_budgets": []}, r"visual_token_budgets=\[\] must name budgets"),
         ({"visual_token_budgets": [4, 4]}, r"visual_token_budgets=\[4, 4\] must name budgets, each once"),
         ({"projector_rank": 0}, "projector_rank=0 must be 1 or more"),
+        ({"projector_num_attention_heads": 0}, "projector_num_attention_heads=0 must divide .* hidden_size=32"),
         ({"projector_num_attention_heads": 3}, "projector_num_attention_heads=3 must divide .* hidden_size=32"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from delta_llava.weights import read_weights, weight_digests, weight_files
+from delta_llava.weights import read_weights, refuse_adapter, weight_digests, weight_files
 
 
 INDEX = "model.safetensors.index.json"
@@ -120,3 +120,10 @@ def test_a_weight_that_is_not_finite_is_named(shards, dtype, value):
     folder = shards({**SHARDS, "model-2-of-2.safetensors": {"c": weight.to(getattr(torch, dtype))}})
     with pytest.raises(ValueError, match=r"^c in .*model-2-of-2.safetensors holds NaN or infinite values"):
         list(read_weights(folder))
+
+
+def test_an_adapter_is_refused_by_the_name_that_the_user_gave(tmp_path):
+    refuse_adapter(tmp_path, "org/name")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^org/name holds an adapter: .* by delta_llava\.hub\.merge_adapter\.$"):
+        refuse_adapter(tmp_path, "org/name")
