@@ -6,8 +6,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
+import evaluate
 import pytest
 import torch
+import transformers.dynamic_module_utils
+import transformers.utils.hub
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
@@ -25,13 +28,20 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory):
-    """A cache of the tests' own, in subprocesses too."""
-    folder = tmp_path_factory.mktemp("datasets")
+def library_caches(tmp_path_factory):
+    """Caches of the tests' own, in subprocesses too: what the machine's own hold decides no test.
+
+    transformers and evaluate put the folder of remote code on `sys.path`, where the first of two `evaluate_modules` wins.
+    """
+    data, modules = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(folder))
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder
+        patch.setenv("HF_DATASETS_CACHE", str(data))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", data)
+        patch.setenv("HF_MODULES_CACHE", str(modules))
+        patch.setattr(evaluate.config, "HF_MODULES_CACHE", modules)
+        for module in (transformers.utils.hub, transformers.dynamic_module_utils):
+            patch.setattr(module, "HF_MODULES_CACHE", str(modules))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,7 @@ METRICS = Path(metrics.__file__).parent
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     cache = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", cache / "modules")
-        yield lambda name: evaluate.load(str(METRICS / name), cache_dir=str(cache))
+    return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(cache))
 
 
 def test_loads_offline_by_path_in_a_fresh_process(tmp_path):
