@@ -31,7 +31,7 @@ def one_thread():
 def library_caches(tmp_path_factory):
     """Caches of the tests' own, in subprocesses too: what the machine's own hold decides no test.
 
-    transformers and evaluate put the folder of remote code on `sys.path`, where the first of two `evaluate_modules` wins.
+    transformers and evaluate put their folder of code on `sys.path`, where the first of two `evaluate_modules` wins.
     """
     data, modules = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
