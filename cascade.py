@@ -1,0 +1,222 @@
+"""An answer at a small budget, asked again at a larger one where the model is unsure of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, cached_file
+
+from .configuration_delta_llava import query_grid_size
+
+
+CASCADE_NAME = "cascade.json"  # beside the weights, as `delta_llava.evaluation.calibrate` writes it
+# They end, follow or multiply answers of one pass, and there are two. The rest is set here.
+REFUSED = ("streamer", "stopping_criteria", "stop_strings", "num_return_sequences", "mm_encoder_outputs")
+OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
+
+
+@dataclass
+class CascadeOutput(ModelOutput):
+    """
+    Args:
+        sequences (`torch.Tensor` of shape `(batch_size, max_answer_length)`, int64):
+            The answers alone, without their prompts, padded on the right.
+        num_visual_tokens (`torch.Tensor` of shape `(batch_size,)`, int64):
+            The budget per image at which each answer was given.
+        visual_tokens_used (`torch.Tensor` of shape `(batch_size,)`, int64):
+            Visual tokens that the language model read for each row, of all its images and of both passes.
+        log_probabilities (`torch.Tensor` of shape `(batch_size,)`, float32):
+            Mean log-probability of each answer's tokens, its end token included, in nats.
+    """
+
+    sequences: torch.Tensor | None = None
+    num_visual_tokens: torch.Tensor | None = None
+    visual_tokens_used: torch.Tensor | None = None
+    log_probabilities: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
+    num_visual_tokens: torch.Tensor | None = None,
+    *,
+    budgets: Sequence[int] | None = None,
+    threshold: float | None = None,
+    **kwargs: Any,
+) -> CascadeOutput:
+    """
+    Answer at the smaller of two budgets, and once more at the larger one in the rows whose answer has a mean
+    log-probability below a threshold. The vision tower runs once; rows without images are answered once.
+
+    Greedy decoding, beams and sampling are right, with log-probabilities of the model itself, whatever temperature and
+    the like have made of them.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]): In any dtype.
+        input_ids, attention_mask, pixel_values, num_visual_tokens:
+            What the processor returns for the smaller budget.
+        budgets (`Sequence[int]` of two, *optional*):
+            The smaller and the larger budget of each image. By default the checkpoint's.
+        threshold (`float`, *optional*):
+            In nats, 0 or less: `0` asks again nearly always, `-inf` never. By default the checkpoint's, which
+            `python -m delta_llava.evaluation.calibrate` has found.
+        **kwargs: For `generate`.
+
+    Returns:
+        [`CascadeOutput`]
+
+    Raises:
+        ValueError: If the prompts were made for another budget than the smaller one, the budgets are not two that the
+            patch grid allows, the checkpoint has no calibration and `budgets` or `threshold` is missing, or an argument
+            of `generate` does not fit two passes.
+
+    Example:
+
+    ```python
+    >>> from delta_llava.cascade import generate
+
+    >>> inputs = processor.apply_chat_template(chats, ..., processor_kwargs={"num_visual_tokens": 16})
+    >>> output = generate(model, **inputs, budgets=(16, 144), threshold=-0.1, max_new_tokens=20)
+    >>> processor.batch_decode(output.sequences, skip_special_tokens=True), output.visual_tokens_used
+    ```"""
+    if refused := sorted({*REFUSED, *OUTPUTS} & kwargs.keys()):
+        raise ValueError(f"{', '.join(refused)}: not for a cascade, whose answers may come from a second pass.")
+    if budgets is None or threshold is None:
+        calibration = read_calibration(model.config._name_or_path)
+        budgets = calibration["num_visual_tokens"] if budgets is None else budgets
+        if threshold is None and list(budgets) != calibration["num_visual_tokens"]:
+            raise ValueError(
+                f"The checkpoint was calibrated for budgets={calibration['num_visual_tokens']}, not for"
+                f" {list(budgets)}: name a threshold."
+            )
+        threshold = calibration["threshold"] if threshold is None else threshold
+    small, large = check_budgets(budgets, model.config.patch_grid_size)
+    if not threshold <= 0:
+        raise ValueError(f"threshold={threshold} must be a mean log-probability: 0 or less.")
+    placeholders = (input_ids == model.config.image_token_id).sum(1)
+    asked = [] if num_visual_tokens is None else torch.as_tensor(num_visual_tokens).flatten().tolist()
+    if set(asked) - {small} or bool((placeholders % small).any()):
+        raise ValueError(
+            f"The prompts must be made at the smaller budget, num_visual_tokens={small}, but name {asked} and hold"
+            f" {placeholders.tolist()} image tokens."
+        )
+    num_images = placeholders // small
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    features = None if pixel_values is None else model.model._run_vision_tower(pixel_values)[1:]
+    generation_config = kwargs.get("generation_config") or model.generation_config
+    if (generation_config.num_return_sequences or 1) > 1:
+        raise ValueError("num_return_sequences of the generation config must be 1 for a cascade.")
+    end = kwargs.get("eos_token_id", generation_config.eos_token_id)
+    pad = kwargs.get("pad_token_id", generation_config.pad_token_id)
+    ends = torch.tensor([] if end is None else end, device=input_ids.device).flatten()
+    pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
+
+    def answer(ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, budget: int):
+        encoded = {}
+        if features is not None and len(images):
+            visual_tokens = model.model.multi_modal_projector(*(part[images] for part in features), budget)
+            encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, mm_encoder_outputs=encoded, **{**kwargs, "pad_token_id": pad}, **OUTPUTS
+        )
+        scores = model.compute_transition_scores(
+            output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
+        )
+        answers = output.sequences[:, -scores.shape[1] :]
+        is_end = torch.isin(answers, ends)
+        is_answer = is_end.cumsum(1) - is_end.long() == 0
+        return answers, scores.masked_fill(~is_answer, 0).sum(1) / is_answer.sum(1)
+
+    every = torch.arange(int(num_images.sum()), device=input_ids.device)
+    sequences, log_probabilities = answer(input_ids, attention_mask, every, small)
+    budgets = torch.full_like(num_images, small)
+    again = ((log_probabilities < threshold) & (num_images > 0)).nonzero().flatten()
+    if len(again):
+        prompts = [
+            _widen(ids[mask.bool()], model.config.image_token_id, small, large)
+            for ids, mask in zip(input_ids[again], attention_mask[again], strict=True)
+        ]
+        ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+        mask = torch.arange(ids.shape[1], 0, -1, device=ids.device) <= lengths[:, None]
+        images = torch.isin(torch.arange(len(num_images), device=ids.device).repeat_interleave(num_images), again)
+        better, log_probabilities[again] = answer(ids, mask.long(), images.nonzero().flatten(), large)
+        width = max(sequences.shape[1], better.shape[1])
+        sequences, better = (F.pad(part, (0, width - part.shape[1]), value=pad) for part in (sequences, better))
+        sequences[again] = better
+        budgets[again] = large
+    return CascadeOutput(
+        sequences=sequences,
+        num_visual_tokens=budgets,
+        visual_tokens_used=num_images * (small + large * (budgets == large)),
+        log_probabilities=log_probabilities,
+    )
+
+
+def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:
+    """The prompt that the processor makes at the larger budget, from the one at the smaller, `(length,)`."""
+    is_image = ids == image_token_id
+    is_first = is_image & (is_image.cumsum(0) % small == 1 % small)
+    return ids.repeat_interleave(torch.where(is_image, is_first * large, 1))
+
+
+def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, int]:
+    """
+    The budgets of a cascade.
+
+    Args:
+        budgets (`Sequence[int]`): What was asked for.
+        patch_grid_size (`int`): Side of the tower's patch grid.
+
+    Returns:
+        `tuple[int, int]`: The smaller and the larger.
+
+    Raises:
+        ValueError: If these are not two, smaller first, that the grid allows.
+    """
+    if isinstance(budgets, (str, int)) or len(budgets) != 2 or not budgets[0] < budgets[1]:
+        raise ValueError(f"budgets={budgets} must be two numbers of visual tokens, the smaller one first.")
+    for budget in budgets:
+        query_grid_size(budget, patch_grid_size)
+    return tuple(budgets)
+
+
+def read_calibration(checkpoint: str | Path) -> dict[str, Any]:
+    """
+    What `python -m delta_llava.evaluation.calibrate` has found for a checkpoint.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
+
+    Returns:
+        `dict`: `num_visual_tokens`, the two budgets, `threshold` in nats, and `validation`, what it was found on.
+
+    Raises:
+        ValueError: If the checkpoint has none, or it is damaged.
+    """
+    try:
+        file = cached_file(checkpoint, CASCADE_NAME)
+    except OSError as error:
+        raise ValueError(
+            f"{checkpoint or 'The model'} has no {CASCADE_NAME}: name budgets and threshold, or run"
+            " python -m delta_llava.evaluation.calibrate."
+        ) from error
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        small, large = found["num_visual_tokens"]
+        valid = small < large and found["threshold"] <= 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    if not valid:
+        raise ValueError(f"{file} is damaged: two budgets, smaller first, and a threshold of 0 or less are needed.")
+    return found
