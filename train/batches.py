@@ -34,9 +34,9 @@ from transformers.utils import logging
 from trl import prepare_multimodal_messages
 
 from ..processing_delta_llava import open_image
+from ..records import BadRecord, parse_record
 from .data import ROW_FEATURES, sample_record, undecoded_samples
 from .images import num_cores
-from .records import BadRecord, parse_record
 
 
 logger = logging.get_logger(__name__)

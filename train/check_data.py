@@ -24,9 +24,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from .data import Check, check_llava_json, is_json_file, read_records, write_bad_records
+from ..records import FOREIGN_MARKER, IMAGE_MARKER, ROLES, name_keys, read_records
+from .data import Check, check_llava_json, is_json_file, write_bad_records
 from .images import similar_files
-from .records import FOREIGN_MARKER, IMAGE_MARKER, ROLES, name_keys
 
 
 # How to fix each kind of bad record, and what each kind of note means elsewhere

@@ -13,8 +13,8 @@ from trl import ModelConfig, SFTConfig
 
 from ..costs import training_flops, training_memory
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from ..records import name_keys
 from .batches import BudgetedRows, BudgetSampler, Collator, fit_rows
-from .records import name_keys
 
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")

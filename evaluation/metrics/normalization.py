@@ -53,3 +53,16 @@ def normalize_answer(answer: str, keep_articles: bool = False) -> str:
     }
     words = (NUMBERS.get(word, word) for word in PERIOD.sub("", answer.translate(marks)).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if keep_articles or word not in ARTICLES)
+
+
+def comparable(answer: str) -> str:
+    """
+    The form in which answers are compared, which is empty for a blank answer alone.
+
+    Args:
+        answer (`str`): An answer.
+
+    Returns:
+        `str`: The normalised answer; with its articles, or as it is, where nothing would be left of it.
+    """
+    return normalize_answer(answer) or normalize_answer(answer, keep_articles=True) or answer.strip()

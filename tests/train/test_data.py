@@ -17,7 +17,7 @@ from PIL import Image
 
 from delta_llava.train import data, images
 from delta_llava.train.check_data import FAULTS, NOTES
-from delta_llava.train.data import check_llava_json, load_llava_json, read_records
+from delta_llava.train.data import check_llava_json, load_llava_json
 
 
 @pytest.fixture(autouse=True)
@@ -245,67 +245,10 @@ def test_missing_files_are_named(tmp_path):
         load_llava_json(tmp_path / "data.json", tmp_path / "none")
 
 
-SOUND_JSON = """ [
-    {"id": "ä😀\\ud83d", "value": [1, 2.5, -3e-2, true, null, NaN]}, 12345, "a]\\",[" , [], [[ ]], false
-] """
-
-
-@pytest.mark.parametrize("characters", [2, 3, 7, 2**20])
-def test_records_are_read_one_by_one_as_the_whole_would_be(tmp_path, monkeypatch, characters):
-    monkeypatch.setattr(data, "_CHARACTERS_PER_READ", characters)
-    path = tmp_path / "data.json"
-    path.write_text(SOUND_JSON, encoding="utf-8")
-    assert repr(list(read_records(path))) == repr(json.loads(SOUND_JSON))  # repr, because NaN != NaN
-
-
-@pytest.mark.parametrize("characters", [3, 2**20])
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("[1, 2", "record 1: the file ends before the list does"),
-        ("[1, 2,", "record 2: Expecting value"),
-        ("[1, 2,]", r"record 2: Expecting value at ']'"),
-        ('[1, {"id" 2}, 3]', "record 1: Expecting ':' delimiter at '2}, 3]'"),
-        ("[1, 2 3]", "record 1 is followed by '3"),
-        ("[1, 2] 3", "the list is followed by '3'"),
-    ],
-)
-def test_broken_json_is_an_error_after_the_good_records_before_it(tmp_path, monkeypatch, characters, content, reason):
-    monkeypatch.setattr(data, "_CHARACTERS_PER_READ", characters)
-    path, records = tmp_path / "data.json", []
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"data\.json is not JSON") as error:
-        records.extend(read_records(path))
-    assert reason in str(error.value)
-    assert records == [1, 2][: len(records)]
-
-
-@pytest.mark.parametrize("characters", [3, 2**20])
-@pytest.mark.parametrize("text", ['{"id": 1}\n{"id": {"a": "}"}}\n\n', ' {"id": 1}{"id": {"a": "}"}}'])
-def test_json_lines_are_read_one_by_one(tmp_path, monkeypatch, characters, text):
-    monkeypatch.setattr(data, "_CHARACTERS_PER_READ", characters)
-    (tmp_path / "data.jsonl").write_text(text)
-    assert list(read_records(tmp_path / "data.jsonl")) == [{"id": 1}, {"id": {"a": "}"}}]
-
-
 def test_a_key_that_an_object_has_twice_makes_its_record_bad(load, tmp_path):
     twice = json.dumps(record()).replace('"gpt", ', '"gpt", "value": "Another.", ')
     with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .*has the key 'value' twice"):
         load(f"[{twice}, {json.dumps(record())}]")
-
-
-def test_a_record_without_end_is_not_read_to_the_end_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CHARACTERS_PER_READ", 10)
-    monkeypatch.setattr(data, "_MAX_CHARACTERS_PER_RECORD", 100)
-    (tmp_path / "data.json").write_text('[1, "' + "a" * 300 + '"]')
-    with pytest.raises(ValueError, match="record 1: Unterminated string"):
-        list(read_records(tmp_path / "data.json"))
-
-
-def test_a_broken_byte_is_an_error(tmp_path):
-    (tmp_path / "data.json").write_bytes(b'[1, "\xed\xa0\xbd"]')
-    with pytest.raises(ValueError, match=r"is not JSON .*invalid continuation byte"):
-        list(read_records(tmp_path / "data.json"))
 
 
 def test_stage_1_takes_one_question_and_one_answer(load):

@@ -7,7 +7,7 @@ import datasets
 import evaluate
 
 from delta_llava.evaluation.metrics import checks
-from delta_llava.evaluation.metrics.normalization import normalize_answer
+from delta_llava.evaluation.metrics.normalization import comparable
 
 
 DESCRIPTION = """
@@ -45,16 +45,3 @@ class ExactMatch(checks.TextMetric):
             if not reference.strip():
                 raise ValueError(f"references[{index}] is {reference!r}: a right answer is needed.")
         return {"exact_match": fmean(map(eq, map(comparable, predictions), map(comparable, references)))}
-
-
-def comparable(answer: str) -> str:
-    """
-    The form in which answers are compared, which is empty for a blank answer alone.
-
-    Args:
-        answer (`str`): An answer.
-
-    Returns:
-        `str`: The normalised answer; with its articles, or as it is, where nothing would be left of it.
-    """
-    return normalize_answer(answer) or normalize_answer(answer, keep_articles=True) or answer.strip()

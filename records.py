@@ -1,11 +1,14 @@
-"""One record of any usual form as the one chat that training knows, with nothing in it dropped in silence."""
+"""Records of a JSON file, each as the one chat that training knows, with nothing in it dropped in silence."""
 
+import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from reprlib import Repr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-from ..processing_delta_llava import decode_data_url
+from .processing_delta_llava import decode_data_url
 
 
 IMAGE_MARKER = "<image>"
@@ -38,6 +41,10 @@ FOREIGN_MARKER = re.compile(
     re.IGNORECASE,
 )
 
+_SPACE = re.compile(r"[ \t\n\r]*")
+_CHARACTERS_PER_READ = 2**20
+_MAX_CHARACTERS_PER_RECORD = 2**26  # what is longer is a fault, most likely of a quotation mark
+
 _short = Repr()
 _short.maxstring = _short.maxother = 200
 _short.maxlist = _short.maxdict = 20
@@ -61,6 +68,86 @@ class BadRecord(ValueError):
         super().__init__(reason)
         self.kind = kind
         self.file = file
+
+
+def read_records(json_path: str | Path) -> Iterator[Any]:
+    """
+    Yield the records of a JSON list, or of JSON lines, one by one, so that the file never lies in memory as a whole.
+
+    Args:
+        json_path (`str` or `Path`):
+            JSON file in UTF-8.
+
+    Yields:
+        The records, of whatever type they are; in the place of one in which an object has a key twice, a
+        [`BadRecord`].
+
+    Raises:
+        `ValueError`: The file is not JSON, maybe after many a good record, or it is no list, or an empty one.
+    """
+    found = None
+    try:
+        with open(json_path, encoding="utf-8-sig", newline="") as file:
+            text = file.read(_CHARACTERS_PER_READ)
+            start = _SPACE.match(text).end()
+            if text.startswith("{", start):
+                yield from _decode_records(file, text, start, is_list=False)
+            elif not text.startswith("[", start):
+                found = type(json.loads(text + file.read())).__name__
+            elif text.startswith("]", _SPACE.match(text, start + 1).end()):
+                found = "an empty list"
+            else:
+                yield from _decode_records(file, text, start + 1, is_list=True)
+    except ValueError as error:
+        raise ValueError(f"{json_path} is not JSON ({error}). JSON records in UTF-8 are needed.") from error
+    if found:
+        raise ValueError(f"{json_path} holds {found}, where a JSON list of records is needed.")
+
+
+def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> Iterator[Any]:
+    # The standard library's decoder on a moving window: ijson is made for this, but its C parser turns half a surrogate
+    # pair into "?" without a word
+    repeated_keys = []
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            repeated_keys.append(next(key for key in keys if keys.count(key) > 1))
+        return found
+
+    decoder, index = json.JSONDecoder(object_pairs_hook=to_object), 0
+    while True:
+        repeated_keys.clear()
+        is_complete = False
+        try:
+            record, end = decoder.raw_decode(text, _SPACE.match(text, position).end())
+            end = _SPACE.match(text, end).end()
+            is_complete, fault = True, "the file ends before the list does" if end == len(text) else None
+        except json.JSONDecodeError as error:
+            fault = f"{error.msg} at {text[error.pos : error.pos + 40]!r}"
+        except RecursionError:
+            raise ValueError(f"record {index}: it is nested too deeply") from None
+        except ValueError as error:  # a number of too many digits
+            raise ValueError(f"record {index}: {error}") from None
+        if fault:  # or the record goes on in what is not yet read
+            length = len(text) - position
+            more = file.read(max(length, _CHARACTERS_PER_READ)) if length < _MAX_CHARACTERS_PER_RECORD else ""
+            if more:
+                text, position = text[position:] + more, 0
+                continue
+            if is_list or not is_complete:
+                raise ValueError(f"record {index}: {fault}")
+        delimiter = text[end : end + 1]
+        if delimiter not in ((",", "]") if is_list else ("{", "")):
+            expected = "by a comma or the list's end" if is_list else "by an object"
+            raise ValueError(f"record {index} is followed by {text[end : end + 40]!r}, not {expected}")
+        yield BadRecord(f"an object has the key {short(repeated_keys[0])} twice") if repeated_keys else record
+        index, position = index + 1, end + is_list
+        if delimiter in ("]", ""):
+            break
+    if extra := (text[position:] + file.read()).strip():
+        raise ValueError(f"the list is followed by {extra[:40]!r}")
 
 
 class Chat(NamedTuple):
