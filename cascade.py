@@ -113,29 +113,14 @@ def generate(
     num_images = placeholders // small
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     features = None if pixel_values is None else model.model._run_vision_tower(pixel_values)[1:]
-    generation_config = kwargs.get("generation_config") or model.generation_config
-    if (generation_config.num_return_sequences or 1) > 1:
-        raise ValueError("num_return_sequences of the generation config must be 1 for a cascade.")
-    end = kwargs.get("eos_token_id", generation_config.eos_token_id)
-    pad = kwargs.get("pad_token_id", generation_config.pad_token_id)
-    ends = torch.tensor([] if end is None else end, device=input_ids.device).flatten()
-    pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
+    pad = _special_tokens(model, kwargs)[1]
 
     def answer(ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, budget: int):
         encoded = {}
         if features is not None and len(images):
             visual_tokens = model.model.multi_modal_projector(*(part[images] for part in features), budget)
             encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, mm_encoder_outputs=encoded, **{**kwargs, "pad_token_id": pad}, **OUTPUTS
-        )
-        scores = model.compute_transition_scores(
-            output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
-        )
-        answers = output.sequences[:, -scores.shape[1] :]
-        is_end = torch.isin(answers, ends)
-        is_answer = is_end.cumsum(1) - is_end.long() == 0
-        return answers, scores.masked_fill(~is_answer, 0).sum(1) / is_answer.sum(1)
+        return generate_scored(model, input_ids=ids, attention_mask=mask, mm_encoder_outputs=encoded, **kwargs)
 
     every = torch.arange(int(num_images.sum()), device=input_ids.device)
     sequences, log_probabilities = answer(input_ids, attention_mask, every, small)
@@ -161,6 +146,48 @@ def generate(
         visual_tokens_used=num_images * (small + large * (budgets == large)),
         log_probabilities=log_probabilities,
     )
+
+
+@torch.no_grad()
+def generate_scored(
+    model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Answers, and how sure the model is of them.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]): In any dtype.
+        input_ids (`torch.Tensor` of shape `(batch_size, prompt_length)`, int64): The prompts.
+        **kwargs: For `generate`, images among them.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: The answers without their prompts, `(batch_size, answer_length)`, int64,
+        and the mean log-probability of each, `(batch_size,)`, float32, in nats: of its tokens and of the end token, by
+        the model itself, whatever temperature and the like have made of it.
+
+    Raises:
+        ValueError: If `generate` is to return several answers of a prompt.
+    """
+    ends, pad = _special_tokens(model, kwargs)
+    output = model.generate(input_ids=input_ids, **{**kwargs, "pad_token_id": pad}, **OUTPUTS)
+    if len(output.sequences) != len(input_ids):
+        raise ValueError("num_return_sequences must be 1: a cascade gives one answer to each prompt.")
+    scores = model.compute_transition_scores(
+        output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
+    )
+    answers = output.sequences[:, -scores.shape[1] :]
+    is_end = torch.isin(answers, torch.tensor(ends, device=answers.device))
+    is_answer = is_end.cumsum(1) - is_end.long() == 0
+    return answers, scores.masked_fill(~is_answer, 0).sum(1) / is_answer.sum(1)
+
+
+def _special_tokens(model: PreTrainedModel, options: dict[str, Any]) -> tuple[list[int], int]:
+    """The tokens that end an answer and the one that follows it, as `generate` finds them."""
+    config = options.get("generation_config") or model.generation_config
+    ends = options.get("eos_token_id", config.eos_token_id)
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    pad = options.get("pad_token_id", config.pad_token_id)
+    return ends, pad if pad is not None else (ends or [0])[0]
 
 
 def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:

@@ -47,6 +47,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..cascade import CASCADE_NAME
 from ..configuration_delta_llava import AUTO_MAP, DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -67,7 +68,7 @@ REQUIRED_FILES = (
     *CODE_FILES,
 )
 STAGES = [f"training/{stage}*.{kind}" for stage in ("pretrain", "finetune") for kind in ("yaml", "json", "png")]
-RECORDS = ("training/sources.yaml", *STAGES, "results/tokens-*.json")
+RECORDS = ("training/sources.yaml", *STAGES, "results/tokens-*.json", CASCADE_NAME)
 # Nothing else is ever sent, or deleted from a repository: no optimizer state, no pickle, no log of other making
 SHARDS = "model-*-of-*.safetensors"
 OURS = (*REQUIRED_FILES, *RECORDS, SAFE_WEIGHTS_NAME, SHARDS, SAFE_WEIGHTS_INDEX_NAME, "README.md")
@@ -369,7 +370,7 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
 def _files(checkpoint: Path, num_visual_tokens: int) -> dict[str, Path | bytes]:
     """What is to be published but for the card, with another default budget where that is not the checkpoint's own."""
     paths = [checkpoint / name for name in REQUIRED_FILES]
-    for pattern in (SAFE_WEIGHTS_INDEX_NAME, "training/sources.yaml", "results/tokens-*.json"):
+    for pattern in (SAFE_WEIGHTS_INDEX_NAME, "training/sources.yaml", "results/tokens-*.json", CASCADE_NAME):
         paths += sorted(checkpoint.glob(pattern))
     for stage in ("pretrain", "finetune"):  # what lies beside the recipes and is not of one is not for others
         for recipe in sorted(checkpoint.glob(f"training/{stage}*.yaml")):

@@ -1,0 +1,291 @@
+"""
+Finds when a cascade (`delta_llava.cascade`) is to ask again, on validation questions of which the answers are known.
+
+```
+python -m delta_llava.evaluation.calibrate --checkpoint checkpoints/delta-llava-vicuna-7b --json_path validation.json \\
+    --image_folder images --budgets 16 144 --target_tokens 40
+```
+
+Every budget of the checkpoint answers all questions: records of any form that training takes, each one question about
+its images and one short answer. An answer is right if it is the record's after the normalisation of the VQA evaluation.
+Of all thresholds at which an image costs no more visual tokens on average than the target, those of both passes
+together, the one with the highest accuracy goes into the checkpoint's `cascade.json`, which `cascade.generate` reads.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import fmean
+
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from ..cascade import CASCADE_NAME, check_budgets, generate_scored
+from ..records import BadRecord, Chat, parse_record, read_records
+from .checkpoint import check_visual_tokens, locate
+from .metrics.normalization import comparable
+
+
+@dataclass
+class Cascade:
+    """
+    What a cascade reaches at one threshold.
+
+    Args:
+        threshold (`float`): Mean log-probability below which it asks again, in nats.
+        mean_visual_tokens (`float`): Visual tokens of an image, of both passes.
+        accuracy, asked_again (`float`): Shares of the questions: answered right, and asked again.
+    """
+
+    threshold: float
+    mean_visual_tokens: float
+    accuracy: float
+    asked_again: float
+
+
+def read_questions(json_path: str | Path, image_folder: str | Path) -> list[Chat]:
+    """
+    Validation questions.
+
+    Args:
+        json_path (`str` or `Path`): JSON list, or JSON lines, of records of any form that training takes.
+        image_folder (`str` or `Path`): Folder of their images.
+
+    Returns:
+        `list[Chat]`: Each of one question and one answer, its images as paths or bytes.
+
+    Raises:
+        ValueError: For a record that is not one question about at least one image and its answer, or an image that is
+            not there.
+    """
+    questions = []
+    for index, record in enumerate(read_records(json_path)):
+        try:
+            chat = parse_record(record, require_images=True, one_answer=True)
+        except BadRecord as error:
+            raise ValueError(f"{json_path}, record {index}: {error}") from error
+        images = [Path(image_folder, image) if isinstance(image, str) else image["bytes"] for image in chat.images]
+        for image in images:
+            if isinstance(image, Path) and not image.is_file():
+                raise ValueError(f"{json_path}, record {index}: there is no image {image}.")
+        questions.append(chat._replace(images=images))
+    return questions
+
+
+def answer_all(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: list[Chat],
+    num_visual_tokens: int,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> tuple[list[bool], list[float]]:
+    """
+    Greedy answers at one budget.
+
+    Args:
+        model ([`DeltaLlavaForConditionalGeneration`]), processor ([`DeltaLlavaProcessor`]): Of one checkpoint.
+        questions (`list[Chat]`): As [`read_questions`] gives them.
+        num_visual_tokens (`int`): The budget of every image.
+        batch_size, max_new_tokens (`int`): Questions at a time, and the longest answer.
+
+    Returns:
+        `tuple[list[bool], list[float]]`: Which answers are right, and their mean log-probabilities in nats.
+    """
+    right, log_probabilities = [], []
+    with tqdm(total=len(questions), desc=f"{num_visual_tokens} visual tokens", unit=" questions") as progress:
+        for first in range(0, len(questions), batch_size):
+            batch = questions[first : first + batch_size]
+            inputs = processor.apply_chat_template(
+                [_question(chat) for chat in batch],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "num_visual_tokens": num_visual_tokens},
+            ).to(model.device, model.dtype)
+            answers, scores = generate_scored(model, **inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            for answer, chat in zip(processor.batch_decode(answers, skip_special_tokens=True), batch, strict=True):
+                right.append(comparable(answer) == comparable(chat.messages[1]["content"][0]["text"]))
+            log_probabilities += scores.tolist()
+            progress.update(len(batch))
+    return right, log_probabilities
+
+
+def _question(chat: Chat) -> list[dict]:
+    images = iter(chat.images)
+    content = [
+        {"type": "image", "image": image if isinstance(image := next(images), bytes) else str(image)}
+        if part["type"] == "image"
+        else part
+        for part in chat.messages[0]["content"]
+    ]
+    return [{"role": "user", "content": content}]
+
+
+def cascades(
+    small: tuple[list[bool], list[float]], large: list[bool], num_images: list[int], budgets: tuple[int, int]
+) -> list[Cascade]:
+    """
+    What every threshold reaches that makes a difference.
+
+    Args:
+        small (`tuple[list[bool], list[float]]`): What [`answer_all`] returns at the smaller budget.
+        large (`list[bool]`): Which answers are right at the larger one.
+        num_images (`list[int]`): Of each question.
+        budgets (`tuple[int, int]`): The smaller and the larger.
+
+    Returns:
+        `list[Cascade]`: From the one that never asks again on; one that asks again whatever is not certain comes last.
+    """
+    found = []
+    for threshold in (-inf, *sorted({score for score in small[1] if score < 0}), 0.0):
+        again = [score < threshold for score in small[1]]
+        tokens = sum(
+            images * (budgets[0] + asked * budgets[1]) for images, asked in zip(num_images, again, strict=True)
+        )
+        right = [second if asked else first for asked, first, second in zip(again, small[0], large, strict=True)]
+        found.append(Cascade(threshold, tokens / sum(num_images), fmean(right), fmean(again)))
+    return found
+
+
+def choose(found: list[Cascade], target_tokens: float) -> Cascade:
+    """
+    The most accurate cascade within a target; of equal ones, the cheapest.
+
+    Args:
+        found (`list[Cascade]`): As [`cascades`] gives them.
+        target_tokens (`float`): The most visual tokens that an image may cost on average.
+
+    Raises:
+        ValueError: If even the one that never asks again costs more.
+    """
+    affordable = [point for point in found if point.mean_visual_tokens <= target_tokens]
+    if not affordable:
+        raise ValueError(f"target_tokens={target_tokens:g} is less than the smaller budget, which every image costs.")
+    return max(affordable, key=lambda point: (point.accuracy, -point.mean_visual_tokens))
+
+
+def draw(fixed: dict[int, float], found: list[Cascade], chosen: Cascade, budgets: tuple[int, int], output: str | Path):
+    """
+    Draws accuracy against visual tokens.
+
+    Args:
+        fixed (`dict[int, float]`): Accuracy, from 0 to 1, of each budget by itself.
+        found (`list[Cascade]`), chosen ([`Cascade`]): Of a pair of budgets.
+        budgets (`tuple[int, int]`): The pair.
+        output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(list(fixed), [100 * accuracy for accuracy in fixed.values()], "o-", label="one budget for all")
+    points = sorted(found, key=lambda point: point.mean_visual_tokens)
+    tokens = [point.mean_visual_tokens for point in points]
+    axes.plot(tokens, [100 * point.accuracy for point in points], label=f"{budgets[0]}, and {budgets[1]} where unsure")
+    label = f"chosen: asks {chosen.asked_again:.0%} again"
+    axes.plot(chosen.mean_visual_tokens, 100 * chosen.accuracy, "*", markersize=14, color="black", label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(list(fixed), [str(budget) for budget in fixed])
+    axes.minorticks_off()
+    axes.set_xlabel("visual tokens per image, of all passes (mean)")
+    axes.set_ylabel("answers that are right, %")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(output, dpi=120)
+
+
+def calibrate(
+    checkpoint: str | Path,
+    json_path: str | Path,
+    image_folder: str | Path,
+    budgets: tuple[int, int],
+    target_tokens: float,
+    plot: str | Path = "cascade.png",
+    dtype: str = "auto",
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+) -> str:
+    """
+    Finds the threshold, writes it into the checkpoint and draws the curve.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder, into which `cascade.json` is written.
+        json_path, image_folder (`str` or `Path`): See [`read_questions`].
+        budgets (`tuple[int, int]`): The smaller and the larger budget of the cascade.
+        target_tokens (`float`): The most visual tokens that an image may cost on average.
+        plot (`str` or `Path`, *optional*, defaults to `"cascade.png"`): The picture.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
+        batch_size, max_new_tokens (`int`): See [`answer_all`].
+
+    Returns:
+        `str`: A Markdown table of accuracy against visual tokens.
+
+    Raises:
+        ValueError: For questions, budgets or a target that do not fit, or a checkpoint on the Hub, which cannot be
+            written.
+    """
+    if not Path(checkpoint).is_dir():
+        raise ValueError(f"{checkpoint} is no folder, into which {CASCADE_NAME} could be written: download it first.")
+    folder, _ = locate(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    check_visual_tokens(model.config, list(budgets))
+    budgets = check_budgets(budgets, model.config.patch_grid_size)
+    questions = read_questions(json_path, image_folder)
+
+    answered = {
+        budget: answer_all(model, processor, questions, budget, batch_size, max_new_tokens)
+        for budget in sorted({*model.config.visual_token_budgets, *budgets})
+    }
+    fixed = {budget: fmean(right) for budget, (right, _) in answered.items()}
+    num_images = [len(chat.images) for chat in questions]
+    found = cascades(answered[budgets[0]], answered[budgets[1]][0], num_images, budgets)
+    chosen = choose(found, target_tokens)
+    written = {
+        "num_visual_tokens": list(budgets),
+        "threshold": max(chosen.threshold, -1e30),  # JSON has no infinity
+        "validation": {
+            "questions": len(questions),
+            "accuracy": chosen.accuracy,
+            "mean_visual_tokens": chosen.mean_visual_tokens,
+            "asked_again": chosen.asked_again,
+        },
+    }
+    (folder / CASCADE_NAME).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    draw(fixed, found, chosen, budgets, plot)
+    lines = ["| visual tokens per image | accuracy, % |", "|---|---|"]
+    lines += [f"| {budget} | {100 * accuracy:.1f} |" for budget, accuracy in fixed.items()]
+    lines.append(
+        f"| {chosen.mean_visual_tokens:.1f}: {budgets[0]}, and {budgets[1]} for the {chosen.asked_again:.1%} below"
+        f" {chosen.threshold:.4g} nats | {100 * chosen.accuracy:.1f} |"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None):
+    """Command line: prints the table, or one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help=f"folder of a Delta-LLaVA model; gets {CASCADE_NAME}")
+    parser.add_argument("--json_path", required=True, help="validation questions, none of which was trained on")
+    parser.add_argument("--image_folder", required=True)
+    parser.add_argument("--budgets", type=int, nargs=2, required=True, metavar=("SMALLER", "LARGER"))
+    parser.add_argument("--target_tokens", type=float, required=True, help="mean visual tokens of an image, at most")
+    parser.add_argument("--plot", default="cascade.png", help="the picture (default: cascade.png)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="of an answer (default: 64)")
+    options = parser.parse_args(arguments)
+    try:
+        print(calibrate(**vars(options)))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"Written: {Path(options.checkpoint) / CASCADE_NAME} and {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
