@@ -30,6 +30,7 @@ from transformers import (
     StoppingCriteria,
 )
 
+from ..cascade import generate, read_calibration
 from ..llava import fit_spaces, pad_to_square
 from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
@@ -57,10 +58,12 @@ class DeltaLlava(lmms):
         fastv_layer (`int`, *optional*): The checkpoint is transformers' LLaVA-1.5, and FastV drops its visual tokens
             behind this layer. It is asked as LLaVA-1.5 was trained, and as checkpoints of ours are: pictures are padded
             to squares and Vicuna's system prompt comes first, both of which llava-hf's checkpoints leave out.
+        cascade (`bool`, *optional*, defaults to `False`): Whether `delta_llava.cascade` answers, as the checkpoint was
+            calibrated. It may be changed between two tasks.
 
     Raises:
-        ValueError: For a number of visual tokens that the checkpoint does not allow, a batch size below 1, or a layer
-            that the language model does not have.
+        ValueError: For a number of visual tokens that the checkpoint does not allow, a batch size below 1, a layer
+            that the language model does not have, or a cascade that was not calibrated.
     """
 
     is_simple = False
@@ -75,6 +78,7 @@ class DeltaLlava(lmms):
         device: str | None = None,
         attn_implementation: str | None = None,
         fastv_layer: int | None = None,
+        cascade: bool = False,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -88,6 +92,8 @@ class DeltaLlava(lmms):
         if num_visual_tokens is None:
             num_visual_tokens = config.num_visual_tokens if fastv_layer is None else config.image_seq_length
         self.num_visual_tokens, self.fastv_layer = num_visual_tokens, fastv_layer
+        self.calibration = read_calibration(folder) if cascade else None
+        self.cascade, self.usage = cascade, torch.zeros(2)  # visual tokens, images
         self.model = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,
@@ -128,6 +134,12 @@ class DeltaLlava(lmms):
         """
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **simple_parse_args_string(arg_string)})
+
+    def mean_visual_tokens(self) -> float:
+        """Visual tokens of an image, of both passes of a cascade, since the last call, over all processes."""
+        tokens, images = self.accelerator.reduce(self.usage.to(self.device)).tolist()
+        self.usage = torch.zeros(2)
+        return tokens / max(images, 1)
 
     @property
     def device(self) -> torch.device:
@@ -173,6 +185,12 @@ class DeltaLlava(lmms):
         try:
             options, until = generation_options(json.loads(arguments))
             inputs = self._inputs(requests)
+            if self.cascade:
+                # Its answers end at the end token, as those did that it was calibrated on
+                output = generate(self.model, **inputs, **options)
+                self.usage += torch.tensor([output.visual_tokens_used.sum(), len(inputs.get("pixel_values", ()))])
+                texts = self.processor.batch_decode(output.sequences, skip_special_tokens=True)
+                return [cut(text, until) for text in texts]
             prompt_length = inputs["input_ids"].shape[1]
             criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
             with self._pruned():
@@ -190,7 +208,8 @@ class DeltaLlava(lmms):
             if kinds := {part.type for message in messages.messages for part in message.content} - {"text", "image"}:
                 raise ValueError(f"The messages hold {sorted(kinds)}: Delta-LLaVA takes images and text.")
             chats.append(messages.to_hf_messages())
-        budget = {"num_visual_tokens": self.num_visual_tokens} if self.fastv_layer is None else {}
+        num_visual_tokens = self.calibration["num_visual_tokens"][0] if self.cascade else self.num_visual_tokens
+        budget = {"num_visual_tokens": num_visual_tokens} if self.fastv_layer is None else {}
         return self.processor.apply_chat_template(
             chats,
             add_generation_prompt=True,

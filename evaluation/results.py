@@ -13,9 +13,14 @@ FIELDS = {"num_visual_tokens", "toolkit", "date", "commit", "weights", "results"
 WHAT = ("task", "name", "dataset", "config", "split", "metric", "unit", "prompt_variant")
 
 
-def results_file(output_dir: Path, num_visual_tokens: int, fastv_layer: int | None = None) -> Path:
-    """Where the results at a number of visual tokens lie; those with FastV apart, because they are no model card's."""
+def results_file(output_dir: Path, num_visual_tokens: int | None, fastv_layer: int | None = None) -> Path:
+    """
+    Where the results at a number of visual tokens lie, those of a cascade where it is `None`. What is no model card's
+    lies apart: FastV and cascades.
+    """
     folder = output_dir / "results"
+    if num_visual_tokens is None:
+        return folder / "cascade.json"
     if fastv_layer is not None:
         folder /= f"fastv-{fastv_layer}"
     return folder / f"tokens-{num_visual_tokens}.json"
@@ -85,7 +90,7 @@ def result(entry: dict[str, Any], value: float, num_samples: int) -> dict[str, A
 
 def write_results(
     file: Path,
-    num_visual_tokens: int,
+    num_visual_tokens: int | None,
     toolkit: str,
     commit: str | None,
     weights: dict[str, str],
@@ -96,7 +101,7 @@ def write_results(
 
     Args:
         file (`Path`): The file; its folder is made.
-        num_visual_tokens (`int`): Budget of each image.
+        num_visual_tokens (`int` or None): Budget of each image, if there is one for all.
         toolkit (`str`): Name and version of what has measured, and the dtype of the weights.
         commit (`str` or None): What was measured, if it is on the Hub.
         weights (`dict[str, str]`): SHA-256 of each file of weights.

