@@ -43,8 +43,11 @@ EXAMPLES = {
 MAX_QUESTION = 1000  # characters
 MAX_SIDE = 2048  # pixels that are kept of an image, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
-SIDES = ("Few", "Many")
+SIDES = ("Budget A", "Budget B")
 TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
+
+# On a phone the answers stand below the fold
+TO_ANSWERS = "() => { if (innerWidth < 700) document.querySelector('.side').scrollIntoView({behavior: 'smooth'}); }"
 
 
 class Watch(StoppingCriteria):
@@ -236,18 +239,16 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
 
 def figures(budget: int, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
     """Visual tokens, FLOPs, time to first token and speed of one side."""
-    entries = {"Visual tokens": str(budget), "FLOPs": "unknown", "First token": "—", "Tokens/s": "—"}
-    bar = ""
-    if flops and largest:
-        size, unit = next(((size, name) for size, name in UNITS.items() if flops >= size), (1, "FLOPs"))
-        entries["FLOPs"] = f"{'' if took else '≈ '}{flops / size:.3g} {unit}"
-        bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>'
-    if took:
-        entries["First token"] = f"{took['first'] * 1000:.0f} ms" if took["first"] < 1 else f"{took['first']:.2f} s"
-        if took["speed"]:
-            entries["Tokens/s"] = f"{took['speed']:.3g}" if took["speed"] < 100 else f"{took['speed']:.0f}"
+    size, unit = next(((size, name) for size, name in UNITS.items() if (flops or 0) >= size), (1, "FLOPs"))
+    bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>' if flops else ""
+    entries = {
+        "Visual tokens": budget,
+        "FLOPs": f"{'' if took else '≈ '}{flops / size:.3g} {unit}{bar}" if flops else "unknown",
+        "Time to first token": f"{took['first']:.3f} s" if took else "—",
+        "Tokens per second": f"{took['speed']:.3g}" if took and took["speed"] else "—",
+    }
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries.items())
-    return f'<dl>{cells}</dl>{bar}<p class="note">{" ".join(notes)}</p>'
+    return f'<dl>{cells}</dl><p class="note">{" ".join(notes)}</p>'
 
 
 def count(budget: int) -> str:
@@ -260,33 +261,40 @@ def message(text: str = "") -> str:
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
-footer { display: none !important; }
 #head h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
-#message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); color: var(--body-text-color);
-    background: var(--background-fill-secondary); border-left: 4px solid #e5484d; }
-#upload img { image-rendering: auto; width: 100%; height: 100%; object-fit: contain; }
+#message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); border-left: 4px solid #e5484d;
+    background: var(--background-fill-primary); overflow-wrap: anywhere; }
+#upload img { width: 100%; height: 100%; object-fit: contain; }
+.buttons button { white-space: nowrap; }
 .side { border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl); padding: 1rem !important; }
-.budget label { display: block; }
-.budget-label { font-weight: 600; }
-.budget input { width: 100%; margin: .5rem 0 0; accent-color: var(--color-accent); height: 1.5rem; cursor: pointer; }
-.budget .ticks { display: flex; justify-content: space-between; font-size: .8rem;
-    color: var(--body-text-color-subdued); }
-.budget .ticks span { width: 1.6rem; text-align: center; }
-figure { margin: 0; text-align: center; }
-figure svg { width: min(100%, 15rem); border-radius: var(--radius-md); background: var(--background-fill-secondary); }
-figure path { fill: none; stroke: #fff; stroke-opacity: .7; stroke-width: 1px; vector-effect: non-scaling-stroke; }
-figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); min-height: 1.3em; margin: .2rem 0 0; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)); gap: .5rem; margin: 0; }
+.budget-label { display: block; font-weight: 600; }
+.budget input { appearance: none; width: 100%; height: 1.5rem; margin: .25rem 0 0; background: none; cursor: pointer; }
+.budget input::-webkit-slider-runnable-track { height: 6px; border-radius: 3px;
+    background: var(--border-color-primary); }
+.budget input::-moz-range-track { height: 6px; border-radius: 3px; background: var(--border-color-primary); }
+.budget input::-webkit-slider-thumb { appearance: none; width: 20px; height: 20px; margin-top: -7px;
+    border-radius: 50%; background: var(--color-accent); }
+.budget input::-moz-range-thumb { width: 20px; height: 20px; border: 0; border-radius: 50%;
+    background: var(--color-accent); }
+.budget input:focus-visible, button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.ticks { display: flex; justify-content: space-between; font-size: .8rem; color: var(--body-text-color-subdued); }
+.ticks span { width: 20px; display: flex; justify-content: center; }
+.seen { align-items: start; }
+figure { margin: 0; }
+figure svg { display: block; width: 100%; border-radius: var(--radius-md); background: var(--border-color-primary); }
+figure path { fill: none; stroke: #fff; stroke-opacity: .6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); margin: .25rem 0 0; }
+dl { display: grid; gap: .4rem; margin: 0; }
 dt { font-size: .75rem; color: var(--body-text-color-subdued); }
 dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar { height: 6px; border-radius: 3px; background: var(--background-fill-secondary); margin-top: .5rem; }
+.bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: .2rem; }
 .bar div { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .3s; }
 .chat p { margin: .35rem 0; padding: .5rem .75rem; border-radius: var(--radius-lg); overflow-wrap: anywhere;
     white-space: pre-wrap; width: fit-content; max-width: 90%; }
-.chat .question { margin-left: auto; background: var(--background-fill-secondary); }
-.chat .answer { background: var(--color-accent-soft); }
-.chat small { display: block; color: var(--body-text-color-subdued); }
+.chat .question { margin-left: auto; background: var(--background-fill-primary); }
+.chat .answer { background: var(--color-accent-soft); font-weight: 600; }
+.chat small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
 """
 
 
@@ -354,8 +362,8 @@ def build(page: Page) -> gr.Blocks:
         took = [None, None]
         yield {alert: message(), box: "", **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
         for side, budget in enumerate(budgets):
-            for answer, took[side] in page.answer(image, question, earlier[side], budget):
-                answers[side] = answer
+            for answer, spent in page.answer(image, question, earlier[side], budget):
+                answers[side], took[side] = answer, spent
                 yield {chats[side]: chat(turns, side), **dict(zip(numbers, describe(budgets, took), strict=True))}
         for side, budget in enumerate(budgets):
             if answers[side]:
@@ -385,17 +393,18 @@ def build(page: Page) -> gr.Blocks:
                         gr.Button(text, icon=str(file), size="sm", min_width=100) for text, file in EXAMPLES.items()
                     ]
                 box = gr.Textbox(first_question, label="Question", submit_btn=False, lines=1, max_lines=4)
-                with gr.Row():
-                    asking = gr.Button("Ask both", variant="primary", min_width=100)
-                    stopping = gr.Button("Stop", min_width=60, scale=0)
-                    clearing = gr.Button("New chat", min_width=100, scale=0)
+                with gr.Row(elem_classes="buttons"):
+                    asking = gr.Button("Ask both", variant="primary", min_width=110)
+                    stopping = gr.Button("Stop", min_width=60)
+                    clearing = gr.Button("New chat", min_width=90)
                 alert = gr.HTML(elem_id="message")
             budgets, pictures, numbers, chats = [], [], [], []
             for name, budget, text in zip(SIDES, start, describe(start), strict=True):
                 with gr.Column(scale=3, min_width=280, elem_classes="side"):
                     budgets.append(Budget(budget, page.budgets, name))
-                    pictures.append(gr.HTML(grid(seen.value, budget)))
-                    numbers.append(gr.HTML(text))
+                    with gr.Row(elem_classes="seen"):
+                        pictures.append(gr.HTML(grid(seen.value, budget), min_width=140, scale=1))
+                        numbers.append(gr.HTML(text, min_width=120, scale=1))
                     chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
 
         quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
@@ -416,6 +425,7 @@ def build(page: Page) -> gr.Blocks:
             concurrency_limit=1,
         )
         stopping.click(None, cancels=[answering])
+        gr.on([asking.click, box.submit], js=TO_ANSWERS)
     return demo.queue(max_size=MAX_WAITING)
 
 
