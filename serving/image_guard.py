@@ -10,7 +10,7 @@ from urllib.request import url2pathname
 from huggingface_hub.utils import httpx
 from PIL import Image
 
-from delta_llava.processing_delta_llava import (
+from ..processing_delta_llava import (
     decode_base64,
     decode_data_url,
     fetch_image,
