@@ -21,7 +21,7 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from ..configuration_delta_llava import DeltaLlavaConfig
@@ -129,7 +129,7 @@ def _check_checkpoint(api: HfApi, checkpoint: str, revision: str | None):
         raise Refusal(f"checkpoint={checkpoint} cannot be found on the Hub: push it by hub.push first.") from error
     except RevisionNotFoundError as error:
         raise Refusal(f"checkpoint={checkpoint} has no revision {revision}.") from error
-    except EntryNotFoundError as error:
+    except RemoteEntryNotFoundError as error:
         raise Refusal(f"checkpoint={checkpoint} has no config.json: it is no model.") from error
     model_type = json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
     if model_type != DeltaLlavaConfig.model_type:
