@@ -35,6 +35,7 @@ from delta_llava.serving.image_guard import ImageGuard
 
 
 HERE = Path(__file__).parent
+POINTER = HERE / "checkpoint.json"
 EXAMPLES = {
     "What is at the bottom right?": HERE / "examples" / "scene-00000.png",
     "Where is the blue thing?": HERE / "examples" / "scene-00001.png",
@@ -68,7 +69,13 @@ class Upload(gr.Image):
     is_template = True  # to the browser it is an Image
 
     def preprocess(self, payload):
-        return None if payload is None else Path(payload.path).read_bytes()
+        if payload is None:
+            return None
+        file = Path(payload.path or "").resolve()
+        # Gradio itself looks at the paths of those clients alone that say that they send a file
+        if not (file.is_file() and file.is_relative_to(Path(self.GRADIO_CACHE).resolve())):
+            raise gr.Error("That is no uploaded image: upload one.")
+        return file.read_bytes()
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         if url_or_file_path and "://" in str(url_or_file_path):
@@ -136,6 +143,9 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
+        # The first passes of a process take longer than any later ones, and would mislead the first visitor
+        for budget in (self.budgets[0], self.budgets[-1]):
+            list(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
         """Of one answer; `None` where `costs` does not know the backbones."""
@@ -292,7 +302,7 @@ dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-spac
 .bar div { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .3s; }
 .chat p { margin: .35rem 0; padding: .5rem .75rem; border-radius: var(--radius-lg); overflow-wrap: anywhere;
     white-space: pre-wrap; width: fit-content; max-width: 90%; }
-.chat .question { margin-left: auto; background: var(--background-fill-primary); }
+.chat .question { margin-left: auto; border: 1px solid var(--border-color-primary); }
 .chat .answer { background: var(--color-accent-soft); font-weight: 600; }
 .chat small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
 """
@@ -356,15 +366,17 @@ def build(page: Page) -> gr.Blocks:
         if len(question) > MAX_QUESTION:
             raise ValueError(f"The question has {len(question)} characters: ask in at most {MAX_QUESTION}.")
         earlier = [[(turn["question"], turn["answers"][side]) for turn in turns] for side in range(2)]
-        # Kept from the first word on, so that a chat goes on after an answer that was stopped
-        turns.append({"question": question, "budgets": budgets, "answers": ["", ""]})
-        answers = turns[-1]["answers"]
-        took = [None, None]
-        yield {alert: message(), box: "", **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
+        answers, took = ["", ""], [None, None]
+        turn = {"question": question, "budgets": budgets, "answers": answers}
+        yield {alert: message(), **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
         for side, budget in enumerate(budgets):
             for answer, spent in page.answer(image, question, earlier[side], budget):
                 answers[side], took[side] = answer, spent
-                yield {chats[side]: chat(turns, side), **dict(zip(numbers, describe(budgets, took), strict=True))}
+                turns[len(earlier[side]) :] = [turn]  # from the first word on: a chat goes on after a stopped answer
+                chat_and_numbers = zip(
+                    (chats[side], *numbers), (chat(turns, side), *describe(budgets, took)), strict=True
+                )
+                yield {box: "", **dict(chat_and_numbers)}
         for side, budget in enumerate(budgets):
             if answers[side]:
                 explained = grad_cam(page.model, page.processor, image, question, budget, answers[side], earlier[side])
@@ -414,7 +426,7 @@ def build(page: Page) -> gr.Blocks:
         for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
             button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
         for budget in budgets:
-            budget.input(move, [seen, *budgets], [*pictures, *numbers], **quick)
+            budget.input(move, [seen, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
         answering = gr.on(
             [asking.click, box.submit],
             ask,
@@ -431,7 +443,8 @@ def build(page: Page) -> gr.Blocks:
 
 def launch(demo: gr.Blocks, **options):
     """Serve the page as `main` does; `options` are those of `gr.Blocks.launch`."""
-    theme = gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
     return demo.launch(
         theme=theme,
         css=CSS,
@@ -449,8 +462,15 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--revision", help="branch or commit of the repository")
     options = vars(parser.parse_args(arguments))
     if not options["checkpoint"]:
-        options = json.loads((HERE / "checkpoint.json").read_text(encoding="utf-8"))
-    launch(build(Page(**options)))
+        if not POINTER.is_file():
+            parser.error(f"there is no {POINTER}, so name a checkpoint: --checkpoint FOLDER or ORG/NAME")
+        options = json.loads(POINTER.read_text(encoding="utf-8"))
+    try:
+        page = Page(**options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: checkpoint {options['checkpoint']} does not load: {reason}") from error
+    launch(build(page))
 
 
 if __name__ == "__main__":
