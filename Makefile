@@ -8,10 +8,13 @@ LOWEST := 5.19.0
 LMMS := .venv-lmms/bin
 # vLLM wants releases of its own, transformers' among them.
 VLLM := .venv-vllm/bin
+# Gradio wants an older Pillow than everything else here. Which Gradio, the Space's README.md tells the Hub and us.
+SPACE := .venv-space/bin
+GRADIO = gradio==$(shell sed -n 's/^sdk_version: //p' space/README.md)
 # A file's tests stay together on one core, where they share what takes long to make.
 ON_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: test test-slow test-lmms test-vllm lint demo backbones clean
+.PHONY: test test-slow test-lmms test-vllm test-space lint demo space backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
 	$(BIN)/python -m pytest $(ON_CORES)
@@ -32,12 +35,22 @@ test-lmms: .venv-lmms/installed
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py
 
+# The page in a real browser: Debian's Chromium, from `apt-get install chromium`.
+test-space: .venv-space/installed
+	$(SPACE)/python -m pytest -m space tests/space
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 demo: .venv/installed
 	$(BIN)/python -m delta_llava.demo.run
+
+space: .venv-space/installed demo/out/checkpoint/model.safetensors
+	$(SPACE)/python space/app.py --checkpoint demo/out/checkpoint
+
+demo/out/checkpoint/model.safetensors:
+	$(MAKE) demo
 
 backbones: .venv/installed
 	$(BIN)/python -m delta_llava.demo.pretrain_backbones
@@ -73,6 +86,16 @@ backbones: .venv/installed
 	    $(VLLM)/pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
+.venv-space/installed: setup.cfg constraints.txt space/requirements.txt space/README.md
+	$(PYTHON) -m venv .venv-space
+	$(SPACE)/pip install --quiet --upgrade pip
+	grep -v ^pillow= constraints.txt > .venv-space/constraints.txt
+	$(SPACE)/pip install --quiet --constraint .venv-space/constraints.txt --requirement space/requirements.txt
+	$(SPACE)/pip install --quiet --constraint .venv-space/constraints.txt $(GRADIO) playwright pytest pytest-timeout \
+	    datasets evaluate
+	$(SPACE)/pip install --quiet --no-deps --editable .
+	touch $@
+
 .venv/quantization: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
 	touch $@
@@ -87,4 +110,4 @@ backbones: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lmms .venv-vllm build *.egg-info demo/out
+	rm -rf .venv .venv-lmms .venv-vllm .venv-space build *.egg-info demo/out

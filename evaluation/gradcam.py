@@ -15,7 +15,7 @@ which suits a classifier that pools them; a language model reads each token apar
 
 import argparse
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
@@ -68,6 +68,7 @@ def grad_cam(
     question: str,
     num_visual_tokens: int,
     answer: str | None = None,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> GradCam:
     """
     Explains an answer by the gradients of its log-probability.
@@ -79,6 +80,7 @@ def grad_cam(
         question (`str`): What is asked about it.
         num_visual_tokens (`int`): The budget V = g² of the image, one that the patch grid allows.
         answer (`str`, *optional*): The answer to explain. Defaults to what the model answers, decoded greedily.
+        earlier (`Sequence[tuple[str, str]]`, *optional*): Questions and answers that came before in the same chat.
 
     Returns:
         [`GradCam`]
@@ -90,15 +92,15 @@ def grad_cam(
         raise ValueError("The question is empty: ask something about the image.")
     side = query_grid_size(num_visual_tokens, model.config.patch_grid_size)
 
-    def encode(*turns: dict, **options) -> BatchFeature:
+    def encode(*messages: dict, **options) -> BatchFeature:
         budget = {"num_visual_tokens": num_visual_tokens}
         inputs = processor.apply_chat_template(
-            list(turns), tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
+            list(messages), tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
         )
         return inputs.to(model.device)
 
-    asked = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
-    prompt = encode(asked, add_generation_prompt=True)
+    asked = conversation(image, question, earlier)
+    prompt = encode(*asked, add_generation_prompt=True)
     prompt_ids = prompt["input_ids"][0]
     with _evaluation_mode(model):
         if answer is None:
@@ -108,7 +110,7 @@ def grad_cam(
         if not answer:
             raise ValueError(f"There is no answer to explain at {num_visual_tokens} visual tokens: it is empty.")
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        inputs = encode(asked, answered, continue_final_message=True)
+        inputs = encode(*asked, answered, continue_final_message=True)
         ids = inputs["input_ids"][0]
         # The answer's tokens are those that the prompt does not have: the template may put a space before them.
         shared = min(len(ids), len(prompt_ids))
@@ -123,7 +125,7 @@ def grad_cam(
 
     query_map, memory_map, output_map = map(_relevance, features, gradients)
     return GradCam(
-        image=_seen_image(inputs["pixel_values"][0], processor, model.config.vision_config.patch_size),
+        image=seen_image(inputs["pixel_values"][0], processor, model.config.vision_config.patch_size),
         question=question,
         answer=answer,
         num_visual_tokens=num_visual_tokens,
@@ -132,6 +134,17 @@ def grad_cam(
         input_map=(query_map + memory_map).unflatten(0, (model.config.patch_grid_size,) * 2),
         window_attention=seen.get("window_attention"),
     )
+
+
+def conversation(image: Image.Image | str, question: str, earlier: Sequence[tuple[str, str]] = ()) -> list[dict]:
+    """The messages of a chat in which `question` is asked about `image`, after `earlier` questions and answers."""
+    messages = []
+    for asked, answered in earlier:
+        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+    messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    return messages
 
 
 def _relevance(features: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -214,8 +227,18 @@ def _window_attention(
     return cells.transpose(1, 2).reshape(side * scale, -1).cpu()
 
 
-def _seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
-    """`(3, height, width)` as the tower takes it to `(height, width, 3)` in 0 … 1, where whole patches cover it."""
+def seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
+    """
+    What the vision tower sees, for people to look at.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`): One image as the tower takes it.
+        processor ([`DeltaLlavaProcessor`]): The one that made it.
+        patch_size (`int`): Side of the tower's patches, in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(height, width, 3)`: float32 in 0 … 1, on the CPU, where whole patches cover the image.
+    """
     image_processor = processor.image_processor
     pixels = pixel_values.float().cpu().movedim(0, -1)
     if image_processor.do_normalize:

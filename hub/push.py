@@ -278,13 +278,18 @@ def _limit_silence(request):
         request.extensions["timeout"][part] = MAX_SILENCE if seconds is None else min(seconds, MAX_SILENCE)
 
 
-def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | CommitOperationDelete]):
+def print_changes(changes: list[CommitOperationAdd | CommitOperationDelete], num_files: int):
+    """Prints what a commit would send of `num_files` files, and delete."""
     sent = [change for change in changes if isinstance(change, CommitOperationAdd)]
     for addition in sent:
         print(f"send    {addition.path_in_repo:44}{addition.upload_info.size:>15,} bytes")
     for change in changes[len(sent) :]:
         print(f"delete  {change.path_in_repo}")
-    print(f"{len(sent)} of {len(prepared.files)} files are to be sent")
+    print(f"{len(sent)} of {num_files} files are to be sent", flush=True)
+
+
+def _print_changes(prepared: Prepared, changes: list[CommitOperationAdd | CommitOperationDelete]):
+    print_changes(changes, len(prepared.files))
     files = set(map(Path, prepared.files))
     folders = {file.parent for file in files}
     beside = {
@@ -404,7 +409,7 @@ def _changes(
     tree = api.list_repo_tree(repo_id, recursive=True, revision=commit) if commit else ()
     remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     is_there_config = "config.json" in remote
-    changes = [addition for addition in additions if not _is_same(addition, remote.pop(addition.path_in_repo, None))]
+    changes = [addition for addition in additions if not is_same(addition, remote.pop(addition.path_in_repo, None))]
     if is_there_config and any(change.path_in_repo == "config.json" for change in changes):
         # From the cache, a proxy's page that was once taken for it would come again for ever
         file = hf_hub_download(repo_id, "config.json", revision=commit, force_download=True)
@@ -418,7 +423,8 @@ def _changes(
     return changes
 
 
-def _is_same(addition: CommitOperationAdd, there: RepoFile | None) -> bool:
+def is_same(addition: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Whether a repository's file has the content already that is to be added."""
     if there is None or there.size != addition.upload_info.size:
         return False
     if there.lfs is not None:

@@ -119,7 +119,7 @@ def tiny_config(tiny_tokenizer):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model(tiny_config):
     """An untrained model whose image features are large enough to sway what it says."""
 

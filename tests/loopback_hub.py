@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback: model repositories and collections in memory, and failures on request."""
+"""A small Hugging Face Hub on loopback: models, Spaces and collections in memory, and failures on request."""
 
 import base64
 import hashlib
@@ -160,8 +160,11 @@ ROUTES: list[tuple[str, re.Pattern, bool, Callable]] = []
 
 
 def route(method: str, template: str, write: bool = False):
-    """Has the decorated method answer `method template`, where every `{name}` becomes an argument of it."""
-    parts = {"repo": "[^/]+/[^/]+", "slug": "[^/]+/[^/]+", "path": ".+"}
+    """Has the decorated method answer `method template`, where every `{name}` becomes an argument of it.
+
+    A Space is a repository whose name begins with `spaces/`, as in its addresses.
+    """
+    parts = {"repo": "(?:spaces/)?[^/]+/[^/]+", "slug": "[^/]+/[^/]+", "path": ".+"}
     pattern = re.sub(r"\{(\w+)\}", lambda found: f"(?P<{found[1]}>{parts.get(found[1], '[^/]+')})", template)
 
     def register(handler: Callable) -> Callable:
@@ -272,6 +275,7 @@ class LoopbackHub:
 
     def answer(self, method: str, path: str, query: str, headers: Any, body: bytes) -> Answer:
         """Does what a request asks for, or raises a `Refusal`."""
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         credentials = headers.get("Authorization")
         request = Request(parse_qs(query), headers, body, authorised=credentials == f"Bearer {TOKEN}")
         for route_method, pattern, write, handler in ROUTES:
@@ -323,11 +327,12 @@ class LoopbackHub:
     @route("POST", "/api/repos/create", write=True)
     def create_repo(self, request: Request):
         payload = request.json
-        repo_id = f"{payload.get('organization') or USER}/{payload['name']}"
-        if payload.get("type", "model") != "model":
-            raise Refusal(400, "The loopback Hub has models only")
+        kind = payload.get("type", "model")
+        if kind not in ("model", "space") or (kind == "space") != ("sdk" in payload):
+            raise Refusal(400, "The loopback Hub has models and Spaces, and these alone have an SDK")
+        repo_id = f"{'spaces/' * (kind == 'space')}{payload.get('organization') or USER}/{payload['name']}"
         if repo_id in self.repositories:
-            raise Refusal(409, "You already created this model repo", url=f"{self.url}/{repo_id}")
+            raise Refusal(409, f"You already created this {kind} repo", url=f"{self.url}/{repo_id}")
         private = payload.get("visibility") == "private" or bool(payload.get("private"))
         self.repositories[repo_id] = repo = Repository(repo_id, private)
         repo.commit("main", {".gitattributes": File(GITATTRIBUTES)}, "initial commit")

@@ -1,0 +1,477 @@
+"""
+A page on which anyone sees what a visual token buys: one question, two budgets, both answers and what each took.
+
+```
+python app.py --checkpoint ORG/NAME
+```
+
+In a Space, `checkpoint.json` beside this file names the checkpoint and its commit, as `delta_llava.hub.push_space` has
+written.
+"""
+
+import argparse
+import base64
+import html
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from math import isqrt
+from pathlib import Path
+
+import gradio as gr
+import torch
+from PIL import Image
+from transformers import StoppingCriteria, TextIteratorStreamer
+
+from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from delta_llava.costs import UNITS, inference_costs
+from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, grad_cam, seen_image
+from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
+from delta_llava.serving.image_guard import ImageGuard
+
+
+HERE = Path(__file__).parent
+POINTER = HERE / "checkpoint.json"
+EXAMPLES = {
+    "What is at the bottom right?": HERE / "examples" / "scene-00000.png",
+    "Where is the blue thing?": HERE / "examples" / "scene-00001.png",
+    "Which digit is at the top left?": HERE / "examples" / "scene-00059.png",
+}
+MAX_QUESTION = 1000  # characters
+MAX_SIDE = 2048  # pixels that are kept of an image, far more than a tower reads
+MAX_WAITING = 20  # questions in the queue
+SIDES = ("Budget A", "Budget B")
+TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
+
+# On a phone the answers stand below the fold
+TO_ANSWERS = "() => { if (innerWidth < 700) document.querySelector('.side').scrollIntoView({behavior: 'smooth'}); }"
+
+
+class Watch(StoppingCriteria):
+    """Takes the time of every token, and ends an answer that nobody waits for any more."""
+
+    def __init__(self):
+        self.times = []
+        self.is_over = threading.Event()
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.full(input_ids.shape[:1], self.is_over.is_set(), device=input_ids.device)
+
+
+class Upload(gr.Image):
+    """Hands over the bytes of an upload, which the guard opens: Gradio would open any file, of any size."""
+
+    is_template = True  # to the browser it is an Image
+
+    def preprocess(self, payload):
+        if payload is None:
+            return None
+        file = Path(payload.path or "").resolve()
+        # Gradio itself looks at the paths of those clients alone that say that they send a file
+        if not (file.is_file() and file.is_relative_to(Path(self.GRADIO_CACHE).resolve())):
+            raise gr.Error("That is no uploaded image: upload one.")
+        return file.read_bytes()
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        if url_or_file_path and "://" in str(url_or_file_path):
+            raise gr.Error("This page fetches nothing from addresses: upload the image itself.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+
+class Budget(gr.HTML):
+    """A slider that stops at the budgets that the patch grid allows; its value is the budget."""
+
+    def __init__(self, value: int, budgets: list[int], label: str):
+        self.budgets = budgets
+        ticks = "".join(f"<span>{budget}</span>" for budget in budgets)
+        super().__init__(
+            value=value,
+            html_template=f"""
+                <label><span class="budget-label">{label}: <output></output></span>
+                <input type="range" min="0" max="{len(budgets) - 1}" step="1"></label>
+                <div class="ticks" aria-hidden="true">{ticks}</div>""",
+            js_on_load=f"""
+                const budgets = {budgets};
+                const slider = element.querySelector('input');
+                const show = () => {{
+                    const tokens = budgets[slider.value];
+                    const text = tokens + (tokens === 1 ? ' visual token' : ' visual tokens');
+                    element.querySelector('output').textContent = text;
+                    slider.setAttribute('aria-valuetext', text);
+                }};
+                slider.value = budgets.indexOf(Number(props.value));
+                show();
+                slider.addEventListener('input', () => {{
+                    show();
+                    props.value = budgets[slider.value];
+                    trigger('input');
+                }});""",
+            elem_classes="budget",
+        )
+
+    def preprocess(self, payload):
+        if payload not in self.budgets:
+            raise gr.Error(f"{payload} is no budget of this checkpoint: choose one of {self.budgets}.")
+        return payload
+
+    def postprocess(self, value):
+        return value
+
+
+class Page:
+    """
+    A checkpoint, and what the page does with it. One question is answered at a time: timings would mix otherwise.
+
+    Args:
+        checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
+        revision (`str`, *optional*): Its branch or commit.
+    """
+
+    def __init__(self, checkpoint: str | Path, revision: str | None = None):
+        self.name = str(checkpoint)
+        self.processor = DeltaLlavaProcessor.from_pretrained(checkpoint, revision=revision)
+        model = DeltaLlavaForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto")
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+        self.cache = FeatureCache()
+        cache_image_features(self.model, self.cache)
+        self.guard = ImageGuard()
+        self.config = model.config
+        self.budgets = self.config.valid_visual_token_counts
+        self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
+        # The first passes of a process take longer than any later ones, and would mislead the first visitor
+        for budget in (self.budgets[0], self.budgets[-1]):
+            list(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
+
+    def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
+        """Of one answer; `None` where `costs` does not know the backbones."""
+        try:
+            costs = inference_costs(self.config, budget, text_tokens, new_tokens)
+        except ValueError:
+            return None
+        return sum(costs[part] for part in ("prefill", "decode") + (() if is_cached else ("vision", "projector")))
+
+    def open(self, upload: bytes | None) -> Image.Image | None:
+        if upload is None:
+            return None
+        image = self.guard(upload)
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        return image
+
+    def seen(self, image: Image.Image) -> str:
+        """What the tower sees of an image, as a `data:` URL."""
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        seen = seen_image(pixels, self.processor, self.config.vision_config.patch_size)
+        file = BytesIO()
+        Image.fromarray((seen * 255).round().byte().numpy()).save(file, "PNG")
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+    def answer(self, image: Image.Image, question: str, earlier: list, budget: int) -> Iterator[tuple[str, dict]]:
+        """Yields the answer as it grows, and what it took up to there."""
+        started, hits = time.perf_counter(), self.cache.hits
+        inputs = self.processor.apply_chat_template(
+            conversation(image, question, earlier),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"num_visual_tokens": budget},
+        ).to(self.model.device)
+        prompt = inputs["input_ids"].shape[1]
+        room = self.config.text_config.max_position_embeddings - prompt
+        if room < 1:
+            raise ValueError(f"This chat is too long: {prompt} tokens of {room + prompt}. Start a new one.")
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        watch = Watch()
+
+        def generate():
+            try:
+                self.model.generate(
+                    **inputs,
+                    streamer=streamer,
+                    stopping_criteria=[watch],
+                    max_new_tokens=min(MAX_NEW_TOKENS, room),
+                    do_sample=False,
+                )
+            except Exception:
+                streamer.end()  # else the reader would wait for ever
+                raise
+
+        text = ""
+        with ThreadPoolExecutor(1) as pool:
+            generated = pool.submit(generate)
+            try:
+                for piece in streamer:
+                    text += piece
+                    if watch.times:
+                        is_cached = self.cache.hits > hits
+                        yield text.strip(), self._took(budget, prompt - budget, watch.times, started, is_cached)
+            finally:
+                watch.is_over.set()
+        generated.result()
+
+    def _took(self, budget: int, text_tokens: int, times: list[float], started: float, is_cached: bool) -> dict:
+        seconds = times[-1] - times[0]
+        return {
+            "flops": self.flops(budget, text_tokens, len(times), is_cached),
+            "first": times[0] - started,
+            "speed": (len(times) - 1) / seconds if seconds else None,
+            "is_cached": is_cached,
+        }
+
+
+def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -> str:
+    """The image under a grid of one cell for each visual token, dimmed where these mattered less for the answer."""
+    side = isqrt(budget)
+    lines = "".join(f"M{i} 0V{side}M0 {i}H{side}" for i in range(1, side))
+    picture = shade = ""
+    caption = "A visual token for each cell." if budget > 1 else "One visual token for the whole image."
+    if seen:
+        picture = f'<image href="{seen}" width="{side}" height="{side}" preserveAspectRatio="none"/>'
+    if relevance is not None:
+        shares = (relevance / (relevance.max() or 1)).sqrt()
+        shade = "".join(
+            f'<rect x="{column}" y="{row}" width="1" height="1" fill-opacity="{0.85 * (1 - share):.2f}"/>'
+            for row, shares_of_row in enumerate(shares.tolist())
+            for column, share in enumerate(shares_of_row)
+        )
+        caption = "Lit: the visual tokens that the answer rests on."
+    label = f"What the model sees of the image, as {count(budget)}. {caption}"
+    return (
+        f'<figure><svg viewBox="0 0 {side} {side}" role="img" aria-label="{label}">{picture}{shade}'
+        f'<path d="{lines}"/></svg><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def figures(budget: int, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
+    """Visual tokens, FLOPs, time to first token and speed of one side."""
+    size, unit = next(((size, name) for size, name in UNITS.items() if (flops or 0) >= size), (1, "FLOPs"))
+    bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>' if flops else ""
+    entries = {
+        "Visual tokens": budget,
+        "FLOPs": f"{'' if took else '≈ '}{flops / size:.3g} {unit}{bar}" if flops else "unknown",
+        "Time to first token": f"{took['first']:.3f} s" if took else "—",
+        "Tokens per second": f"{took['speed']:.3g}" if took and took["speed"] else "—",
+    }
+    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in entries.items())
+    return f'<dl>{cells}</dl><p class="note">{" ".join(notes)}</p>'
+
+
+def count(budget: int) -> str:
+    return f"{budget} visual token" + ("s" if budget > 1 else "")
+
+
+def message(text: str = "") -> str:
+    return f'<p role="alert">{html.escape(text)}</p>' if text else ""
+
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: auto; }
+#head h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
+#head p { margin: 0; color: var(--body-text-color-subdued); }
+#message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); border-left: 4px solid #e5484d;
+    background: var(--background-fill-primary); overflow-wrap: anywhere; }
+#upload img { width: 100%; height: 100%; object-fit: contain; }
+.buttons button { white-space: nowrap; }
+.side { border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl); padding: 1rem !important; }
+.budget-label { display: block; font-weight: 600; }
+.budget input { appearance: none; width: 100%; height: 1.5rem; margin: .25rem 0 0; background: none; cursor: pointer; }
+.budget input::-webkit-slider-runnable-track { height: 6px; border-radius: 3px;
+    background: var(--border-color-primary); }
+.budget input::-moz-range-track { height: 6px; border-radius: 3px; background: var(--border-color-primary); }
+.budget input::-webkit-slider-thumb { appearance: none; width: 20px; height: 20px; margin-top: -7px;
+    border-radius: 50%; background: var(--color-accent); }
+.budget input::-moz-range-thumb { width: 20px; height: 20px; border: 0; border-radius: 50%;
+    background: var(--color-accent); }
+.budget input:focus-visible, button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.ticks { display: flex; justify-content: space-between; font-size: .8rem; color: var(--body-text-color-subdued); }
+.ticks span { width: 20px; display: flex; justify-content: center; }
+.seen { align-items: start; }
+figure { margin: 0; }
+figure svg { display: block; width: 100%; border-radius: var(--radius-md); background: var(--border-color-primary); }
+figure path { fill: none; stroke: #fff; stroke-opacity: .6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); margin: .25rem 0 0; }
+dl { display: grid; gap: .4rem; margin: 0; }
+dt { font-size: .75rem; color: var(--body-text-color-subdued); }
+dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: .2rem; }
+.bar div { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .3s; }
+.chat p { margin: .35rem 0; padding: .5rem .75rem; border-radius: var(--radius-lg); overflow-wrap: anywhere;
+    white-space: pre-wrap; width: fit-content; max-width: 90%; }
+.chat .question { margin-left: auto; border: 1px solid var(--border-color-primary); }
+.chat .answer { background: var(--color-accent-soft); font-weight: 600; }
+.chat small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
+"""
+
+
+def chat(turns: list[dict], side: int) -> str:
+    """Questions, and the answers of one side."""
+    return "".join(
+        f'<p class="question">{html.escape(turn["question"])}</p>'
+        f'<p class="answer">{html.escape(turn["answers"][side])}<small>{count(turn["budgets"][side])}</small></p>'
+        for turn in turns
+    )
+
+
+def build(page: Page) -> gr.Blocks:
+    """The page. What a visitor sends stays in the state of the visitor's session, on the server."""
+    trained = page.config.visual_token_budgets
+    few = min(trained)
+    start = (few, max(budget for budget in page.budgets if budget != few))
+    first_question, first_image = next(iter(EXAMPLES.items()))
+
+    def describe(budgets, took=(None, None)) -> list[str]:
+        flops = [t["flops"] if t else page.typical[budget] for budget, t in zip(budgets, took, strict=True)]
+        largest = max((number for number in flops if number), default=None)
+        described = []
+        for budget, number, t in zip(budgets, flops, took, strict=True):
+            notes = ["Image encoded before, and not again."] if t and t["is_cached"] else []
+            if budget not in trained:
+                notes.append("Not trained at this budget: expect worse answers.")
+            described.append(figures(budget, number, largest, t, notes))
+        return described
+
+    def show(upload, *budgets):
+        """A new image, or none, and with it a new chat."""
+        image, seen, error = None, None, ""
+        try:
+            image = page.open(upload)
+            seen = image and page.seen(image)
+        except ValueError as refusal:
+            error = str(refusal)
+        pictures = [grid(seen, budget) for budget in budgets]
+        return [image, seen, [], message(error), *pictures, *describe(budgets), "", ""]
+
+    def move(seen, *budgets):
+        return [*(grid(seen, budget) for budget in budgets), *describe(budgets)]
+
+    def ask(question, image, seen, turns, *budgets):
+        try:
+            yield from answer_both(question.strip(), image, seen, turns, budgets)
+        except ValueError as refusal:
+            yield {alert: message(str(refusal))}
+        except Exception:
+            logging.exception("An answer failed")
+            yield {alert: message("The model failed on this question, and the log says why: ask another one.")}
+
+    def answer_both(question, image, seen, turns, budgets):
+        if image is None:
+            raise ValueError("There is no image: upload or paste one, or choose an example.")
+        if not question:
+            raise ValueError("There is no question: ask something about the image.")
+        if len(question) > MAX_QUESTION:
+            raise ValueError(f"The question has {len(question)} characters: ask in at most {MAX_QUESTION}.")
+        earlier = [[(turn["question"], turn["answers"][side]) for turn in turns] for side in range(2)]
+        answers, took = ["", ""], [None, None]
+        turn = {"question": question, "budgets": budgets, "answers": answers}
+        yield {alert: message(), **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
+        for side, budget in enumerate(budgets):
+            for answer, spent in page.answer(image, question, earlier[side], budget):
+                answers[side], took[side] = answer, spent
+                turns[len(earlier[side]) :] = [turn]  # from the first word on: a chat goes on after a stopped answer
+                chat_and_numbers = zip(
+                    (chats[side], *numbers), (chat(turns, side), *describe(budgets, took)), strict=True
+                )
+                yield {box: "", **dict(chat_and_numbers)}
+        for side, budget in enumerate(budgets):
+            if answers[side]:
+                explained = grad_cam(page.model, page.processor, image, question, budget, answers[side], earlier[side])
+                yield {pictures[side]: grid(seen, budget, explained.output_map)}
+
+    with gr.Blocks(title="Delta-LLaVA", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        opened = page.open(first_image.read_bytes())
+        image, seen, turns = gr.State(opened), gr.State(page.seen(opened)), gr.State([])
+        gr.HTML(
+            "<h1>What does a visual token buy?</h1><p>Delta-LLaVA turns an image into as few visual tokens as you "
+            "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare.</p>",
+            elem_id="head",
+        )
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                upload = Upload(
+                    str(first_image),
+                    label="Image",
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    buttons=[],
+                    elem_id="upload",
+                )
+                with gr.Row():
+                    examples = [
+                        gr.Button(text, icon=str(file), size="sm", min_width=100) for text, file in EXAMPLES.items()
+                    ]
+                box = gr.Textbox(first_question, label="Question", submit_btn=False, lines=1, max_lines=4)
+                with gr.Row(elem_classes="buttons"):
+                    asking = gr.Button("Ask both", variant="primary", min_width=110)
+                    stopping = gr.Button("Stop", min_width=60)
+                    clearing = gr.Button("New chat", min_width=90)
+                alert = gr.HTML(elem_id="message")
+            budgets, pictures, numbers, chats = [], [], [], []
+            for name, budget, text in zip(SIDES, start, describe(start), strict=True):
+                with gr.Column(scale=3, min_width=280, elem_classes="side"):
+                    budgets.append(Budget(budget, page.budgets, name))
+                    with gr.Row(elem_classes="seen"):
+                        pictures.append(gr.HTML(grid(seen.value, budget), min_width=140, scale=1))
+                        numbers.append(gr.HTML(text, min_width=120, scale=1))
+                    chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
+
+        quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
+        shown = [image, seen, turns, alert, *pictures, *numbers, *chats]
+        upload.change(show, [upload, *budgets], shown, **quick)
+        clearing.click(show, [upload, *budgets], shown, **quick)
+        for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
+            button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
+        for budget in budgets:
+            budget.input(move, [seen, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
+        answering = gr.on(
+            [asking.click, box.submit],
+            ask,
+            [box, image, seen, turns, *budgets],
+            [box, turns, alert, *pictures, *numbers, *chats],
+            api_visibility="private",
+            show_progress_on=alert,
+            concurrency_limit=1,
+        )
+        stopping.click(None, cancels=[answering])
+        gr.on([asking.click, box.submit], js=TO_ANSWERS)
+    return demo.queue(max_size=MAX_WAITING)
+
+
+def launch(demo: gr.Blocks, **options):
+    """Serve the page as `main` does; `options` are those of `gr.Blocks.launch`."""
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+    return demo.launch(
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        max_file_size="32mb",
+        ssr_mode=False,
+        allowed_paths=[str(HERE / "examples")],
+        **options,
+    )
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="folder or repository (default: what checkpoint.json names)")
+    parser.add_argument("--revision", help="branch or commit of the repository")
+    options = vars(parser.parse_args(arguments))
+    if not options["checkpoint"]:
+        if not POINTER.is_file():
+            parser.error(f"there is no {POINTER}, so name a checkpoint: --checkpoint FOLDER or ORG/NAME")
+        options = json.loads(POINTER.read_text(encoding="utf-8"))
+    try:
+        page = Page(**options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: checkpoint {options['checkpoint']} does not load: {reason}") from error
+    launch(build(page))
+
+
+if __name__ == "__main__":
+    main()
