@@ -440,6 +440,7 @@ def main(arguments: list[str] | None = None):
     if find_spec("vllm") is None:
         parser.error("this needs vLLM, which has an environment of its own: `make .venv-vllm/installed`.")
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended, with its servers"))
     size = SIZES[options.size]
     budgets = options.budgets or list(size.budgets)
     num_patches = (size.vision_config.image_size // size.vision_config.patch_size) ** 2
