@@ -510,15 +510,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 f"pixel_values are images of {height}x{width} pixels, but must be of {self.config.image_size}x"
                 f"{self.config.image_size}."
             )
-        if num_visual_tokens is None:
-            num_visual_tokens = self.config.num_visual_tokens
-        # An int stays one: a tensor's values are unknown while a graph is compiled.
-        is_int = isinstance(num_visual_tokens, int)
-        budgets = [num_visual_tokens] if is_int else torch.as_tensor(num_visual_tokens).flatten().tolist()
-        if len(budgets) == 1:
-            budgets = budgets * num_images
-        if len(budgets) != num_images:
-            raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
+        budgets = self.image_budgets(num_images, num_visual_tokens)
         for budget in sorted(set(budgets) - set(self.config.visual_token_budgets)):
             query_grid_size(budget, self.config.patch_grid_size)
             if not torch.compiler.is_compiling():
@@ -543,6 +535,19 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             hidden_states=vision_outputs.get("hidden_states") if kwargs.get("output_hidden_states") else None,
             attentions=vision_outputs.get("attentions"),
         )
+
+    def image_budgets(self, num_images: int, num_visual_tokens: int | torch.Tensor | None = None) -> list[int]:
+        """The budget of each image, from any form that [`~DeltaLlavaModel.get_image_features`] takes."""
+        if num_visual_tokens is None:
+            num_visual_tokens = self.config.num_visual_tokens
+        # An int stays one: a tensor's values are unknown while a graph is compiled.
+        is_int = isinstance(num_visual_tokens, int)
+        budgets = [num_visual_tokens] if is_int else torch.as_tensor(num_visual_tokens).flatten().tolist()
+        if len(budgets) == 1:
+            budgets = budgets * num_images
+        if len(budgets) != num_images:
+            raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
+        return budgets
 
     def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs):
         """

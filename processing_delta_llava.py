@@ -289,7 +289,13 @@ def _check_content(number: int, content: Any):
             raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")
 
 
-def open_image(source: Any, input_data_format: ChannelDimension | str | None = None) -> Image.Image:
+def open_image(
+    source: Any,
+    input_data_format: ChannelDimension | str | None = None,
+    *,
+    name: Any = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """
     Open an image as the model is to see it: upright, 8-bit RGB, transparency on white, of an animation the first frame.
 
@@ -306,6 +312,8 @@ def open_image(source: Any, input_data_format: ChannelDimension | str | None = N
             12, 14 and 16 bits that holds the largest; floats span 0..1 or 0..255.
         input_data_format (`ChannelDimension` or `str`, *optional*):
             `"channels_first"` or `"channels_last"` of an array whose shape does not tell.
+        name (*optional*, defaults to `source`): What an error calls the image.
+        max_pixels (`int`, *optional*): A lower limit on the pixels of a file than Pillow's.
 
     Returns:
         `PIL.Image.Image`: In mode RGB. Of a file, its `info` holds `format` and EXIF's `orientation`.
@@ -319,41 +327,67 @@ def open_image(source: Any, input_data_format: ChannelDimension | str | None = N
             return _from_pil(source)
         if isinstance(source, (np.ndarray, torch.Tensor)):
             return _from_array(source, input_data_format)
-        return _from_file(_read(source))
+        return _from_file(_read(source), max_pixels)
     except Exception as error:  # Pillow's plugins raise what they like
-        raise ValueError(f"Cannot read image {_name(source)}: {str(error) or type(error).__name__}") from error
+        raise unreadable_image(source if name is None else name, error) from error
 
 
-def fetch_image(url: str) -> bytes:
+def unreadable_image(source: Any, error: Exception) -> ValueError:
+    """The sentence that names an image and says by `error` why it is not read."""
+    return ValueError(f"Cannot read image {_name(source)}: {str(error) or type(error).__name__}")
+
+
+def fetch_image(
+    url: str,
+    *,
+    timeout: float | None = None,
+    max_bytes: int | None = None,
+    transport: httpx.BaseTransport | None = None,
+) -> bytes:
     """
     Get the bytes of an image from an http(s) URL, whatever `HF_HUB_OFFLINE` says of the Hub.
 
     Args:
         url (`str`): The address. Up to `MAX_REDIRECTS` redirects are followed.
+        timeout (`float`, *optional*, defaults to `FETCH_SECONDS`): Seconds for all of it.
+        max_bytes (`int`, *optional*, defaults to `MAX_IMAGE_BYTES`): The longest answer that is taken.
+        transport (`httpx.BaseTransport`, *optional*):
+            What sends each request, the redirected ones too. With one, the environment's proxies are not used.
 
     Returns:
-        `bytes`: At most `MAX_IMAGE_BYTES`, of one answer within `FETCH_SECONDS`.
+        `bytes`: The answer.
 
     Raises:
-        Exception: The address does not answer in time, or with an error, or with too much.
+        Exception: The address does not answer in time, or with an error, or with too much, or compressed.
     """
+    timeout = FETCH_SECONDS if timeout is None else timeout
 
     def receive() -> bytes:
         with client.stream("GET", url) as response:
             response.raise_for_status()
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if encoding.lower() != "identity":  # a few bytes of it may become gigabytes
+                raise ValueError(f"the server sends it compressed ({encoding}), which was not asked for")
             data = bytearray()
-            for part in response.iter_bytes():
+            for part in response.iter_raw():
                 data += part
-                _check_length(len(data))
+                _check_length(len(data), max_bytes)
             return bytes(data)
 
     # In a thread, because a time-out of httpx starts anew with each byte that arrives
-    client = httpx.Client(timeout=FETCH_SECONDS / 4, follow_redirects=True, max_redirects=MAX_REDIRECTS)
+    client = httpx.Client(
+        headers={"Accept-Encoding": "identity"},
+        timeout=timeout / 4,
+        follow_redirects=True,
+        max_redirects=MAX_REDIRECTS,
+        transport=transport,
+        trust_env=transport is None,
+    )
     pool = ThreadPoolExecutor(1)
     try:
-        return pool.submit(receive).result(FETCH_SECONDS)
+        return pool.submit(receive).result(timeout)
     except TimeoutError:
-        raise TimeoutError(f"no whole answer within {FETCH_SECONDS:g} s") from None
+        raise TimeoutError(f"no whole answer within {timeout:g} s") from None
     finally:
         pool.shutdown(wait=False)
         client.close()
@@ -387,11 +421,9 @@ def _read(source: Any) -> bytes:
         status = os.stat(source)
     except (OSError, ValueError) as error:  # ValueError: a null character
         try:
-            data = _from_base64(str(source))
-            _open(BytesIO(data))
+            return decode_base64(str(source))
         except (OSError, ValueError):
             raise FileNotFoundError("no such file (and neither a URL nor base64)") from error
-        return data
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device may never end
         raise OSError("it is not a regular file")
     _check_length(status.st_size)
@@ -405,6 +437,13 @@ def decode_data_url(url: str) -> bytes:
     return _from_base64(content) if header.lower().endswith(";base64") else unquote_to_bytes(content)
 
 
+def decode_base64(text: str) -> bytes:
+    """The bytes of an image in base64, or a `ValueError` where it is none."""
+    data = _from_base64(text)
+    _open(BytesIO(data))
+    return data
+
+
 def _from_base64(text: str) -> bytes:
     text = re.sub(r"\s", "", text).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
     try:
@@ -413,18 +452,19 @@ def _from_base64(text: str) -> bytes:
         raise ValueError(f"its base64 is broken: {error}") from error
 
 
-def _check_length(num_bytes: int):
-    if num_bytes > MAX_IMAGE_BYTES:
-        raise Image.DecompressionBombError(f"it has more than {MAX_IMAGE_BYTES} bytes")
+def _check_length(num_bytes: int, max_bytes: int | None = None):
+    max_bytes = MAX_IMAGE_BYTES if max_bytes is None else max_bytes
+    if num_bytes > max_bytes:
+        raise Image.DecompressionBombError(f"it has more than {max_bytes} bytes")
 
 
-def _check_size(width: int, height: int):
+def _check_size(width: int, height: int, max_pixels: int | None = None):
     if min(width, height) < 1:
         raise ValueError(f"it has {width} x {height} pixels")
-    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(
-            f"it has {width} x {height} pixels, more than {2 * Image.MAX_IMAGE_PIXELS} in all"
-        )
+    if max_pixels is None and Image.MAX_IMAGE_PIXELS is not None:
+        max_pixels = 2 * Image.MAX_IMAGE_PIXELS
+    if max_pixels is not None and width * height > max_pixels:
+        raise Image.DecompressionBombError(f"it has {width} x {height} pixels, more than {max_pixels} in all")
     if max(width, height) > MAX_IMAGE_SIDE or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise Image.DecompressionBombError(
             f"it has {width} x {height} pixels: a side has at most {MAX_IMAGE_SIDE}, and at most {MAX_ASPECT_RATIO}"
@@ -441,10 +481,11 @@ def _open(file: BytesIO) -> Image.Image:
         raise ValueError(f"it is no image of the formats {', '.join(IMAGE_FORMATS)}") from None
 
 
-def _from_file(data: bytes) -> Image.Image:
+def _from_file(data: bytes, max_pixels: int | None = None) -> Image.Image:
     _check_length(len(data))
     file = _WatchedJpeg(data) if data.startswith(b"\xff\xd8") else BytesIO(data)
     with _open(file) as image:
+        _check_size(*image.size, max_pixels)
         if isinstance(file, _WatchedJpeg):
             file.watch()
         upright = _from_pil(image)
@@ -705,4 +746,11 @@ DeltaLlavaProcessor.register_for_auto_class()
 # processes by, then writes these classes out and cannot read them again
 setattr(importlib.import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["DeltaLlavaProcessor", "decode_data_url", "fetch_image", "open_image"]
+__all__ = [
+    "DeltaLlavaProcessor",
+    "decode_base64",
+    "decode_data_url",
+    "fetch_image",
+    "open_image",
+    "unreadable_image",
+]
