@@ -13,12 +13,14 @@ that no cache helps, and text. The engine must count the tokens that were asked 
 its turn, alone.
 
 Then each is asked again about a photograph: how long the first token takes when its features are still in the engine's
-cache, and when keys and values of its tokens are there as well.
+cache, and when keys and values of its tokens are there as well. Of Delta-LLaVA the same is measured in this process, by
+transformers with `serving/feature_cache.py`, which is how our server and the page keep features.
 """
 
 import argparse
 import asyncio
 import base64
+import gc
 import io
 import json
 import os
@@ -33,7 +35,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -47,9 +49,10 @@ from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, Pre
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..processing_delta_llava import DeltaLlavaProcessor
-from .inference import check_options, ratio
+from ..serving.feature_cache import FeatureCache, cache_image_features
+from .inference import check_options, make_models, ratio
 from .photographs import write_photographs
-from .training import BASELINE, SIZES, Size
+from .training import BASELINE, SIZES, Batch, Size, make_inputs, seconds_of
 
 
 START_SECONDS, REQUEST_SECONDS = 1800, 600
@@ -306,6 +309,44 @@ def num_requests(concurrency: int) -> int:
     return max(2 * concurrency, 8)
 
 
+@torch.no_grad()
+def measure_feature_cache(size: Size, budgets: list[int], request: Request, rounds: int) -> list[dict]:
+    """
+    Delta-LLaVA's prefill for a new image, and for another question about it, whose features are cached.
+
+    Args:
+        size (`Size`), budgets (`list[int]`): See [`save_models`].
+        request (`Request`): With the length of the prompt.
+        rounds (`int`): How often each figure is taken; in a round every budget takes its turn.
+
+    Returns:
+        `list[dict]`: as [`measure`] adds them to a report, for the first two of `QUESTIONS`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = make_models(size, budgets, device, dtype)[1]
+    cache_image_features(model, FeatureCache())
+    questions = list(QUESTIONS)[:2]
+    label = {"engine": "transformers", "model": "Delta-LLaVA"}
+    rows = [
+        {**label, "num_visual_tokens": budget, "question": name, "rounds": [{"first_token": []} for _ in range(rounds)]}
+        for budget in budgets
+        for name in questions
+    ]
+    for turn in range(-1, rounds):  # the first one pays for what later ones reuse
+        for row, other in zip(rows[::2], rows[1::2], strict=True):
+            for _ in range(PHOTOGRAPHS_ASKED_AGAIN):
+                budget = row["num_visual_tokens"]
+                inputs = make_inputs(model.config, budget, Batch(1, request.text_tokens, labels=1), device)
+                del inputs["labels"]
+                inputs |= {"pixel_values": inputs["pixel_values"].to(dtype), "num_visual_tokens": budget}
+                for asked in (row, other):
+                    seconds = seconds_of(lambda inputs=inputs: model(**inputs, logits_to_keep=1), device)
+                    if turn >= 0:
+                        asked["rounds"][turn]["first_token"].append(seconds)
+    return rows
+
+
 def measure(
     contestants: list[Contestant], concurrencies: list[int], request: Request, report: dict, output: Path | None
 ):
@@ -316,7 +357,7 @@ def measure(
         contestants (`list[Contestant]`), request (`Request`): Who is asked what.
         concurrencies (`list[int]`): How many clients there are at a time.
         report (`dict`): Has `rounds`, how often each figure is taken. Gets `load`, a row for each number of clients and
-            contestant, and `questions`, a row for each contestant and one of `QUESTIONS`; in either row `rounds` is
+            contestant, and in `questions` a row for each contestant and one of `QUESTIONS`; in either row `rounds` is
             what [`load`] returned in each.
         output (`Path`, *optional*): JSON file for the report.
     """
@@ -324,7 +365,8 @@ def measure(
     report["load"] = [
         {"concurrency": concurrency, **label, "rounds": []} for concurrency in concurrencies for label in labels
     ]
-    report["questions"] = [{"question": name, **label, "rounds": []} for label in labels for name in QUESTIONS]
+    rows = [{"engine": "vLLM", **label, "question": name, "rounds": []} for label in labels for name in QUESTIONS]
+    report["questions"] = rows + report.get("questions", [])
     photographs = Photographs()
 
     def turn(contestant: Contestant, concurrency: int, pictures: list[str], **arguments):
@@ -340,11 +382,11 @@ def measure(
             for row, contestant in zip(report["load"], contestants * len(concurrencies), strict=True):
                 pictures = photographs.take(num_requests(row["concurrency"]))
                 row["rounds"].append(turn(contestant, row["concurrency"], pictures))
-            rows = iter(report["questions"])
+            questions = iter(rows)
             for contestant in contestants:
                 pictures = photographs.take(PHOTOGRAPHS_ASKED_AGAIN)
                 for arguments in QUESTIONS.values():
-                    next(rows)["rounds"].append(turn(contestant, 1, pictures, **arguments))
+                    next(questions)["rounds"].append(turn(contestant, 1, pictures, **arguments))
             if output:
                 output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
@@ -396,26 +438,22 @@ def table(report: dict) -> str:
 def questions_table(report: dict) -> str:
     """What another question about the same photograph waits for, in Markdown."""
     first, *others = QUESTIONS
-    columns = [
-        "model",
-        "visual tokens",
-        f"{first}, ms",
-        *(cell for name in others for cell in (f"{name}, ms", "ratio")),
-    ]
+    columns = ["engine", "model", "visual tokens", f"{first}, ms"]
+    columns += [column for name in others for column in (f"{name}, ms", "ratio")]
     lines = [
-        "Questions about one photograph, from one client: TTFT, and ratios to the first question's.",
+        "Questions about one photograph, one at a time: TTFT, and its ratio to that of the first. vLLM's is what a "
+        "client sees, transformers' the model's own work, with our feature cache.",
         "",
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    rows = report["questions"]
-    for first, *others in zip(*(rows[place :: len(QUESTIONS)] for place in range(len(QUESTIONS))), strict=True):
-        cells = [first["model"], str(first["num_visual_tokens"]), f"{1e3 * median(median_first_token(first)):.4g}"]
+    asked = groupby(report["questions"], key=lambda row: (row["engine"], row["model"], str(row["num_visual_tokens"])))
+    for label, (first, *others) in asked:
+        cells = [*label, f"{1e3 * median(median_first_token(first)):.4g}"]
         for row in others:
-            cells += [
-                f"{1e3 * median(median_first_token(row)):.4g}",
-                f"{ratio(row, first, median_first_token):.2f}",
-            ]
+            seconds = median(median_first_token(row))
+            cells += [f"{1e3 * seconds:.4g}", f"{ratio(row, first, median_first_token):.2f}"]
+        cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -455,6 +493,10 @@ def main(arguments: list[str] | None = None):
         **vars(request),
         "rounds": options.rounds,
     }
+    # Before the servers take what memory there is
+    report["questions"] = measure_feature_cache(size, budgets, request, options.rounds)
+    gc.collect()
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         addresses = {}
         for name, model in save_models(size, budgets, Path(folder)).items():

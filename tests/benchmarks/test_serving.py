@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoProcessor
 from delta_llava.benchmarks import serving
 from delta_llava.benchmarks.serving import Contestant, Request
 from delta_llava.processing_delta_llava import open_image
+from delta_llava.serving.feature_cache import FeatureCache
 
 
 TINY = serving.SIZES["tiny"]
@@ -158,16 +159,30 @@ def test_tables_have_the_medians_of_rounds_and_of_their_ratios():
         row([0.5] * 82, slowness=(1, 2, 1), concurrency=16, **label),
     ]
     report["questions"] = [
-        row([first] * 4, question=name, **label)
-        for name, first in zip(serving.QUESTIONS, (0.4, 0.1, 0.05), strict=True)
+        row([first] * 4, engine=engine, question=name, **label)
+        for engine, firsts in {"vLLM": (0.4, 0.1, 0.05), "transformers": (0.2, 0.02)}.items()
+        for name, first in zip(serving.QUESTIONS, firsts, strict=False)
     ]
     assert cells_of(serving.table(report)) == [
         ["16", "LLaVA-1.5", "576", "2.05", "1.00", "4000", "1.00", "7600", "1.00"],
         ["16", "Delta-LLaVA", "36", "8.2", "3.00", "500", "0.17", "500", "0.09"],
     ]
     assert cells_of(serving.questions_table(report)) == [
-        ["Delta-LLaVA", "36", "800", "200", "0.25", "100", "0.12"],
+        ["vLLM", "Delta-LLaVA", "36", "800", "200", "0.25", "100", "0.12"],
+        ["transformers", "Delta-LLaVA", "36", "400", "40", "0.10", "", ""],
     ]
+
+
+def test_another_question_about_an_image_finds_its_features(monkeypatch):
+    caches = []
+    monkeypatch.setattr(serving, "FeatureCache", lambda: caches.append(FeatureCache()) or caches[0])
+    rows = serving.measure_feature_cache(TINY, [36, 1], REQUEST, rounds=2)
+    assert [(row["num_visual_tokens"], row["question"]) for row in rows] == [
+        (budget, name) for budget in (36, 1) for name in list(serving.QUESTIONS)[:2]
+    ]
+    asked = 2 * (1 + 2) * serving.PHOTOGRAPHS_ASKED_AGAIN
+    assert (caches[0].hits, caches[0].misses) == (asked, asked)
+    assert all(len(turn["first_token"]) == serving.PHOTOGRAPHS_ASKED_AGAIN for row in rows for turn in row["rounds"])
 
 
 @pytest.mark.parametrize(
@@ -200,4 +215,4 @@ def test_the_engine_serves_every_contestant(tmp_path, capsys):
     report = json.loads((tmp_path / "serving.json").read_text())
     assert [row["num_visual_tokens"] for row in report["load"]] == [144, 144, 36, 1] * 2
     printed = cells_of(capsys.readouterr().out)
-    assert len(printed) == 8 + 1 + 4 and all(float(cell) > 0 for row in printed[:8] for cell in row[3:])
+    assert len(printed) == 8 + 1 + 4 + 3 and all(float(cell) > 0 for row in printed[:8] for cell in row[3:])
