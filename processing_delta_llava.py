@@ -18,6 +18,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import count, zip_longest
+from math import isqrt
 from typing import Any, is_typeddict
 from urllib.parse import unquote_to_bytes
 
@@ -121,6 +122,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError(f"{type(self).__name__} takes images and text, neither videos nor audio.")
         kwargs = self._check_arguments(kwargs)
+        self._check_budgets_for_server(kwargs)
         if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
             kwargs["add_special_tokens"] = False  # a chat template has written them
         return super().__call__(images=images, text=text, **kwargs)
@@ -158,6 +160,15 @@ class DeltaLlavaProcessor(ProcessorMixin):
             if "num_visual_tokens" in arguments:
                 arguments["num_visual_tokens"] = _integers(arguments["num_visual_tokens"])
         return kwargs
+
+    def _check_budgets_for_server(self, kwargs: dict[str, Any]):
+        # vLLM asks for offsets, and caches an image with the whole list: in another place it would get another's budget
+        budgets = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
+        if "vllm" in sys.modules and kwargs.get("return_text_replacement_offsets") and isinstance(budgets, list):
+            raise ValueError(
+                f"num_visual_tokens={budgets}: vLLM would mix up the budgets of single images. Give an integer for all of"
+                " them, or install the package delta-llava beside vLLM, which takes lists."
+            )
 
     def _begins_with_bos(self, text) -> bool:
         bos = self.tokenizer.bos_token
@@ -250,7 +261,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         elif (
             isinstance(num_visual_tokens, bool)
             or num_visual_tokens < 1
-            or round(num_visual_tokens**0.5) ** 2 != num_visual_tokens
+            or isqrt(num_visual_tokens) ** 2 != num_visual_tokens
         ):
             raise ValueError(f"num_visual_tokens={num_visual_tokens} must be a square: 1, 4, 9, 16, ...")
 

@@ -1,0 +1,12 @@
+"""What this package's entry point tells vLLM; apart from the classes, whose import waits until vLLM needs them."""
+
+
+def register():
+    """Registers our configuration, model and processor in each of vLLM's processes."""
+    from vllm import ModelRegistry
+
+    import delta_llava  # noqa: F401  registers the configuration with transformers
+
+    ModelRegistry.register_model(
+        "DeltaLlavaForConditionalGeneration", "delta_llava.serving.vllm:DeltaLlavaForConditionalGeneration"
+    )
