@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
@@ -158,7 +158,7 @@ def served(model: Path, flags: list[str], log: Path, max_model_len: int) -> Iter
         `Iterator[str]`: the server's address.
 
     Raises:
-        RuntimeError: The server ended or did not answer in time; the message has the end of its log.
+        RuntimeError: The server ended or did not answer in time. This and any other error gets the end of its log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -179,18 +179,20 @@ def served(model: Path, flags: list[str], log: Path, max_model_len: int) -> Iter
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            asyncio.run(_wait_for(address, process, log))
+            asyncio.run(_wait_for(address, process))
             yield address
+        except Exception as error:
+            error.add_note(f"The log of the server of {model.name} ends:\n{log.read_text(errors='replace')[-3000:]}")
+            raise
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for end in (signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, end)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(30)
 
 
-async def _wait_for(address: str, process: subprocess.Popen, log: Path):
+async def _wait_for(address: str, process: subprocess.Popen):
     deadline = time.monotonic() + START_SECONDS
     async with aiohttp.ClientSession() as session:
         while process.poll() is None and time.monotonic() < deadline:
@@ -202,7 +204,7 @@ async def _wait_for(address: str, process: subprocess.Popen, log: Path):
                 pass
             await asyncio.sleep(1)
     how = "did not answer in time" if process.returncode is None else f"ended with status {process.returncode}"
-    raise RuntimeError(f"vLLM's server {how}. The end of its log:\n{log.read_text(errors='replace')[-4000:]}")
+    raise RuntimeError(f"vLLM's server {how}.")
 
 
 class Photographs:
