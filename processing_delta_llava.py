@@ -166,8 +166,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         budgets = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
         if "vllm" in sys.modules and kwargs.get("return_text_replacement_offsets") and isinstance(budgets, list):
             raise ValueError(
-                f"num_visual_tokens={budgets}: vLLM would mix up the budgets of single images. Give an integer for all of"
-                " them, or install the package delta-llava beside vLLM, which takes lists."
+                f"num_visual_tokens={budgets}: vLLM would mix up the budgets of single images. Give an integer for all,"
+                " or install the package delta-llava beside vLLM, which takes lists."
             )
 
     def _begins_with_bos(self, text) -> bool:

@@ -94,22 +94,27 @@ class Server:
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+def surroundings(folder):
+    """What keeps vLLM small, offline, and away from what lies elsewhere on the machine."""
+    caches = {"VLLM_CACHE_ROOT": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # README says `python`
+    return {**os.environ, **caches, **small, **offline, "PATH": path}
+
+
 @contextmanager
 def serve(command, checkpoint, folder, **environment):
     """Runs `command` on a free port of loopback, with one thread, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    caches = {"VLLM_CACHE_ROOT": str(folder / "cache"), "HF_MODULES_CACHE": str(folder / "modules")}
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"],
             cwd=ROOT,
-            env={**os.environ, **caches, **small, **offline, "PATH": path, **environment},
+            env={**surroundings(folder), **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -332,6 +337,18 @@ def test_lora_on_the_language_model(plugin, adapter, noise):
     for budget in (1, 36, 144):
         adapted = plugin.ask(noise(2), budget, model="adapter")
         assert adapted == plugin.expected(noise(2), budget, model=adapter[1]) != plugin.expected(noise(2), budget)
+
+
+def test_quantization_leaves_tower_and_projector_alone(checkpoint, tmp_path):
+    command = [sys.executable, str(Path(__file__).parent / "quantized.py"), str(checkpoint), "fp8_per_channel"]
+    environment = {**surroundings(tmp_path), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    layers = re.findall(r"layer model\.(\w+)\S* (\w+)", output)
+    assert {part for part, method in layers if method == "UnquantizedLinearMethod"} == {
+        "vision_tower",
+        "multi_modal_projector",
+    }
+    assert {part for part, method in layers if "Fp8" in method} == {"language_model"}
 
 
 @pytest.fixture

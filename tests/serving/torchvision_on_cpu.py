@@ -1,6 +1,6 @@
 """
-Lets a CUDA build of torchvision be imported beside a CPU build of torch: `make .venv-vllm/installed` puts this file
-into that environment if, and only if, the import fails without it.
+Lets a CUDA build of torchvision be imported beside a CPU build of torch: where that fails, `make .venv-vllm/installed`
+puts this file into the environment as its `sitecustomize.py`.
 
 torchvision's operators live in a library that finds no CUDA, and its Python code then stumbles over two whose names it
 takes for granted. Nothing here calls them.
