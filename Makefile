@@ -30,7 +30,7 @@ test-lmms: .venv-lmms/installed
 
 # A real engine on the CPU, asked about a tiny checkpoint and about the one that `make demo` leaves.
 test-vllm: .venv-vllm/installed
-	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py
+	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py tests/benchmarks/test_serving.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
