@@ -33,7 +33,7 @@ test-lmms: .venv-lmms/installed
 
 # A real engine on the CPU, asked about a tiny checkpoint and about the one that `make demo` leaves.
 test-vllm: .venv-vllm/installed
-	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py
+	$(VLLM)/python -m pytest -m vllm tests/serving/test_vllm.py tests/benchmarks/test_serving.py
 
 # The page in a real browser: Debian's Chromium, from `apt-get install chromium`.
 test-space: .venv-space/installed

@@ -9,6 +9,12 @@ python -m delta_llava.costs --config checkpoints/delta-llava-7b-144 --json
 python -m delta_llava.costs --recipe qwen2.5-7b --plot costs.png
 ```
 
+and the largest budget that a request can afford, by its FLOPs, its KV cache, or both:
+
+```
+python -m delta_llava.costs --recipe vicuna-7b --max_tflops 3 --max_kv_cache_mb 100
+```
+
 A FLOP is a multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products
 and convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention is counted in
 full, like attention without a mask, as kernels' counters do. An answer of n tokens takes the prefill, which yields the
@@ -27,6 +33,7 @@ counted of the projector we cannot tell: its 0.024 at 576 is the released projec
 
 import argparse
 import json
+import math
 import textwrap
 from collections import Counter
 from collections.abc import Collection
@@ -199,6 +206,59 @@ def inference_costs(
         "decode": sum(2 * weights + decoder.attention_flops(1, num_keys) + head for num_keys in context),
         "kv_cache_bytes": 2 * 2 * decoder.num_layers * decoder.key_value_size * (prompt + new_tokens - 1),
     }
+
+
+def largest_budget(
+    config: DeltaLlavaConfig,
+    text_tokens: int,
+    new_tokens: int,
+    max_tflops: float | None = None,
+    max_kv_cache_mb: float | None = None,
+    budgets: Collection[int] | None = None,
+    convention: str = "exact",
+) -> int:
+    """
+    The largest budget at which a request, one question about one image, stays within the targets.
+
+    Args:
+        config ([`DeltaLlavaConfig`]), text_tokens (`int`), new_tokens (`int`), convention (`str`, *optional*):
+            As [`inference_costs`] takes them.
+        max_tflops (`float`, *optional*): Most TFLOPs (10¹² FLOPs) of the request: tower, projector, prefill and decode.
+        max_kv_cache_mb (`float`, *optional*): Most MB (10⁶ bytes) of its bfloat16 keys and values at the answer's end.
+        budgets (`Collection[int]`, *optional*, defaults to `config.visual_token_budgets`):
+            To choose from. The default are those that the checkpoint was trained for.
+
+    Returns:
+        `int`: the number of visual tokens.
+
+    Raises:
+        ValueError: No target is given, a target is not a number above 0, no budget stays within the targets, or what
+            [`inference_costs`] raises.
+    """
+    targets = {"max_tflops": max_tflops, "max_kv_cache_mb": max_kv_cache_mb}
+    targets = {name: target for name, target in targets.items() if target is not None}
+    if not targets:
+        raise ValueError("max_tflops and max_kv_cache_mb are both None: give one of them, or both.")
+    for name, target in targets.items():
+        if not 0 < target < math.inf:
+            raise ValueError(f"{name}={target} must be a finite number above 0.")
+    taken = {}
+    for budget in config.visual_token_budgets if budgets is None else budgets:
+        costs = inference_costs(config, budget, text_tokens, new_tokens, convention)
+        taken[budget] = {"max_tflops": _total_flops(costs) / 1e12, "max_kv_cache_mb": costs["kv_cache_bytes"] / 1e6}
+    fitting = [budget for budget, takes in taken.items() if all(takes[name] <= targets[name] for name in targets)]
+    if not fitting:
+        smallest, units = min(taken), {"max_tflops": "TFLOPs", "max_kv_cache_mb": "MB of KV cache"}
+        raise ValueError(
+            f"No budget of {sorted(taken)} stays within "
+            f"{' and '.join(f'{name}={target:.10g}' for name, target in targets.items())}: the smallest, {smallest}, "
+            f"takes {' and '.join(f'{taken[smallest][name]:.10g} {units[name]}' for name in targets)}."
+        )
+    return max(fitting)
+
+
+def _total_flops(cost: dict[str, int]) -> int:
+    return sum(cost[part] for part in FLOP_PARTS)
 
 
 def _tower_flops(config: DeltaLlavaConfig, num_layers: int) -> int:
@@ -559,7 +619,7 @@ def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:
 
 def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
     """In which the largest total has digits before the point, as FLOPs and by name."""
-    largest = max(sum(cost[part] for part in FLOP_PARTS) for cost in costs.values())
+    largest = max(map(_total_flops, costs.values()))
     return next(((size, name) for size, name in UNITS.items() if largest >= size), (1.0, "FLOPs"))
 
 
@@ -569,15 +629,13 @@ def _table(costs: dict[int, dict[str, int]], title: str) -> str:
     lines = [
         title,
         "",
-        f"| visual tokens | tower | projector | prefill | decode | total {unit} | KV cache, MiB |",
+        f"| visual tokens | tower | projector | prefill | decode | total {unit} | KV cache, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for num_visual_tokens, cost in costs.items():
         flops = [cost[part] / size for part in FLOP_PARTS]
         columns = [f"{number:.3f}" for number in (*flops, sum(flops))]
-        lines.append(
-            f"| {num_visual_tokens} | {' | '.join(columns)} | {cost['kv_cache_bytes'] / 2**20:.1f} |",
-        )
+        lines.append(f"| {num_visual_tokens} | {' | '.join(columns)} | {cost['kv_cache_bytes'] / 1e6:.4g} |")
     return "\n".join(lines)
 
 
@@ -621,6 +679,12 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--text_tokens", type=int, default=68, help="of the prompt (default: 68)")
     parser.add_argument("--new_tokens", type=int, default=30, help="of the answer (default: 30)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="exact", help="what to count (default: exact)")
+    targets = parser.add_argument_group(
+        "the largest budget for a request that takes",
+        "of the budgets that the checkpoint was trained for, or with --recipe of all that the tower allows",
+    )
+    targets.add_argument("--max_tflops", type=float, metavar="TFLOPS", help="at most so many 10¹² FLOPs in total")
+    targets.add_argument("--max_kv_cache_mb", type=float, metavar="MB", help="at most so many 10⁶ bytes of KV cache")
     parser.add_argument("--json", action="store_true", help="print FLOPs as JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them into this picture")
     options = parser.parse_args(arguments)
@@ -630,6 +694,19 @@ def main(arguments: list[str] | None = None):
             budget: inference_costs(config, budget, options.text_tokens, options.new_tokens, options.convention)
             for budget in config.valid_visual_token_counts
         }
+        largest = None
+        if options.max_tflops is not None or options.max_kv_cache_mb is not None:
+            # A recipe has not been trained yet, and can be for any
+            budgets = config.valid_visual_token_counts if options.recipe else config.visual_token_budgets
+            largest = largest_budget(
+                config,
+                options.text_tokens,
+                options.new_tokens,
+                options.max_tflops,
+                options.max_kv_cache_mb,
+                budgets,
+                options.convention,
+            )
     except ValueError as error:
         parser.error(str(error))
     title = (
@@ -641,7 +718,13 @@ def main(arguments: list[str] | None = None):
             _plot(costs, title, options.plot)
         except (OSError, ValueError) as error:
             parser.error(f"--plot {options.plot}: {error}")
-    print(json.dumps({"budgets": costs}) if options.json else _table(costs, title))
+    if options.json:
+        print(json.dumps({"budgets": costs} | ({"largest_budget": largest} if largest else {})))
+        return
+    print(_table(costs, title))
+    if largest:
+        choice = "that the tower allows" if options.recipe else "that the checkpoint was trained for"
+        print(f"\nLargest budget within the target: {largest} visual tokens, of those {choice}, {sorted(budgets)}.")
 
 
 if __name__ == "__main__":

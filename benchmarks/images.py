@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import PIL.Image
 import torch
 from datasets import Dataset
@@ -24,32 +23,11 @@ from transformers.utils import is_torchvision_available
 
 from ..train.batches import BudgetedRows
 from ..train.data import FEATURES
+from .photographs import write_photographs
 
 
 SIZE = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
 ROUNDS = 5
-
-
-def write_photographs(folder: Path, count: int) -> list[str]:
-    """
-    Write JPEGs like photographs of COCO's usual sizes: smooth gradients with a sensor's noise, at quality 90.
-
-    Args:
-        folder (`Path`): Where they are written.
-        count (`int`): How many, landscape and portrait in turn.
-
-    Returns:
-        `list[str]`: Their paths.
-    """
-    draw = np.random.default_rng(0)
-    files = [str(folder / f"{index}.jpg") for index in range(count)]
-    for index, file in enumerate(files):
-        height, width = (640, 480) if index % 2 else (480, 640)
-        rows = np.sin(np.arange(height)[:, None, None] / draw.uniform(40, 200, 3) + draw.uniform(0, 6, 3))
-        columns = np.sin(np.arange(width)[None, :, None] / draw.uniform(40, 200, 3) + draw.uniform(0, 6, 3))
-        pixels = 127 + 100 * rows * columns + draw.normal(0, 8, (height, width, 3))
-        PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
-    return files
 
 
 def expand2square(image: PIL.Image.Image, colour: tuple[int, int, int]) -> PIL.Image.Image:

@@ -372,6 +372,36 @@ def draw(report: dict, file: Path):
     plt.close(figure)
 
 
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace, lowest: dict[str, int]):
+    """
+    Ends with a sentence where an option cannot be.
+
+    Args:
+        parser (`argparse.ArgumentParser`): To end by.
+        options (`argparse.Namespace`): With `size`, `budgets`, `output`, perhaps `plot`, and what `lowest` names.
+        lowest (`dict[str, int]`): The least that is allowed for a number, or for each of a list.
+    """
+    for name, least in lowest.items():
+        value = getattr(options, name)
+        given = min(value) if isinstance(value, list) else value
+        if given < least:
+            parser.error(f"--{name} {given}: at least {least} is needed.")
+    for name in ("budgets", *lowest):
+        values = getattr(options, name)
+        if isinstance(values, list) and len(set(values)) < len(values):
+            parser.error(f"--{name} {' '.join(map(str, values))}: each may stand there once.")
+    for name in ("output", "plot"):
+        file = getattr(options, name, None)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{name} {file}: there is no folder {file.parent}.")
+    vision_config = SIZES[options.size].vision_config
+    try:
+        for budget in options.budgets or ():
+            query_grid_size(budget, vision_config.image_size // vision_config.patch_size)
+    except ValueError as error:
+        parser.error(f"--budgets: {error}")
+
+
 def main(arguments: list[str] | None = None):
     """Measure and print a table; the figures are also written where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -396,15 +426,8 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--output", type=Path, help="JSON file for the raw figures")
     parser.add_argument("--plot", type=Path, help="picture of times to the first token and of tokens per second")
     options = parser.parse_args(arguments)
-    for name, lowest in (("new_tokens", 2), ("text_tokens", 1), ("rounds", 1)):
-        if getattr(options, name) < lowest:
-            parser.error(f"--{name} {getattr(options, name)}: at least {lowest} is needed.")
-    if min(options.batch_sizes) < 1:
-        parser.error(f"--batch_sizes {min(options.batch_sizes)}: at least 1 is needed.")
+    check_options(parser, options, {"new_tokens": 2, "text_tokens": 1, "rounds": 1, "batch_sizes": 1})
     budgets = options.budgets or list(SIZES[options.size].budgets)
-    for name, values in (("budgets", budgets), ("batch_sizes", options.batch_sizes)):
-        if len(set(values)) < len(values):
-            parser.error(f"--{name} {' '.join(map(str, values))}: each may stand there once.")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA GPU here. Leave it out, or take --device cpu.")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -412,16 +435,7 @@ def main(arguments: list[str] | None = None):
         parser.error("--size 7b needs a CUDA GPU. On a CPU take --size small.")
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
-    for name in ("output", "plot"):
-        file = getattr(options, name)
-        if file and not file.parent.is_dir():
-            parser.error(f"--{name} {file}: there is no folder {file.parent}.")
     size = SIZES[options.size]
-    try:
-        for budget in budgets:
-            query_grid_size(budget, size.vision_config.image_size // size.vision_config.patch_size)
-    except ValueError as error:
-        parser.error(f"--budgets: {error}")
     decoding = "compiled" if options.compile else "static" if options.static_cache else "eager"
     request = Request(options.text_tokens, options.new_tokens, decoding, device, DTYPES[dtype])
     models = make_models(size, budgets, device, request.dtype)

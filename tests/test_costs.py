@@ -16,6 +16,7 @@ from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, co
 from delta_llava.costs import (
     TRAINABLE_PARTS,
     inference_costs,
+    largest_budget,
     main,
     parameter_counts,
     recipe_config,
@@ -335,6 +336,37 @@ def test_a_backbone_of_unknown_costs_is_refused(tiny_config):
         parameter_counts(config)
 
 
+def test_the_largest_budget_is_the_last_one_within_every_target():
+    config = recipe_config("vicuna-7b")
+    budgets = config.valid_visual_token_counts
+
+    def largest(**targets):
+        return largest_budget(config, text_tokens=68, new_tokens=30, budgets=budgets, **targets)
+
+    # Keys and values of 32 layers of 4096 channels in two bytes: 0.524288 MB a token; 97 + 64 tokens have 84.410368
+    assert largest(max_kv_cache_mb=100) == 64
+    assert (largest(max_kv_cache_mb=84.410368), largest(max_kv_cache_mb=84.410367)) == (64, 36)
+    # All four parts count: the prefill alone has 2.77 at 144
+    assert sum(inference_costs(config, 144, 68, 30)[part] for part in costs.FLOP_PARTS) == pytest.approx(3.54e12, 1e-3)
+    assert (largest(max_tflops=3), largest(max_tflops=3.55), largest(max_tflops=1000)) == (64, 144, 576)
+    assert largest(max_tflops=3, max_kv_cache_mb=60) == largest(max_tflops=1.9, max_kv_cache_mb=100) == 16
+    assert largest(max_tflops=3, convention="paper") == 144
+
+
+def test_the_largest_budget_is_one_that_the_checkpoint_was_trained_for(capsys, tmp_path, tiny_config):
+    config = tiny_config(visual_token_budgets=[36, 4, 16])
+    assert largest_budget(config, 68, 30, max_tflops=1) == 36
+    # Two layers of 64 channels: 512 bytes a token
+    assert largest_budget(config, 68, 30, max_kv_cache_mb=(97 + 35) * 512 / 1e6) == 16
+    with pytest.raises(ValueError, match=r"\[4, 16, 36\] .*max_kv_cache_mb=0.05: the smallest, 4, takes 0.051712 MB"):
+        largest_budget(config, 68, 30, max_kv_cache_mb=0.05)
+    with pytest.raises(ValueError, match="both None"):
+        largest_budget(config, 68, 30)
+    config.save_pretrained(tmp_path)
+    main(["--config", str(tmp_path), "--max_tflops", "1"])
+    assert "36 visual tokens, of those that the checkpoint was trained for, [4, 16, 36]." in capsys.readouterr().out
+
+
 def test_the_command_prints_every_budget_and_draws_it(capsys, tmp_path, tiny_config):
     main(["--recipe", "vicuna-7b", "--convention", "paper", "--json", "--plot", str(tmp_path / "costs.png")])
     budgets = json.loads(capsys.readouterr().out)["budgets"]
@@ -356,6 +388,13 @@ def test_the_command_prints_every_budget_and_draws_it(capsys, tmp_path, tiny_con
         (["--recipe", "vicuna-7b", "--new_tokens", "0"], "new_tokens=0 must be 1 or more"),
         (["--config", "nowhere"], "nowhere holds no config.json"),
         (["--recipe", "vicuna-7b", "--plot", "costs.xyz"], "--plot costs.xyz: Format 'xyz' is not supported"),
+        (["--recipe", "vicuna-7b", "--max_tflops", "0"], "max_tflops=0.0 must be a finite number above 0"),
+        (["--recipe", "vicuna-7b", "--max_kv_cache_mb", "nan"], "max_kv_cache_mb=nan must be a finite number"),
+        (["--recipe", "vicuna-7b", "--max_tflops", "-3"], "max_tflops=-3.0 must be a finite number above 0"),
+        (
+            ["--recipe", "vicuna-7b", "--max_tflops", "1", "--max_kv_cache_mb", "100"],
+            "max_tflops=1 and max_kv_cache_mb=100: the smallest, 1, takes 1.656907677 TFLOPs and 51.380224 MB",
+        ),
         (["--config", "backbones/vicuna-7b-v1.5"], "model_type='llama', but it must be 'delta_llava'"),
     ],
 )

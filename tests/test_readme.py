@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig, CLIPVisionConfig, LlavaImageProcessor
 from trl import ModelConfig, SFTConfig
 
-from delta_llava import DeltaLlavaConfig
+from delta_llava import DeltaLlavaConfig, costs
 from delta_llava.train import memory
 from delta_llava.train.recipe import ScriptArguments
 
@@ -69,7 +69,7 @@ def test_paths_that_documents_name_exist():
 
 def test_options_that_documents_name_exist():
     known = {field.name for kind in (ScriptArguments, SFTConfig, ModelConfig) for field in fields(kind)} | {"config"}
-    for script in [*(ROOT / "hub").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
+    for script in [*ROOT.glob("*.py"), *(ROOT / "hub").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]:
         known |= set(re.findall(r'add_argument\(\s*"--(\w+)"', script.read_text(encoding="utf-8")))
     named = set()
     for document in ("README.md", "train/README.md"):
@@ -86,6 +86,11 @@ def test_options_that_documents_name_exist():
 def test_the_memory_table_is_what_its_command_prints(capsys):
     memory.main([])
     assert capsys.readouterr().out.strip() in (ROOT / "train/README.md").read_text(encoding="utf-8")
+
+
+def test_the_costs_are_what_their_command_prints(capsys):
+    costs.main(["--recipe", "vicuna-7b", "--max_tflops", "3"])
+    assert capsys.readouterr().out.strip() in README
 
 
 def test_an_installed_package_is_whole(tmp_path):

@@ -8,11 +8,12 @@ from transformers import CLIPImageProcessorPil
 from transformers.utils import is_torchvision_available
 
 from delta_llava.benchmarks import images
+from delta_llava.benchmarks.photographs import write_photographs
 
 
 @pytest.fixture
 def files(tmp_path):
-    return images.write_photographs(tmp_path, 2)
+    return write_photographs(tmp_path, 2)
 
 
 def test_photographs_have_cocos_sizes_and_a_photographs_weight(files):
