@@ -47,8 +47,8 @@ class DeltaLlava(lmms):
     Args:
         pretrained (`str`): Folder or Hub repository of the checkpoint.
         revision (`str`, *optional*): Branch or commit of the repository.
-        num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Budget of each image; with FastV, how many
-            tokens it keeps of a question's images together. It may be changed between two tasks.
+        num_visual_tokens (`int` or `"auto"`, *optional*, defaults to the checkpoint's): Budget of each image; with
+            FastV, how many tokens it keeps of a question's images together. It may be changed between two tasks.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the checkpoint's.
         batch_size (`int`, *optional*, defaults to 1): Requests that are answered at once, on each process.
         device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
@@ -69,7 +69,7 @@ class DeltaLlava(lmms):
         self,
         pretrained: str,
         revision: str | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
         device: str | None = None,
