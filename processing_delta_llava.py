@@ -305,7 +305,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if arguments.get("total_visual_tokens") is not None:
             raise ValueError(
                 "total_visual_tokens is shared among the images of a text, and image_sizes do not tell which share one:"
-                " give num_visual_tokens, a list as configuration_delta_llava.share_visual_tokens makes it."
+                " give num_visual_tokens, a list as share_visual_tokens makes it."
             )
         return MultiModalData(
             num_image_tokens=self._budgets(arguments.get("num_visual_tokens"), image_sizes),

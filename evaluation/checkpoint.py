@@ -42,13 +42,13 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
     return folder, commit
 
 
-def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int | str], fastv_layer: int | None = None):
+def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], fastv_layer: int | None = None):
     """
     Checks at how many visual tokens per image a checkpoint is to be measured.
 
     Args:
         config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of LLaVA-1.5.
-        num_visual_tokens (`list`): Budgets, or `"auto"`; with FastV, how many tokens it keeps.
+        num_visual_tokens (`list[int]`): Budgets; with FastV, how many tokens it keeps.
         fastv_layer (`int`, *optional*): Layer behind which FastV drops visual tokens.
 
     Raises:
@@ -60,7 +60,7 @@ def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int | 
             f"one of llava (LLaVA-1.5) with it, and no other."
         )
     if fastv_layer is None:
-        valid = [*config.valid_visual_token_counts, "auto"]
+        valid = config.valid_visual_token_counts
         allowed = f"among {valid}"
     else:
         num_layers = config.text_config.num_hidden_layers

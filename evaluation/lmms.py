@@ -84,7 +84,8 @@ class DeltaLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         folder, self.commit = locate(pretrained, revision)
         config = AutoConfig.from_pretrained(folder)
-        check_visual_tokens(config, [] if num_visual_tokens is None else [num_visual_tokens], fastv_layer)
+        is_auto = num_visual_tokens == "auto" and fastv_layer is None
+        check_visual_tokens(config, [] if num_visual_tokens is None or is_auto else [num_visual_tokens], fastv_layer)
         if num_visual_tokens is None:
             num_visual_tokens = config.num_visual_tokens if fastv_layer is None else config.image_seq_length
         self.num_visual_tokens, self.fastv_layer = num_visual_tokens, fastv_layer
