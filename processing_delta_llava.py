@@ -152,7 +152,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         # transformers passes both from a chat, as None
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError(f"{type(self).__name__} takes images and text, neither videos nor audio.")
+            raise ValueError(
+                f"{type(self).__name__} takes images and text, neither videos nor audio; of a clip, frames."
+            )
         kwargs = self._share_total(self._check_arguments(kwargs), images, text)
         if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
             kwargs["add_special_tokens"] = False  # a chat template has written them
@@ -287,8 +289,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def _process_images(self, images, num_visual_tokens: int | str | list[int | str] | None = None, **kwargs):
         # The budget must not reach the image processor, which knows no such argument.
         processed = self.image_processor(images, **kwargs)
-        channel_dim = kwargs.get("input_data_format")
-        sizes = [get_image_size(image, channel_dim) for image in make_flat_list_of_images(images)]
+        sizes = [_size(image, kwargs.get("input_data_format")) for image in make_flat_list_of_images(images)]
         processed["num_visual_tokens"] = self._budgets(num_visual_tokens, sizes)
         return processed, [self.replace_image_token(processed, index) for index in range(len(sizes))]
 
@@ -350,6 +351,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return [*super().model_input_names, "num_visual_tokens"]
 
 
+def _size(image: Any, data_format: ChannelDimension | str | None) -> tuple[int, int]:
+    """Height and width, in either order, of an image that is open."""
+    if isinstance(image, Image.Image):
+        return image.size
+    return get_image_size(image, data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4)))
+
+
 def _plain_value(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
 
@@ -377,7 +385,7 @@ def _check_content(number: int, content: Any):
         if kind not in ("text", "image", "image_url"):
             raise ValueError(
                 f"Part {place} of message {number} is {str(part)[:100]}: give {{'type': 'text', 'text': ...}} or"
-                " {'type': 'image', ...}; other types are not supported."
+                " {'type': 'image', ...}, of a clip one for each frame; other types are not supported."
             )
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")

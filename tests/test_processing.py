@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageOps
+from transformers import SiglipImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from delta_llava import DeltaLlavaProcessor, processing_delta_llava
@@ -554,6 +555,7 @@ def test_auto_looks_at_the_picture_as_it_was_opened(tiny_processor, noise, tmp_p
         ([photo, encoded(images[0])], [16, 1], {}),
         (scaled, [9], {"do_rescale": False}),
         (scaled.transpose(1, 2, 0), [9], {"do_rescale": False}),
+        (np.zeros((4, 7, 11), np.float32), [9], {"do_rescale": False, "image_mean": 0.5, "image_std": 0.5}),
         (images[0], [1], {"size": {"shortest_edge": 48}}),
     ]
     for sources, budgets, options in given:
@@ -600,6 +602,14 @@ def test_auto_chooses_among_the_trained_budgets_which_are_saved(tiny_processor, 
         tiny_processor(num_visual_tokens="auto")
     with pytest.raises(ValueError, match="needs a processor that knows its patch_grid_size"):
         chosen(tiny_processor(patch_grid_size=None))
+
+
+def test_patches_of_a_grid_that_leaves_a_rest_are_whole_pixels(tiny_processor):
+    processor = tiny_processor(num_visual_tokens=81, patch_grid_size=27)
+    processor.image_processor = SiglipImageProcessor(size={"height": 384, "width": 384})  # patches of 14 pixels
+    sizes = [(14, 14), (15, 9), (42, 14), (43, 1), (126, 3), (9999, 9999)]
+    planned = processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens="auto")
+    assert planned.num_image_tokens == [1, 9, 9, 81, 81, 81]
 
 
 def test_a_total_is_shared_evenly_and_its_rest_goes_to_the_first_images():

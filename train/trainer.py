@@ -128,6 +128,11 @@ class DeltaLlavaTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Like the Trainer's, but rows come in the order and with the budgets of a [`BudgetSampler`]."""
         budgets = self.num_visual_tokens
+        if self._is_fully_sharded() and "auto" in budgets:
+            raise ValueError(
+                f"num_visual_tokens={budgets}: FSDP and ZeRO-3 wait for ever when the images of some processes have more"
+                " budgets at a step than those of others. Leave 'auto' out, or train by DDP or ZeRO-2."
+            )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if isinstance(self.train_dataset, IterableDataset):
             rows = split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size)

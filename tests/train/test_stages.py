@@ -248,6 +248,8 @@ def test_fully_sharded_training_refuses_batches_with_and_without_images(run, dat
     for strategy in ("random", "group_by_length"):
         with pytest.raises(ValueError, match=r"1 of 13 rows have no image\. FSDP .* at least half of a batch of 4"):
             run(finetune, **options, train_sampling_strategy=strategy)
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[4, 36, 'auto'\]: FSDP and ZeRO-3 wait for ever"):
+        run(finetune, num_visual_tokens=[4, 36, "auto"])
 
 
 def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
