@@ -130,7 +130,7 @@ class DeltaLlavaTrainer(SFTTrainer):
         budgets = self.num_visual_tokens
         if self._is_fully_sharded() and "auto" in budgets:
             raise ValueError(
-                f"num_visual_tokens={budgets}: FSDP and ZeRO-3 wait for ever when the images of some processes have more"
+                f"num_visual_tokens={budgets}: FSDP and ZeRO-3 wait for ever when images of some processes have more"
                 " budgets at a step than those of others. Leave 'auto' out, or train by DDP or ZeRO-2."
             )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
