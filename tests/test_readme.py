@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_auto_table():
     sides, budgets = ([cell.strip() for cell in row.strip(" |").split("|")] for row in rows)
     trained = [int(budget) for budget in budgets]
     assert trained == [1, 4, 9, 16, 36, 64, 144] and sides[-1] == "any"
-    for side, budget, next_budget in zip(map(int, sides[:-1]), trained, trained[1:], strict=True):
+    for side, (budget, next_budget) in zip(map(int, sides[:-1]), pairwise(trained), strict=True):
         assert auto_visual_tokens(side, 14, trained, 144) == budget
         assert auto_visual_tokens(side + 1, 14, trained, 144) == next_budget
 
