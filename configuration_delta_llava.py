@@ -11,6 +11,7 @@ if (RELEASE := tuple(map(int, transformers.__version__.split(".")[:2]))) < (5, 1
     )
 
 from copy import deepcopy
+from itertools import pairwise
 from math import isqrt
 from typing import TYPE_CHECKING, Literal
 
@@ -64,6 +65,61 @@ def query_grid_size(num_visual_tokens: int, patch_grid_size: int) -> int:
             f" it must be one of {valid}."
         )
     return isqrt(num_visual_tokens)
+
+
+def auto_visual_tokens(longer_side: int, patch_size: int, budgets: list[int], default: int) -> int:
+    """
+    The budget that `num_visual_tokens="auto"` gives an image: no more tokens than it has patches of its own.
+
+    An image that is enlarged to the tower's size shows no more than it did before. So `n = ceil(longer_side /
+    patch_size)` patches of the tower span it as it is, and its budget is the smallest g² with g >= n. Where there is
+    none up to the default, it is the default.
+
+    Args:
+        longer_side (`int`): The larger of the image's width and height as it was opened, in pixels.
+        patch_size (`int`): Side of one of the tower's patches, in pixels.
+        budgets (`list[int]`): What the checkpoint was trained for.
+        default (`int`): The most that an image may get.
+
+    Returns:
+        `int`: One of `budgets`, or the default.
+    """
+    needed = -(-longer_side // patch_size)
+    return min((budget for budget in budgets if needed**2 <= budget <= default), default=default)
+
+
+def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list[int]:
+    """
+    The budgets that `total_visual_tokens` gives the images of one row: as even as the trained ones allow.
+
+    All images start with the smallest budget and go up together, budget by budget. Where what is left does not pay the
+    next one for all of them, the first ones get it.
+
+    Args:
+        total (`int`): Visual tokens of all images together.
+        num_images (`int`): How many there are, in the order of their placeholders.
+        budgets (`list[int]`): What the checkpoint was trained for.
+
+    Returns:
+        `list[int]`: A budget for each image, whose sum is at most `total`; `[144, 144, 36]` for three images and 400 of
+        `[36, 144]`.
+
+    Raises:
+        ValueError: The smallest budget for each is more than `total`.
+    """
+    budgets = sorted(budgets)
+    left = total - num_images * budgets[0]
+    if num_images and left < 0:
+        raise ValueError(
+            f"total_visual_tokens={total} is too few for {num_images} images: {budgets[0]}, the smallest budget, for"
+            f" each makes {num_images * budgets[0]}."
+        )
+    shares = [budgets[0]] * num_images
+    for budget, larger in pairwise(budgets):
+        num_raised = min(shares.count(budget), left // (larger - budget))
+        shares[:num_raised] = [larger] * num_raised
+        left -= num_raised * (larger - budget)
+    return shares
 
 
 @strict
@@ -298,4 +354,12 @@ def _as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 DeltaLlavaConfig.register_for_auto_class()
 
-__all__ = ["AUTO_MAP", "RELEASE", "DeltaLlavaConfig", "query_grid_size", "valid_visual_token_counts"]
+__all__ = [
+    "AUTO_MAP",
+    "RELEASE",
+    "DeltaLlavaConfig",
+    "auto_visual_tokens",
+    "query_grid_size",
+    "share_visual_tokens",
+    "valid_visual_token_counts",
+]

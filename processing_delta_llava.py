@@ -1,6 +1,13 @@
 """Processor of Delta-LLaVA: images to pixels, and each `<image>` in a text to as many tokens as its image gets."""
 
-from .configuration_delta_llava import AUTO_MAP, query_grid_size  # first: it refuses older releases
+from .configuration_delta_llava import (  # first: it refuses older releases
+    AUTO_MAP,
+    DeltaLlavaConfig,
+    auto_visual_tokens,
+    query_grid_size,
+    share_visual_tokens,
+    valid_visual_token_counts,
+)
 
 
 # isort: split
@@ -19,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from itertools import count, zip_longest
 from math import isqrt
-from typing import Any, is_typeddict
+from typing import Any, Literal, is_typeddict
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
@@ -27,7 +34,12 @@ import torch
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageFile
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_flat_list_of_images
+from transformers.image_utils import (
+    ChannelDimension,
+    get_image_size,
+    infer_channel_dimension_format,
+    make_flat_list_of_images,
+)
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
 
@@ -42,12 +54,15 @@ MAX_REDIRECTS = 5
 
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
     """
-    num_visual_tokens (`int` or `list[int]`, *optional*):
+    num_visual_tokens (`int`, `"auto"` or a `list` of both, *optional*):
         The budget of all images of the call, or of each in the order of their placeholders. A call takes numpy
-        integers, tuples and tensors as well.
+        integers, tuples and tensors as well. `"auto"` is [`auto_visual_tokens`] of the image as it was opened.
+    total_visual_tokens (`int`, *optional*):
+        In its place, tokens for all images of a text together, which get their budgets by [`share_visual_tokens`].
     """
 
-    num_visual_tokens: int | list[int] | None
+    num_visual_tokens: int | Literal["auto"] | list[int | Literal["auto"]] | None
+    total_visual_tokens: int | None
 
 
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -66,15 +81,21 @@ class DeltaLlavaProcessor(ProcessorMixin):
     Args:
         image_processor (`BaseImageProcessor`): Makes `(num_images, 3, height, width)` pixels of the tower's size.
         tokenizer (`PreTrainedTokenizerBase`): Knows `<image>` as one token.
-        num_visual_tokens (`int`, *optional*, defaults to 144): Budget of an image when a call names none.
+        num_visual_tokens (`int`, *optional*, defaults to 144):
+            Budget of an image when a call names none, and the most that `"auto"` gives one.
         patch_grid_size (`int`, *optional*):
-            Side of the tower's patch grid, so that a budget which it does not allow is refused here already.
+            Side of the tower's patch grid, so that a budget which it does not allow is refused here already. `"auto"`
+            needs it.
         chat_template (`str`, *optional*): Jinja template of a conversation.
+        visual_token_budgets (`list[int]`, *optional*):
+            Budgets that the checkpoint was trained for, which `"auto"` and `total_visual_tokens` choose from. By
+            default those that the grid allows, up to `num_visual_tokens`.
 
     Raises:
         ValueError: For a budget that the grid does not allow, or a tokenizer that does not know `<image>`. A call:
             for an image that [`open_image`] refuses, for placeholders and images, or budgets and images, that do not
-            match, and for parts of a chat that are neither text nor image.
+            match, for a `total_visual_tokens` that is too few for a row's images or comes beside `num_visual_tokens`,
+            and for parts of a chat that are neither text nor image.
         TypeError: A call, for an argument that neither the processor nor one of its parts knows.
 
     Example:
@@ -93,10 +114,16 @@ class DeltaLlavaProcessor(ProcessorMixin):
         num_visual_tokens: int = 144,
         patch_grid_size: int | None = None,
         chat_template: str | None = None,
+        visual_token_budgets: list[int] | None = None,
         **kwargs,
     ):
         self.patch_grid_size = patch_grid_size
-        (self.num_visual_tokens,) = self._budgets(num_visual_tokens, 1)
+        if isinstance(num_visual_tokens, str):
+            raise ValueError(f"num_visual_tokens={num_visual_tokens!r} must be an integer here: 'auto' is for a call.")
+        (self.num_visual_tokens,) = self._budgets(num_visual_tokens, [(1, 1)])
+        self.visual_token_budgets = visual_token_budgets
+        for budget in visual_token_budgets or ():
+            self._check_budget(budget)
         image_token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
             raise ValueError(
@@ -104,13 +131,19 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
         self.image_token_id = image_token_ids[0]
         tokenizer.padding_side = "left"
-        # from_pretrained hands a budget to the tokenizer too, which would save it and let it win over the processor's
-        tokenizer.init_kwargs.pop("num_visual_tokens", None)
+        # from_pretrained hands its arguments to the tokenizer too, which would save them and let them win over these
+        for name in ("num_visual_tokens", "visual_token_budgets"):
+            tokenizer.init_kwargs.pop(name, None)
         if hasattr(tokenizer, "legacy"):
             # Saving a LlamaTokenizer forgets it, and the saved one would put other spaces after special tokens
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+
+    def adopt_budgets(self, config: DeltaLlavaConfig):
+        """Take patch grid, default and trained budgets from the configuration that this is to be saved beside."""
+        self.patch_grid_size, self.num_visual_tokens = config.patch_grid_size, config.num_visual_tokens
+        self.visual_token_budgets = list(config.visual_token_budgets)
 
     def __call__(
         self,
@@ -120,8 +153,10 @@ class DeltaLlavaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         # transformers passes both from a chat, as None
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
-            raise ValueError(f"{type(self).__name__} takes images and text, neither videos nor audio.")
-        kwargs = self._check_arguments(kwargs)
+            raise ValueError(
+                f"{type(self).__name__} takes images and text, neither videos nor audio; of a clip, frames."
+            )
+        kwargs = self._share_total(self._check_arguments(kwargs), images, text)
         self._check_budgets_for_server(kwargs)
         if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
             kwargs["add_special_tokens"] = False  # a chat template has written them
@@ -150,7 +185,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return known.union(*(part.__annotations__ for part in parts if is_typeddict(part)))
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A copy with budgets as integers, after a look for names that nobody knows."""
+        """A copy with budgets as Python's own values, after a look for names that nobody knows."""
         known = self._known_arguments()
         kwargs = {name: dict(value) if name == "images_kwargs" else value for name, value in kwargs.items()}
         for arguments in (kwargs, kwargs.get("images_kwargs", {})):
@@ -158,7 +193,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 similar = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
                 raise TypeError(f"{type(self).__name__} takes no argument {name}{similar}")
             if "num_visual_tokens" in arguments:
-                arguments["num_visual_tokens"] = _integers(arguments["num_visual_tokens"])
+                arguments["num_visual_tokens"] = _plain(arguments["num_visual_tokens"])
         return kwargs
 
     def _check_budgets_for_server(self, kwargs: dict[str, Any]):
@@ -169,6 +204,46 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 f"num_visual_tokens={budgets}: vLLM would mix up the budgets of single images. Give an integer for all,"
                 " or install the package delta-llava beside vLLM, which takes lists."
             )
+
+    def _share_total(self, kwargs: dict[str, Any], images, text) -> dict[str, Any]:
+        """The arguments with the budget of each image in the place of a `total_visual_tokens`."""
+        parts = (kwargs, kwargs.get("images_kwargs", {}))
+        totals = [_plain_value(part.pop("total_visual_tokens", None)) for part in parts]
+        totals = [total for total in totals if total is not None]
+        if not totals:
+            return kwargs
+        if any(part.pop("num_visual_tokens", None) is not None for part in parts):
+            raise ValueError(f"total_visual_tokens={totals[0]} and num_visual_tokens exclude each other: name one.")
+        if type(totals[0]) is not int:
+            raise ValueError(f"total_visual_tokens={totals[0]!r} must be an integer: the tokens of a text's images.")
+        images = [] if images is None else images
+        if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in images):
+            rows = [len(row) for row in images]
+        elif text is not None:
+            rows = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
+        else:
+            raise ValueError(f"total_visual_tokens={totals[0]} is shared by the images of each text: give the text.")
+        shares = []
+        for row, num_images in enumerate(rows):
+            try:
+                shares += share_visual_tokens(totals[0], num_images, self._trained_budgets())
+            except ValueError as error:
+                raise ValueError(f"Row {row}: {error}") from error
+        return {**kwargs, "num_visual_tokens": shares}
+
+    def _trained_budgets(self) -> list[int]:
+        if self.visual_token_budgets:
+            return self.visual_token_budgets
+        if self.patch_grid_size is None:
+            raise ValueError("To choose budgets, a processor needs visual_token_budgets or patch_grid_size.")
+        return [count for count in valid_visual_token_counts(self.patch_grid_size) if count <= self.num_visual_tokens]
+
+    def _patch_size(self) -> int:
+        """Side of one of the tower's patches, in pixels."""
+        if self.patch_grid_size is None:
+            raise ValueError("num_visual_tokens='auto' needs a processor that knows its patch_grid_size.")
+        pixel_values = self.image_processor(Image.new("RGB", (1, 1)), return_tensors="np")["pixel_values"]
+        return pixel_values.shape[-1] // self.patch_grid_size
 
     def _begins_with_bos(self, text) -> bool:
         bos = self.tokenizer.bos_token
@@ -204,7 +279,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
             self._check_placeholders([sample.count(self.image_token) for sample in text], images)
         if images is None:
-            self._budgets({**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens"), 0)
+            self._budgets({**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens"), [])
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_placeholders(self, placeholders: list[int], images):
@@ -222,12 +297,12 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 f" but the texts hold {sum(placeholders)} and come with {num_images} images."
             )
 
-    def _process_images(self, images, num_visual_tokens: int | list[int] | None = None, **kwargs):
+    def _process_images(self, images, num_visual_tokens: int | str | list[int | str] | None = None, **kwargs):
         # The budget must not reach the image processor, which knows no such argument.
         processed = self.image_processor(images, **kwargs)
-        num_images = len(make_flat_list_of_images(images))
-        processed["num_visual_tokens"] = self._budgets(num_visual_tokens, num_images)
-        return processed, [self.replace_image_token(processed, index) for index in range(num_images)]
+        sizes = [_size(image, kwargs.get("input_data_format")) for image in make_flat_list_of_images(images)]
+        processed["num_visual_tokens"] = self._budgets(num_visual_tokens, sizes)
+        return processed, [self.replace_image_token(processed, index) for index in range(len(sizes))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholder of image `image_idx`, once for each of its visual tokens."""
@@ -238,19 +313,36 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         kwargs = self._check_arguments(kwargs)
-        num_visual_tokens = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
+        arguments = {**kwargs, **kwargs.get("images_kwargs", {})}
+        if arguments.get("total_visual_tokens") is not None:
+            raise ValueError(
+                "total_visual_tokens is shared among the images of a text, and image_sizes do not tell which share one:"
+                " give num_visual_tokens, a list as share_visual_tokens makes it."
+            )
         return MultiModalData(
-            num_image_tokens=self._budgets(num_visual_tokens, len(image_sizes)),
+            num_image_tokens=self._budgets(arguments.get("num_visual_tokens"), image_sizes),
             num_image_patches=[1] * len(image_sizes),
         )
 
-    def _budgets(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
-        num_visual_tokens = _integers(num_visual_tokens)
-        if num_visual_tokens is None:
-            num_visual_tokens = self.num_visual_tokens
-        budgets = [num_visual_tokens] * num_images if isinstance(num_visual_tokens, int) else num_visual_tokens
-        if len(budgets) != num_images:
-            raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
+    def _budgets(
+        self, num_visual_tokens: int | str | list[int | str] | None, image_sizes: list[tuple[int, int]]
+    ) -> list[int]:
+        """The budget of each image; `image_sizes` are heights and widths, in either order."""
+        budgets = _plain(num_visual_tokens)
+        if budgets is None:
+            budgets = self.num_visual_tokens
+        if not isinstance(budgets, list):
+            budgets = [budgets] * len(image_sizes)
+        if len(budgets) != len(image_sizes):
+            raise ValueError(
+                f"num_visual_tokens names {len(budgets)} budgets, but there are {len(image_sizes)} images."
+            )
+        if "auto" in budgets:
+            rule = self._patch_size(), self._trained_budgets(), self.num_visual_tokens
+            budgets = [
+                auto_visual_tokens(max(size), *rule) if budget == "auto" else budget
+                for budget, size in zip(budgets, image_sizes, strict=True)
+            ]
         for budget in set(budgets):
             self._check_budget(budget)
         return budgets
@@ -270,16 +362,26 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return [*super().model_input_names, "num_visual_tokens"]
 
 
-def _integers(num_visual_tokens: Any) -> int | list[int] | None:
-    def plain(value: Any) -> Any:
-        return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+def _size(image: Any, data_format: ChannelDimension | str | None) -> tuple[int, int]:
+    """Height and width, in either order, of an image that is open."""
+    if isinstance(image, Image.Image):
+        return image.size
+    return get_image_size(image, data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4)))
 
-    found = plain(num_visual_tokens)
-    found = [plain(budget) for budget in found] if isinstance(found, (list, tuple)) else found
-    if found is None or all(type(budget) is int for budget in (found if isinstance(found, list) else [found])):
+
+def _plain_value(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+
+
+def _plain(num_visual_tokens: Any) -> int | str | list[int | str] | None:
+    found = _plain_value(num_visual_tokens)
+    found = [_plain_value(budget) for budget in found] if isinstance(found, (list, tuple)) else found
+    budgets = found if isinstance(found, list) else [found]
+    if found is None or all(type(budget) is int or budget == "auto" for budget in budgets):
         return found
     raise ValueError(
-        f"num_visual_tokens={num_visual_tokens!r} must be an integer, or a list, tuple or 1-d tensor of one per image."
+        f"num_visual_tokens={num_visual_tokens!r} must be an integer or 'auto', or a list, tuple or 1-d tensor of one"
+        " per image."
     )
 
 
@@ -294,7 +396,7 @@ def _check_content(number: int, content: Any):
         if kind not in ("text", "image", "image_url"):
             raise ValueError(
                 f"Part {place} of message {number} is {str(part)[:100]}: give {{'type': 'text', 'text': ...}} or"
-                " {'type': 'image', ...}; other types are not supported."
+                " {'type': 'image', ...}, of a clip one for each frame; other types are not supported."
             )
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")

@@ -2,6 +2,7 @@
 
 python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "Which digit is at the top left?"
 python -m delta_llava.demo.ask picture.png "How many things are there?" --num_visual_tokens 4
+python -m delta_llava.demo.ask icon.png "How many things are there?" --num_visual_tokens auto
 """
 
 import argparse
@@ -40,16 +41,16 @@ def prepare(processor, images, questions, num_visual_tokens=None):
     Args:
         images (`list`): paths, or anything else that the processor takes for an image.
         questions (`list[str]`): as many questions.
-        num_visual_tokens (`int`, *optional*): the budget of each image; by default the checkpoint's own.
+        num_visual_tokens (`int` or `"auto"`, *optional*): the budget of each image; by default the checkpoint's own.
     """
     chats = [
-        [{"role": "user", "content": [{"type": "image", "image": str(image)}, {"type": "text", "text": question}]}]
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for image, question in zip(images, questions, strict=True)
     ]
-    budget = {} if num_visual_tokens is None else {"num_visual_tokens": num_visual_tokens}
+    named = {} if num_visual_tokens is None else {"num_visual_tokens": num_visual_tokens}
     return processor.apply_chat_template(
         chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        processor_kwargs={"padding": True, **budget},
+        processor_kwargs={"padding": True, **named},
     )  # fmt: skip
 
 
@@ -62,12 +63,17 @@ def answer(model, processor, images, questions, num_visual_tokens=None, max_new_
     return [text.strip() for text in texts]
 
 
+def budget(text):
+    """A budget as the command line names it: a number, or `auto`."""
+    return text if text == "auto" else int(text)
+
+
 def main(arguments=None):
     """Command line: prints the answer, or one line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="any image file")
     parser.add_argument("question")
-    parser.add_argument("--num_visual_tokens", type=int, help="budget of the image; by default the checkpoint's")
+    parser.add_argument("--num_visual_tokens", type=budget, help="of the image, or auto; by default the checkpoint's")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="by default the one that the demo left")
     options = parser.parse_args(arguments)
     try:

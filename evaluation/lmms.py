@@ -48,8 +48,8 @@ class DeltaLlava(lmms):
     Args:
         pretrained (`str`): Folder or Hub repository of the checkpoint.
         revision (`str`, *optional*): Branch or commit of the repository.
-        num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Budget of each image; with FastV, how many
-            tokens it keeps of a question's images together. It may be changed between two tasks.
+        num_visual_tokens (`int` or `"auto"`, *optional*, defaults to the checkpoint's): Budget of each image; with
+            FastV, how many tokens it keeps of a question's images together. It may be changed between two tasks.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the checkpoint's.
         batch_size (`int`, *optional*, defaults to 1): Requests that are answered at once, on each process.
         device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
@@ -72,7 +72,7 @@ class DeltaLlava(lmms):
         self,
         pretrained: str,
         revision: str | None = None,
-        num_visual_tokens: int | None = None,
+        num_visual_tokens: int | str | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
         device: str | None = None,
@@ -88,7 +88,8 @@ class DeltaLlava(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         folder, self.commit = locate(pretrained, revision)
         config = AutoConfig.from_pretrained(folder)
-        check_visual_tokens(config, [] if num_visual_tokens is None else [num_visual_tokens], fastv_layer)
+        is_auto = num_visual_tokens == "auto" and fastv_layer is None
+        check_visual_tokens(config, [] if num_visual_tokens is None or is_auto else [num_visual_tokens], fastv_layer)
         if num_visual_tokens is None:
             num_visual_tokens = config.num_visual_tokens if fastv_layer is None else config.image_seq_length
         self.num_visual_tokens, self.fastv_layer = num_visual_tokens, fastv_layer

@@ -142,10 +142,9 @@ def _assemble(
     processor = DeltaLlavaProcessor(
         image_processor=load_image_processor(vision_tower, config_overrides["image_size"]),
         tokenizer=tokenizer,
-        num_visual_tokens=config.num_visual_tokens,
-        patch_grid_size=config.patch_grid_size,
         chat_template=template,
     )
+    processor.adopt_budgets(config)
     check_image_size(processor, config)
     generation_config = build_generation_config(language_model, text_config, tokenizer, template)
 

@@ -197,10 +197,9 @@ def _configure(
     processor = DeltaLlavaProcessor(
         image_processor=pad_to_square(source.image_processor) if source.is_padded else source.image_processor,
         tokenizer=tokenizer,
-        num_visual_tokens=config.num_visual_tokens,
-        patch_grid_size=config.patch_grid_size,
         chat_template=fit_spaces(template, tokenizer),
     )
+    processor.adopt_budgets(config)
     check_image_size(processor, config)
     return processor, config, build_generation_config(source.text_folder, source.text_config, tokenizer, template)
 

@@ -93,6 +93,7 @@ def merge_adapter(
         for name, weight in model.state_dict().items():
             check_finite(name, weight, f"{base_model} with {adapter}")
         processor = DeltaLlavaProcessor.from_pretrained(adapter)
+        processor.adopt_budgets(config)
         stop_at_end_of_turn(model.generation_config, processor.tokenizer, processor.chat_template)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -342,6 +342,9 @@ def _check_checkpoint(checkpoint: Path, branch: str) -> int:
     processor = DeltaLlavaProcessor.from_pretrained(checkpoint)
     for name, theirs in (
         ("num_visual_tokens", processor.num_visual_tokens),
+        # Processors of earlier releases do not tell
+        ("visual_token_budgets", processor.visual_token_budgets or config.visual_token_budgets),
+        ("patch_grid_size", processor.patch_grid_size or config.patch_grid_size),
         ("image_token_id", processor.image_token_id),
     ):
         if getattr(config, name) != theirs:

@@ -54,7 +54,7 @@ assert all(type(item).__module__.startswith("transformers_modules.") for item in
 
 
 def test_pipeline_answers_chats_at_any_budget(checkpoint, in_fresh_process, noise, tmp_path):
-    noise(1)[0].save(tmp_path / "image.png")
+    noise(1, size=(9, 6))[0].save(tmp_path / "image.png")
     output = in_fresh_process(f"""
 import json
 from transformers import pipeline
@@ -66,11 +66,12 @@ content = [dict(type="image", url="image.png"), dict(type="text", text="What is 
 chat = [dict(role="user", content=content)]
 options = dict(return_full_text=False, generate_kwargs=dict(max_new_tokens=4, do_sample=False, eos_token_id=None))
 answers = [pipe(text=chat, **options)]
-answers += [pipe(text=chat, processor_kwargs=dict(num_visual_tokens=budget), **options) for budget in (4, 144)]
+answers += [pipe(text=chat, processor_kwargs=dict(num_visual_tokens=budget), **options) for budget in (4, 144, "auto")]
+answers.append(pipe(text=chat, processor_kwargs=dict(total_visual_tokens=20), **options))
 print(json.dumps([budgets, [answer[0]["generated_text"] for answer in answers]]))
 """)
     budgets, answers = json.loads(output.splitlines()[-1])
-    assert budgets == [36, 4, 144] and all(answers)
+    assert budgets == [36, 4, 144, 9, 16] and all(answers)
 
 
 def test_saving_and_loading_keeps_every_logit(tiny_model, tiny_processor, checkpoint, noise):

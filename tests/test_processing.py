@@ -19,9 +19,11 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageOps
+from transformers import SiglipImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from delta_llava import DeltaLlavaProcessor, processing_delta_llava
+from delta_llava.configuration_delta_llava import auto_visual_tokens, share_visual_tokens
 from delta_llava.processing_delta_llava import DeltaLlavaProcessorKwargs, open_image
 
 
@@ -508,13 +510,174 @@ def test_budgets_of_every_integer_kind_are_taken_and_others_refused_by_name(tiny
         assert processor._get_num_multimodal_tokens(
             image_sizes=[(9, 9)], num_visual_tokens=budget
         ).num_image_tokens == [4]
-    for budget in (True, 4.0, "4", "auto", [True], [4.0], torch.tensor([[4]]), torch.tensor(4.0), {4}):
-        with pytest.raises(ValueError, match=r"num_visual_tokens=.* must be an integer, or a list"):
+    for budget in (True, 4.0, "4", "Auto", [True], [4.0], ["auto", "4"], torch.tensor([[4]]), torch.tensor(4.0), {4}):
+        with pytest.raises(ValueError, match=r"num_visual_tokens=.* must be an integer or 'auto', or a list"):
             processor(images=noise(1), text="<image>", num_visual_tokens=budget)
     with pytest.raises(ValueError, match="num_visual_tokens=True must be an integer"):
         tiny_processor(num_visual_tokens=True)
     with pytest.raises(ValueError, match="names 1 budgets, but there are 0 images"):
         processor(text="no image", num_visual_tokens=[4])
+
+
+@pytest.mark.parametrize(
+    ("longer_side", "patch_size", "budgets", "default", "expected"),
+    [
+        (48, 14, [1, 4, 9, 16, 36, 64, 144], 144, 16),  # ceil(48 / 14) = 4
+        (56, 14, [1, 4, 9, 16, 36, 64, 144], 144, 16),
+        (57, 14, [1, 4, 9, 16, 36, 64, 144], 144, 36),
+        (14, 14, [144, 1, 36], 144, 1),
+        (1, 14, [36, 144], 144, 36),
+        (60, 14, [1, 144, 576], 144, 144),
+        (16_384, 14, [1, 144, 576], 144, 144),  # no more than the default
+        (16_384, 14, [1, 144], 144, 144),  # none is as large as it needs
+        (20, 14, [1, 36, 144], 16, 16),  # nor is any that the default allows
+        (9999, 14, [144], 144, 144),
+    ],
+)
+def test_auto_is_the_smallest_trained_budget_for_the_patches_of_the_image_itself(
+    longer_side, patch_size, budgets, default, expected
+):
+    assert auto_visual_tokens(longer_side, patch_size, budgets, default) == expected
+
+
+def test_auto_looks_at_the_picture_as_it_was_opened(tiny_processor, noise, tmp_path):
+    processor = tiny_processor(num_visual_tokens=144)  # patches of 4 pixels
+    sizes = {(4, 3): 1, (5, 8): 4, (9, 2): 9, (13, 16): 16, (17, 5): 36, (24, 24): 36, (25, 1): 144, (300, 40): 144}
+    images, expected = [Image.new("RGB", size) for size in sizes], list(sizes.values())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = encoded(Image.new("RGB", (16, 4)), "JPEG", exif=exif)
+    scaled = np.zeros((3, 7, 11), np.float32)
+    given = [
+        (images, expected, {}),
+        ([saved(image, tmp_path / f"{number}.png") for number, image in enumerate(images)], expected, {}),
+        ([np.asarray(image) for image in images], expected, {}),
+        ([photo, encoded(images[0])], [16, 1], {}),
+        (scaled, [9], {"do_rescale": False}),
+        (scaled.transpose(1, 2, 0), [9], {"do_rescale": False}),
+        (images[0], [1], {"size": {"shortest_edge": 48}}),
+    ]
+    for sources, budgets, options in given:
+        text = "<image>" * len(budgets)
+        for named in ({"num_visual_tokens": "auto"}, {"images_kwargs": {"num_visual_tokens": np.str_("auto")}}):
+            inputs = processor(images=sources, text=text, return_tensors="pt", **named, **options)
+            assert inputs["num_visual_tokens"].dtype == torch.int64
+            assert inputs["num_visual_tokens"].tolist() == budgets and placeholders(processor, inputs) == [sum(budgets)]
+    planned = processor._get_num_multimodal_tokens(
+        image_sizes=[(image.height, image.width) for image in images], num_visual_tokens="auto"
+    )
+    assert (planned.num_image_tokens, planned.num_image_patches) == (expected, [1] * len(images))
+    mixed = ["auto", 9, "auto"]
+    assert processor(images=images[:3], text="<image>" * 3, num_visual_tokens=mixed)["num_visual_tokens"] == [1, 9, 9]
+    chat = with_image(images[3])
+    for options in ({"processor_kwargs": {"num_visual_tokens": "auto"}}, {"num_visual_tokens": "auto"}):
+        assert processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)["num_visual_tokens"] == [
+            16
+        ]
+    assert set(processor(text="hi", num_visual_tokens="auto")) == {"input_ids", "attention_mask"}
+    for default in (1, 16, 36):
+        processor.num_visual_tokens = default
+        inputs = processor(images=images, text="<image>" * len(images), num_visual_tokens="auto")
+        assert inputs["num_visual_tokens"] == [min(budget, default) for budget in expected]
+
+
+def test_auto_chooses_among_the_trained_budgets_which_are_saved(tiny_processor, tmp_path):
+    sizes = [(4, 4), (8, 8), (12, 12), (48, 48)]
+
+    def chosen(processor):
+        return processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens="auto").num_image_tokens
+
+    assert chosen(tiny_processor()) == [1, 4, 9, 36]  # as of a release that did not save them
+    tiny_processor(visual_token_budgets=[36, 4]).save_pretrained(tmp_path / "first")
+    DeltaLlavaProcessor.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert chosen(DeltaLlavaProcessor.from_pretrained(tmp_path / "second")) == [4, 4, 36, 36]
+    other = DeltaLlavaProcessor.from_pretrained(tmp_path / "second", visual_token_budgets=[9, 36])
+    other.save_pretrained(tmp_path / "third")
+    assert chosen(DeltaLlavaProcessor.from_pretrained(tmp_path / "third")) == [9, 9, 9, 36]
+    assert "visual_token" not in (tmp_path / "third/tokenizer_config.json").read_text()
+    with pytest.raises(ValueError, match=r"num_visual_tokens=5 .* one of \[1, 4, 9, 16, 36, 144\]"):
+        tiny_processor(visual_token_budgets=[4, 5])
+    with pytest.raises(ValueError, match="num_visual_tokens='auto' must be an integer here"):
+        tiny_processor(num_visual_tokens="auto")
+    with pytest.raises(ValueError, match="needs a processor that knows its patch_grid_size"):
+        chosen(tiny_processor(patch_grid_size=None))
+
+
+def test_patches_of_a_grid_that_leaves_a_rest_are_whole_pixels(tiny_processor):
+    processor = tiny_processor(num_visual_tokens=81, patch_grid_size=27)
+    processor.image_processor = SiglipImageProcessor(size={"height": 384, "width": 384})  # patches of 14 pixels
+    sizes = [(14, 14), (15, 9), (42, 14), (43, 1), (126, 3), (9999, 9999)]
+    planned = processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens="auto")
+    assert planned.num_image_tokens == [1, 9, 9, 81, 81, 81]
+
+
+def test_a_total_is_shared_evenly_and_its_rest_goes_to_the_first_images():
+    budgets = [1, 4, 9, 16, 36, 144]
+    for total, num_images, expected in [
+        (576, 1, [144]),
+        (576, 4, [144] * 4),
+        (575, 4, [144] * 3 + [36]),
+        (576, 5, [144] * 3 + [36] * 2),
+        (576, 16, [36] * 16),
+        (576, 17, [36] * 15 + [16] * 2),
+        (10, 10, [1] * 10),
+        (15, 10, [4] + [1] * 9),
+        (0, 0, []),
+    ]:
+        assert share_visual_tokens(total, num_images, budgets) == expected
+    # Where the second step is cheaper than the first, one image may take both
+    assert share_visual_tokens(65 + 1 + 1, 2, [81, 1, 64]) == [64, 1]
+    assert share_visual_tokens(82, 2, [81, 1, 64]) == [81, 1]
+    with pytest.raises(ValueError, match=r"total_visual_tokens=7 is too few for 2 images: 4, .* makes 8"):
+        share_visual_tokens(7, 2, [36, 4])
+
+
+def test_each_row_s_images_share_the_total(tiny_processor, noise):
+    processor = tiny_processor(visual_token_budgets=[1, 4, 9, 16, 36, 144])
+    images, texts = noise(4), ["<image><image><image>", "none", "<image>"]
+    rows = [images[:3], [], images[3:]]
+    for total in (40, np.int64(40), torch.tensor(40)):
+        for named in ({"total_visual_tokens": total}, {"images_kwargs": {"total_visual_tokens": total}}):
+            for given in (rows, images):
+                inputs = processor(images=given, text=texts, padding=True, return_tensors="pt", **named)
+                assert inputs["num_visual_tokens"].tolist() == [16, 9, 9, 36]
+                assert placeholders(processor, inputs) == [34, 0, 36]
+    chat = with_image(images[0])
+    for options in ({"processor_kwargs": {"total_visual_tokens": 20}}, {"total_visual_tokens": 20}):
+        assert processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)["num_visual_tokens"] == [
+            16
+        ]
+    for row in (None, [], [[]]):
+        assert set(processor(images=row, text=["hi"], total_visual_tokens=4)) == {"input_ids", "attention_mask"}
+    assert processor(images=[rows[0]], total_visual_tokens=40)["num_visual_tokens"] == [16, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_visual_tokens": 7}, "Row 1: total_visual_tokens=7 is too few for 2 images: 4, the smallest budget"),
+        ({"total_visual_tokens": -1}, "Row 0: total_visual_tokens=-1 is too few for 1 images"),
+        ({"total_visual_tokens": True}, "total_visual_tokens=True must be an integer"),
+        ({"total_visual_tokens": "auto"}, "total_visual_tokens='auto' must be an integer"),
+        ({"total_visual_tokens": [8]}, r"total_visual_tokens=\[8\] must be an integer"),
+        ({"total_visual_tokens": 8, "num_visual_tokens": 4}, "total_visual_tokens=8 and num_visual_tokens exclude"),
+        (
+            {"images_kwargs": {"total_visual_tokens": 8}, "num_visual_tokens": "auto"},
+            "total_visual_tokens=8 and num_visual_tokens exclude",
+        ),
+        ({"total_visual_tokens": 8, "text": None}, "is shared by the images of each text: give the text"),
+        ({"total_visual_tokens": 8, "text": ["<image>", "<image>"]}, "texts hold 2 and come with 3 images"),
+    ],
+)
+def test_a_total_that_cannot_be_shared_is_refused(tiny_processor, noise, options, message):
+    processor = tiny_processor(visual_token_budgets=[4, 36])
+    with pytest.raises(ValueError, match=message):
+        processor(**{"images": noise(3), "text": ["<image>", "<image><image>"], **options})
+
+
+def test_a_total_cannot_be_planned_without_rows(tiny_processor):
+    with pytest.raises(ValueError, match="image_sizes do not tell which share one: give num_visual_tokens"):
+        tiny_processor()._get_num_multimodal_tokens(image_sizes=[(9, 9)], total_visual_tokens=576)
 
 
 def test_an_argument_that_nobody_knows_is_refused(tiny_processor, noise):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlavaImageProcessor
 from trl import ModelConfig, SFTConfig
 
 from delta_llava import DeltaLlavaConfig, costs
+from delta_llava.configuration_delta_llava import auto_visual_tokens
 from delta_llava.train import memory
 from delta_llava.train.recipe import ScriptArguments
 
@@ -22,9 +24,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_python_snippets_run(tiny_model, tiny_processor, noise, tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     (tmp_path / "demo/out/scenes/images").mkdir(parents=True)
-    noise(1)[0].save(tmp_path / "demo/out/scenes/images/held_out-00000.png")
+    for number, image in enumerate(noise(4)):
+        image.save(tmp_path / f"demo/out/scenes/images/held_out-{number:05}.png")
     tiny_model().save_pretrained(tmp_path / "demo/out/checkpoint")
     tiny_processor().save_pretrained(tmp_path / "demo/out/checkpoint")
     tower = CLIPVisionConfig(
@@ -55,6 +58,16 @@ def test_budget_table(row, tower, backbones):
     config = DeltaLlavaConfig(vision_config=AutoConfig.from_pretrained(backbones / tower))
     budgets, grid = ", ".join(map(str, config.valid_visual_token_counts)), config.patch_grid_size
     assert f"| {row} | {grid} x {grid} | {budgets} | {config.num_visual_tokens} |" in README
+
+
+def test_auto_table():
+    rows = re.search(r"\| longer side .*?\|(.*)\n.*\n\| visual tokens \|(.*)\n", README).groups()
+    sides, budgets = ([cell.strip() for cell in row.strip(" |").split("|")] for row in rows)
+    trained = [int(budget) for budget in budgets]
+    assert trained == [1, 4, 9, 16, 36, 64, 144] and sides[-1] == "any"
+    for side, (budget, next_budget) in zip(map(int, sides[:-1]), pairwise(trained), strict=True):
+        assert auto_visual_tokens(side, 14, trained, 144) == budget
+        assert auto_visual_tokens(side + 1, 14, trained, 144) == next_budget
 
 
 def test_paths_that_documents_name_exist():

@@ -248,8 +248,9 @@ class BudgetSampler(Sampler[tuple[int, int]]):
             Rows as [`fit_rows`] returns them.
         batch_size (`int`):
             Rows that share a budget: those of one micro-step over all processes.
-        num_visual_tokens (`list[int]`):
-            Budgets to draw from, each as likely as the others.
+        num_visual_tokens (`list`):
+            Budgets to draw from, each as likely as the others, and maybe `"auto"`, which no image makes more of than
+            the largest of them.
         seed (`int`):
             Seed of the order and of the draws.
         group (`bool`, *optional*, defaults to `False`):
@@ -262,14 +263,14 @@ class BudgetSampler(Sampler[tuple[int, int]]):
             Tells the epoch. (`set_epoch` does not reach a sampler when several processes resume.)
 
     Yields:
-        `tuple[int, int]`: A row's index and its `num_visual_tokens`.
+        `tuple[int, int | str]`: A row's index and its `num_visual_tokens`.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         batch_size: int,
-        num_visual_tokens: list[int],
+        num_visual_tokens: list[int | str],
         seed: int,
         group: bool = False,
         epoch: Callable[[], int] = lambda: 0,
@@ -284,7 +285,8 @@ class BudgetSampler(Sampler[tuple[int, int]]):
         if group:
             columns = dataset.select_columns(["num_tokens", "num_images"]).with_format("torch")[:]
             num_tokens, num_images = columns["num_tokens"], columns["num_images"]
-            self.lengths = num_tokens + num_images * (max(num_visual_tokens) - 1)
+            largest = max(budget for budget in num_visual_tokens if budget != "auto")
+            self.lengths = num_tokens + num_images * (largest - 1)
             kinds = [kind.nonzero()[:, 0] for kind in (num_images > 0, num_images == 0) if kind.any()]
             few = [kind for kind in kinds if self._num_missing(len(kind)) > len(kind)]
             if few and len(kinds) == 2:
@@ -310,7 +312,7 @@ class BudgetSampler(Sampler[tuple[int, int]]):
         missing = self._num_missing(num_rows)
         return missing if missing <= num_rows else 0
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int | str]]:
         epoch = self.epoch()
         order = random.Random(f"order {self.seed} {epoch}")
         draws = random.Random(f"num_visual_tokens {self.seed} {epoch}")
@@ -354,7 +356,7 @@ class BudgetedRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int | str]) -> dict[str, Any]:
         index, num_visual_tokens = key
         row = self.dataset[index].to_pylist()[0]
         num_messages = row["num_messages"]
@@ -474,7 +476,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
     Args:
         rows (`IterableDataset`): What [`stream_rows`] returns, this process's part of it.
         batch_size (`int`): Rows of a batch, which share a budget.
-        num_visual_tokens (`list[int]`): Budgets to draw from.
+        num_visual_tokens (`list`): Budgets to draw from, `"auto"` maybe among them.
         seed (`int`): Seed of the order and of the draws.
         skip_bad_records (`bool`): Leave out rows with an unreadable image, with a warning, instead of stopping.
         images_only (`bool`): Refuse rows without images, as fully sharded training must: it needs images in all
@@ -492,7 +494,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
         self,
         rows: IterableDataset,
         batch_size: int,
-        num_visual_tokens: list[int],
+        num_visual_tokens: list[int | str],
         seed: int,
         skip_bad_records: bool,
         images_only: bool,

@@ -49,7 +49,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
         model_args.model_name_or_path,
         revision=model_args.model_revision,
     )
-    processor.num_visual_tokens = config.num_visual_tokens
+    processor.adopt_budgets(config)
     if training_args.chat_template_path:
         processor.chat_template = Path(training_args.chat_template_path).read_text(encoding="utf-8")
     processor.image_processor = pad_to_square(processor.image_processor)
@@ -87,6 +87,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=processor,
+        num_visual_tokens=script_args.num_visual_tokens,
         projector_learning_rate=script_args.projector_learning_rate,
         branch_learning_rate=script_args.branch_learning_rate,
         skip_bad_records=script_args.skip_bad_records,

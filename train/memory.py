@@ -65,9 +65,12 @@ def recipe_memory(file: Path) -> dict[str, int]:
     if missing := needed - set(recipe):
         raise ValueError(f"{file} lacks {sorted(missing)}, without which its memory cannot be computed.")
     budgets, num_rows = recipe["num_visual_tokens"], recipe["per_device_train_batch_size"]
+    budgets = [budget for budget in (budgets if isinstance(budgets, list) else [budgets]) if budget != "auto"]
+    if not budgets:
+        raise ValueError(f"{file} names no number in num_visual_tokens, without which its memory cannot be computed.")
     config = recipe_config(file.parent.name)
     trains_all = file.stem != "pretrain" and not uses_lora
-    num_visual_tokens = max(budgets) if isinstance(budgets, list) else budgets
+    num_visual_tokens = max(budgets)
     return {
         machine: training_memory(
             config,

@@ -54,7 +54,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
         model_args.model_name_or_path,
         revision=model_args.model_revision,
     )
-    processor.num_visual_tokens = config.num_visual_tokens
+    processor.adopt_budgets(config)
     # The template is this stage's alone: the checkpoint keeps the one for conversations
     template = PLAIN_TEMPLATE.read_text(encoding="utf-8")
     collator = Collator(processor, training_args.max_length, template)
@@ -86,6 +86,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=processor,
+        num_visual_tokens=script_args.num_visual_tokens,
         projector_learning_rate=script_args.projector_learning_rate,
         branch_learning_rate=script_args.branch_learning_rate,
         skip_bad_records=script_args.skip_bad_records,

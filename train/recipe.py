@@ -76,8 +76,10 @@ class ScriptArguments:
         eval_json_path (`str`, *optional*):
             Rows for the validation loss, of any kind that `json_path` may be, over the same `image_folder`; of a data
             set, its split `validation`.
-        num_visual_tokens (`list[int]`, *optional*, defaults to the `visual_token_budgets` of the model):
+        num_visual_tokens (`list`, *optional*, defaults to the `visual_token_budgets` of the model):
             Token budgets to train. Of several, each batch draws one, for one checkpoint that serves all of them.
+            `"auto"` is one more to draw: then each image of the batch gets the budget that its size asks for, of the
+            other ones up to the default.
         skip_bad_records (`bool`, *optional*, defaults to `False`):
             Train without the bad records instead of stopping at them.
         follow_links (`bool`, *optional*, defaults to `False`):
@@ -108,9 +110,11 @@ class ScriptArguments:
     eval_json_path: str | None = field(
         default=None, metadata={"help": "Rows for the validation loss of each budget; of a data set, its validation."}
     )
-    num_visual_tokens: list[int] | None = field(
+    num_visual_tokens: list[str] | None = field(
         default=None,
-        metadata={"help": "Token budgets to train. Of several, each batch draws one. Default: those of the model."},
+        metadata={
+            "help": "Token budgets to train, 'auto' among them. Of several, each batch draws one. Default: the model's."
+        },
     )
     skip_bad_records: bool = field(
         default=False, metadata={"help": "Train without the bad records instead of stopping at them."}
@@ -133,8 +137,11 @@ class ScriptArguments:
 
     def __post_init__(self):
         # `num_visual_tokens: 144` in a recipe
-        if isinstance(self.num_visual_tokens, int):
+        if isinstance(self.num_visual_tokens, (int, str)):
             self.num_visual_tokens = [self.num_visual_tokens]
+        self.num_visual_tokens = [
+            int(budget) if str(budget).isdecimal() else budget for budget in self.num_visual_tokens or ()
+        ]
 
 
 def parse_recipe(
@@ -188,7 +195,7 @@ def check_recipe(
 
     Returns:
         `tuple[DeltaLlavaConfig, str | None]`: The model's configuration with the budgets that are to be trained, and
-        the checkpoint to resume from, if that was asked for.
+        the checkpoint to resume from, if that was asked for. `script_args.num_visual_tokens` is then what batches draw.
 
     Raises:
         `ValueError`: The model's patch grid does not allow a budget, no complete checkpoint is there to resume from,
@@ -242,12 +249,19 @@ def check_recipe(
             f"branch_learning_rate={script_args.branch_learning_rate} needs a model with projector_variant='residual',"
             f" but that of {model} is {config.projector_variant!r}: use projector_learning_rate."
         )
-    budgets = sorted(set(script_args.num_visual_tokens or config.visual_token_budgets))
+    auto = ["auto"] if "auto" in script_args.num_visual_tokens else []
+    budgets = [budget for budget in script_args.num_visual_tokens if budget != "auto"] or config.visual_token_budgets
     for budget in budgets:
         query_grid_size(budget, config.patch_grid_size)
-    config.visual_token_budgets = budgets
+    config.visual_token_budgets = budgets = sorted(set(budgets))
     if config.num_visual_tokens not in budgets:
         config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
+    if auto and budgets[0] == config.num_visual_tokens:
+        raise ValueError(
+            f"num_visual_tokens={[*budgets, *auto]}: 'auto' would be {budgets[0]} for every image, the default and the"
+            " smallest of these. Name smaller ones, or leave it out."
+        )
+    script_args.num_visual_tokens = [*budgets, *auto]
     check_output_dir(training_args.output_dir)
     return config, checkpoint_to_resume(training_args)
 

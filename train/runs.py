@@ -331,7 +331,7 @@ def configured_run(
 
     def configure():
         settings = _settings(script_args, training_args, model_args, rows)
-        settings |= {"stage": stage, "num_visual_tokens": budgets}
+        settings["stage"] = stage
         run = {"id": uuid.uuid4().hex, "recipe": recipe, "budgets": budgets, "settings": settings}
         return _go_on(run, checkpoint, script_args.allow_changes, training_args) if checkpoint else run
 
@@ -394,7 +394,8 @@ def _go_on(run: dict[str, Any], checkpoint: str, allow_changes: bool, training_a
         recipe[name] = f"changed at step {step}" if name in _DIGESTS else f"{was}, from step {step} on {now[name]}"
     budgets = sorted({*earlier["budgets"], *run["budgets"]})
     if "num_visual_tokens" in changed:
-        recipe["num_visual_tokens"] = budgets
+        drawn = {*before["num_visual_tokens"], *now["num_visual_tokens"]}
+        recipe["num_visual_tokens"] = [*budgets, *({"auto"} & drawn)]
     return {**run, "id": earlier["id"], "recipe": recipe, "budgets": budgets}
 
 

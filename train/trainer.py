@@ -67,18 +67,20 @@ def leave_process_group(worker_id: int):
 
 class DeltaLlavaTrainer(SFTTrainer):
     """
-    TRL's `SFTTrainer` whose batches each have a token budget, drawn from `model.config.visual_token_budgets`.
+    TRL's `SFTTrainer` whose batches each have a token budget.
 
-    Validation loss is logged for each of these budgets (`eval_144_loss`). A loss that is not a number ends the run
-    before it is learnt from (DeepSpeed steps within the backward pass: there, before it is saved). So does a checkpoint
-    that cannot be written, and either error names the last complete one. SIGTERM ends the run after a checkpoint, with
-    exit status 143. `save_total_limit` deletes checkpoints of this run alone.
+    Validation loss is logged for each of `model.config.visual_token_budgets` (`eval_144_loss`). A loss that is not a
+    number ends the run before it is learnt from (DeepSpeed steps within the backward pass: there, before it is saved).
+    So does a checkpoint that cannot be written, and either error names the last complete one. SIGTERM ends the run
+    after a checkpoint, with exit status 143. `save_total_limit` deletes checkpoints of this run alone.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]): The model, whose trained weights are in float32.
         train_dataset (`Dataset` or `IterableDataset`): What [`~delta_llava.train.batches.fit_rows`] or
             [`~delta_llava.train.batches.stream_rows`] returns.
         eval_dataset (`Dataset`, *optional*): What [`~delta_llava.train.batches.fit_rows`] returns.
+        num_visual_tokens (`list`, *optional*, defaults to `model.config.visual_token_budgets`): What each batch draws
+            from; `"auto"` may be among these budgets.
         projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
         branch_learning_rate (`float`, *optional*, defaults to that of the projector): Peak rate of all of a `residual`
             projector but its MLP: of what is added to the pooled features, and of the gate.
@@ -92,6 +94,7 @@ class DeltaLlavaTrainer(SFTTrainer):
         self,
         model: PreTrainedModel,
         eval_dataset: Dataset | None = None,
+        num_visual_tokens: list[int | str] | None = None,
         projector_learning_rate: float | None = None,
         branch_learning_rate: float | None = None,
         skip_bad_records: bool = False,
@@ -105,13 +108,15 @@ class DeltaLlavaTrainer(SFTTrainer):
         self.skip_bad_records = skip_bad_records
         self.record = record
         self.save_dtype = model.dtype
-        self.num_visual_tokens = budgets = model.config.visual_token_budgets
+        budgets = model.config.visual_token_budgets
+        self.num_visual_tokens = num_visual_tokens or budgets
         eval_datasets = None if eval_dataset is None else {str(budget): eval_dataset for budget in budgets}
         super().__init__(model=model, eval_dataset=eval_datasets, **kwargs)
         # The Trainer deletes every checkpoint-*, whoever has written it
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
         if record is not None:
             self.model.config.visual_token_budgets = record.run["budgets"]  # those before a change too
+            self.processing_class.adopt_budgets(self.model.config)
             self.add_callback(record)
         # TRL trains adapters of quantized models in bfloat16, where AdamW's small steps would be rounded away
         for weight in self.model.parameters():
@@ -123,6 +128,11 @@ class DeltaLlavaTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Like the Trainer's, but rows come in the order and with the budgets of a [`BudgetSampler`]."""
         budgets = self.num_visual_tokens
+        if self._is_fully_sharded() and "auto" in budgets:
+            raise ValueError(
+                f"num_visual_tokens={budgets}: FSDP and ZeRO-3 wait for ever when images of some processes have more"
+                " budgets at a step than those of others. Leave 'auto' out, or train by DDP or ZeRO-2."
+            )
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if isinstance(self.train_dataset, IterableDataset):
             rows = split_dataset_by_node(self.train_dataset, self.args.process_index, self.args.world_size)

@@ -205,8 +205,19 @@ def test_the_budget_is_the_arguments_or_the_checkpoints(checkpoint, model, docs,
     second = answers(model, docs=docs[1:2])
     assert first != second
     assert [batch["num_visual_tokens"].tolist() for batch in batches] == [[36], [4]]
-    with pytest.raises(ValueError, match=r"num_visual_tokens=\[7\] must be among"):
-        DeltaLlava(str(checkpoint), num_visual_tokens=7)
+    docs[1]["images"] = [image.resize((9, 5)) for image in docs[1]["images"]]
+    model.num_visual_tokens = "auto"
+    answers(model, docs=docs[1:2])
+    assert batches[-1]["num_visual_tokens"].tolist() == [9]
+    assert (
+        get_model("delta_llava")
+        .create_from_arg_string(f"pretrained={checkpoint},num_visual_tokens=auto", {"device": "cpu"})
+        .num_visual_tokens
+        == "auto"
+    )
+    for budget in (7, "Auto"):
+        with pytest.raises(ValueError, match=rf"num_visual_tokens=\['?{budget}'?\] must be among"):
+            DeltaLlava(str(checkpoint), num_visual_tokens=budget)
     with pytest.raises(ValueError, match="batch_size=auto must be"):
         DeltaLlava(str(checkpoint), batch_size="auto")
 

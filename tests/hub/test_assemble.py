@@ -83,6 +83,9 @@ def test_assembled_weights_are_those_of_the_parts(parts, tie):
     model = AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True)
 
     assert model.config.num_visual_tokens == 144 and model.config.visual_token_budgets == [4, 36, 144]
+    processor = DeltaLlavaProcessor.from_pretrained(out)
+    assert (processor.num_visual_tokens, processor.patch_grid_size) == (144, 12)
+    assert processor.visual_token_budgets == [4, 36, 144]
     assert model.config.projector_variant == "paper"
     assert model.config.vision_config.num_hidden_layers == 5  # the sixth is read by nothing
     published = CLIPModel.from_pretrained(tower).vision_model.state_dict()

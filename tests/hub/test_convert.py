@@ -254,6 +254,7 @@ def test_a_whole_checkpoint_keeps_every_logit(whole, tmp_path, noise, tower_insi
     assert_same_logits(converted, model, processor, noise)
 
     assert converted.config.num_visual_tokens == 36 and converted.config.visual_token_budgets == [36]  # (12 / 2)²
+    assert (processor.num_visual_tokens, processor.visual_token_budgets, processor.patch_grid_size) == (36, [36], 12)
     assert converted.config.vision_config.num_hidden_layers == 5
     # Every tensor of every file is accounted for, once
     tensors = [*chain(*conversion.used.values()), *conversion.left]

@@ -16,6 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from loopback_hub import RETRY_AFTER
 from safetensors.torch import load_file, save_file
 
+from delta_llava import DeltaLlavaProcessor
 from delta_llava.hub import push as module
 from delta_llava.hub.assemble import write_sources
 from delta_llava.hub.push import main, prepare, push
@@ -562,6 +563,12 @@ def misshape(folder):
         ),
         (lambda folder: break_config(folder, num_visual_tokens=True), r"config\.json: .*num_visual_tokens.*got bool"),
         (lambda folder: break_config(folder, num_visual_tokens=4), "num_visual_tokens is 4 in the config, 36"),
+        (
+            lambda folder: DeltaLlavaProcessor.from_pretrained(folder, visual_token_budgets=[36]).save_pretrained(
+                folder
+            ),
+            r"visual_token_budgets is \[4, 36\] in the config, \[36\] in the processor",
+        ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
             "model.safetensors cannot be read: ",

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from delta_llava import DeltaLlavaProcessor
 from delta_llava.train import finetune, trainer
 from delta_llava.train.runs import finish_checkpoint, latest_checkpoint, why_incomplete
 
@@ -289,6 +290,7 @@ def test_a_forged_pickle_is_refused_without_torchs_advice(run, checkpoints, capf
 
 CHANGES = {
     "budgets": ({"num_visual_tokens": [1, 4]}, r"num_visual_tokens was \[1, 4, 16\], is \[1, 4\]"),
+    "auto": ({"num_visual_tokens": ["auto", 1, 4, 16]}, r"num_visual_tokens was \[1, 4, 16\], is \[1, 4, 16, 'auto'\]"),
     "rate": ({"learning_rate": 0.02}, "learning_rate was 0.01, is 0.02"),
     "projector's rate": ({"projector_learning_rate": 0.02}, "projector_learning_rate was None, is 0.02"),
     "schedule": ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type was linear, is cosine"),
@@ -363,6 +365,8 @@ def test_changes_that_are_allowed_take_effect_and_are_recorded(run, checkpoints,
     for config in (folder / "config.json", folder / "checkpoint-9/config.json"):
         config = json.loads(config.read_text())
         assert (config["visual_token_budgets"], config["num_visual_tokens"]) == ([1, 4, 16, 36], 36)
+    for saved in (folder, folder / "checkpoint-9"):
+        assert DeltaLlavaProcessor.from_pretrained(saved).visual_token_budgets == [1, 4, 16, 36]
     recipe = yaml.safe_load((folder / "training/finetune.yaml").read_text())
     assert recipe["num_visual_tokens"] == [1, 4, 16, 36]
     assert recipe["learning_rate"] == "0.01, from step 6 on 0.001"

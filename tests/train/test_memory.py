@@ -42,6 +42,8 @@ def test_a_recipe_needs_what_its_values_say(recipe):
     several = training_memory(vicuna, 576, num_labels=4 * 448, trained_parts=projector, **size, **sharded)
     file = recipe("pretrain", num_visual_tokens=[576, 1], gradient_checkpointing=False)
     assert memory.recipe_memory(file)["8 GPUs, FSDP2"] == several["total"]
+    file = recipe("pretrain", num_visual_tokens=[576, 1, "auto"], gradient_checkpointing=False)
+    assert memory.recipe_memory(file)["8 GPUs, FSDP2"] == several["total"]
 
     adapted = {"lora_rank": 8, "load_in_4bit": True}
     quantized = training_memory(vicuna, 144, num_labels=4 * 880, trained_parts=projector, **size, **adapted)
@@ -62,6 +64,7 @@ def test_what_exceeds_the_budget_is_marked(recipe):
         ("finetune", {"max_length": None}, r"finetune\.yaml lacks \['max_length'\]"),
         ("finetune-lora", {"use_peft": True}, r"finetune-lora\.yaml lacks \['lora_r'\]"),
         ("pretrain", {"num_visual_tokens": 25}, "num_visual_tokens=25 does not fit"),
+        ("pretrain", {"num_visual_tokens": "auto"}, r"pretrain\.yaml names no number in num_visual_tokens"),
     ],
 )
 def test_a_recipe_that_cannot_be_computed_is_refused(recipe, stage, changes, message):

@@ -1,11 +1,13 @@
 """Both stages train what they shall, end in a checkpoint that loads, and go on where a killed run has stopped."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
@@ -59,7 +61,7 @@ def test_the_result_is_a_checkpoint_for_the_next_stage_and_for_the_hub(run, chec
         # 36, the default of the model that stage 1 started from, was not trained: the largest that was is
         assert (config["visual_token_budgets"], config["num_visual_tokens"]) == ([1, 4, 144], 144)
         processor = DeltaLlavaProcessor.from_pretrained(folder)
-        assert processor.num_visual_tokens == 144
+        assert (processor.visual_token_budgets, processor.num_visual_tokens) == ([1, 4, 144], 144)
         assert isinstance(processor.image_processor, image_processor)
         assert processor.chat_template == DeltaLlavaProcessor.from_pretrained(checkpoint).chat_template
     assert processor.image_processor.do_pad
@@ -104,9 +106,35 @@ def test_each_batch_is_seen_at_one_of_the_budgets(run, monkeypatch):
     assert set.union(*seen) == {1, 4}
 
 
+def test_a_batch_that_draws_auto_gives_each_image_the_budget_of_its_size(run, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(data[1], tmp_path / "sizes")
+    for number in range(0, 12, 2):
+        Image.new("RGB", (8, 5)).save(folder / f"{number}.png")  # of two patches, the others of five and more
+    seen = []
+
+    def watch(self, pixel_values, num_visual_tokens, original=DeltaLlavaModel.get_image_features, **kwargs):
+        seen.append(tuple(num_visual_tokens.tolist()))
+        return original(self, pixel_values, num_visual_tokens, **kwargs)
+
+    monkeypatch.setattr(DeltaLlavaModel, "get_image_features", watch)
+    out = run(finetune, "out", ["--num_visual_tokens", "16", "auto", "4"], image_folder=str(folder), max_steps=6)
+    assert {(4, 4), (16, 16)} < set(seen) <= {(4, 4), (4, 16), (16, 4), (16, 16)}
+    assert json.loads((out / "config.json").read_text())["visual_token_budgets"] == [4, 16]
+    recipe = yaml.safe_load((out / "training/finetune.yaml").read_text())
+    assert recipe["num_visual_tokens"] == [16, "auto", 4]
+    seen.clear()
+    run(finetune, "again", model_name_or_path=str(out), num_visual_tokens="auto", max_steps=3)
+    assert set(seen) <= {(4, 4), (16, 16)}  # of the model's own budgets
+
+
 BAD_RECIPES = {
     "unknown key": ({"num_visual_token": 4}, "num_visual_token"),
     "budget of no grid": ({"num_visual_tokens": [4, 25]}, r"num_visual_tokens=25 .*\[1, 4, 9, 16, 36, 144\]"),
+    "auto of nothing": (
+        {"num_visual_tokens": [144, "auto", 36]},
+        r"=\[36, 144, 'auto'\]: 'auto' would be 36 for every",
+    ),
+    "no budget": ({"num_visual_tokens": [4, "Auto"]}, r"num_visual_tokens=Auto .*\[1, 4, 9, 16, 36, 144\]"),
     "missing json": ({"json_path": "none.json"}, "json_path=none.json is not a file"),
     "missing folder": ({"image_folder": "none"}, "image_folder=none is not a folder"),
     "packing": ({"packing": True}, "packing=True.* must be left out"),
@@ -220,6 +248,8 @@ def test_fully_sharded_training_refuses_batches_with_and_without_images(run, dat
     for strategy in ("random", "group_by_length"):
         with pytest.raises(ValueError, match=r"1 of 13 rows have no image\. FSDP .* at least half of a batch of 4"):
             run(finetune, **options, train_sampling_strategy=strategy)
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[4, 36, 'auto'\]: FSDP and ZeRO-3 wait for ever"):
+        run(finetune, num_visual_tokens=[4, 36, "auto"])
 
 
 def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
