@@ -136,6 +136,8 @@ class MeteorImagesKwargs(DeltaLlavaImagesKwargs, total=False):
 class MeteorProcessorKwargs(DeltaLlavaProcessorKwargs, total=False):
     images_kwargs: MeteorImagesKwargs
 
+    _defaults = {}  # older releases ask for it
+
 
 class MeteorProcessor(DeltaLlavaProcessor):
     """
@@ -451,7 +453,8 @@ class MeteorPreTrainedModel(DeltaLlavaPreTrainedModel):
             rates = torch.arange(1.0, module.num_heads + 1)
             rates[module.num_heads // 2 :] = 1 / 64
             init.copy_(module.A_log, rates.log())
-            init.kaiming_uniform_(module.conv1d.weight, a=5**0.5)
+            for part in (module.in_proj, module.conv1d):
+                init.kaiming_uniform_(part.weight, a=5**0.5)  # torch's own, as wide at any width
             init.zeros_(module.out_proj.weight)
 
 
