@@ -15,8 +15,13 @@ model.generate(**processor(images=image, text=prompt, num_visual_tokens=29, retu
 
 The processor hands the instruction to the model beside the image. It is the text before the first answer: in a chat of
 several turns, the first question decides what is kept of all images, and no answer ever does.
+
+What an answer costs at each budget, beside Delta-LLaVA's:
+
+    python -m delta_llava.study.meteor --recipe vicuna-7b --text_tokens 68 --new_tokens 30
 """
 
+import argparse
 import math
 from copy import copy
 from dataclasses import dataclass
@@ -35,7 +40,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..costs import inference_costs
+from ..costs import FLOP_PARTS, LANGUAGE_MODELS, inference_costs, recipe_config
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaPreTrainedModel
 from ..processing_delta_llava import DeltaLlavaImagesKwargs, DeltaLlavaProcessor, DeltaLlavaProcessorKwargs
 from .projectors import llava_mlp
@@ -111,6 +116,12 @@ class MeteorConfig(DeltaLlavaConfig):
             )
         if self.experts == "native" and not self.use_instruction:
             raise ValueError('experts="native" judges by the instruction, so use_instruction=False leaves it nothing.')
+
+    @classmethod
+    def from_delta_llava(cls, config: DeltaLlavaConfig, **fields) -> "MeteorConfig":
+        """With the tower, the language model and the budgets of another configuration, and these fields."""
+        own = ("model_type", "auto_map", "architectures")
+        return cls(**{**{name: value for name, value in config.to_dict().items() if name not in own}, **fields})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -645,10 +656,8 @@ def meteor_from(model: DeltaLlavaForConditionalGeneration, **fields) -> MeteorFo
         model ([`DeltaLlavaForConditionalGeneration`]): It is left as it is.
         **fields: Of [`MeteorConfig`].
     """
-    config = model.config.to_dict()
-    for name in ("model_type", "auto_map", "architectures"):
-        config.pop(name, None)
-    meteor = MeteorForConditionalGeneration(MeteorConfig(**{**config, **fields})).to(model.device, model.dtype)
+    config = MeteorConfig.from_delta_llava(model.config, **fields)
+    meteor = MeteorForConditionalGeneration(config).to(model.device, model.dtype)
     weights = {name: w for name, w in model.state_dict().items() if "multi_modal_projector" not in name}
     missing, _ = meteor.load_state_dict(weights, strict=False)  # of a tower, layers beyond the one that is read
     if others := [name for name in missing if "multi_modal_projector" not in name]:
@@ -677,3 +686,32 @@ def meteor_costs(
         mask = torch.empty(instruction.shape[:2], dtype=torch.bool)
         MeteorProjector(config)(features, features[..., 0], instruction, mask, [num_visual_tokens])
     return {**costs, "projector": counter.get_total_flops()}
+
+
+def main(arguments: list[str] | None = None):
+    """Print what an answer costs at each budget."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=LANGUAGE_MODELS, default="vicuna-7b", help="CLIP-L/336 with this one")
+    parser.add_argument("--text_tokens", type=int, default=68, help="of the prompt (default: 68)")
+    parser.add_argument("--new_tokens", type=int, default=30, help="of the answer (default: 30)")
+    options = parser.parse_args(arguments)
+    delta = recipe_config(options.recipe)
+    meteor = MeteorConfig.from_delta_llava(delta)
+    lines = [
+        "| visual tokens | projector, GFLOPs | answer, TFLOPs | Delta-LLaVA, residual: projector | answer |",
+        "|---|---|---|---|---|",
+    ]
+    for budget in delta.valid_visual_token_counts:
+        cells = [str(budget)]
+        for count, config in ((meteor_costs, meteor), (inference_costs, delta)):
+            try:
+                costs = count(config, budget, options.text_tokens, options.new_tokens)
+            except ValueError as error:
+                parser.error(str(error))
+            cells += [f"{costs['projector'] / 1e9:.1f}", f"{sum(costs[part] for part in FLOP_PARTS) / 1e12:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
-from delta_llava.costs import inference_costs
+from delta_llava.costs import FLOP_PARTS, inference_costs, recipe_config
 from delta_llava.study.meteor import (
     MeteorConfig,
     MeteorForConditionalGeneration,
     MeteorProcessor,
     MeteorProjector,
+    main,
     meteor_costs,
     meteor_from,
     scan,
@@ -36,9 +37,7 @@ every_scan = pytest.mark.parametrize("kind", SCANS)
 @pytest.fixture
 def meteor_config(tiny_config):
     def make(**fields):
-        config = tiny_config().to_dict()
-        del config["model_type"], config["auto_map"]
-        return MeteorConfig(**{**config, **fields})
+        return MeteorConfig.from_delta_llava(tiny_config(), **fields)
 
     return make
 
@@ -267,16 +266,15 @@ def test_the_native_expert_takes_the_nearest_token_of_the_instruction():
 
 def test_every_number_of_patches_is_kept_by_one_set_of_weights(meteor):
     model, pixels, ids = meteor(), torch.randn(1, 3, 48, 48), torch.tensor([[5, 6, 7]])
-    everything = model.get_image_features(pixels, PATCHES, ids).pooler_output[0]
-    assert everything.shape == (PATCHES, TEXT_SIZE)
-    found = []
-    for count in range(1, PATCHES + 1):
-        features = model.get_image_features(pixels, count, ids)
-        (tokens,), (patches,) = features.pooler_output, features.kept_patches
+    with torch.no_grad():
+        (everything,) = model.get_image_features(pixels, PATCHES, ids).pooler_output
+        counts = torch.arange(1, PATCHES + 1)
+        features = model.get_image_features(pixels.expand(PATCHES, -1, -1, -1), counts, ids.expand(PATCHES, -1))
+    for count, tokens, patches in zip(counts, features.pooler_output, features.kept_patches, strict=True):
         assert tokens.shape == (count, TEXT_SIZE)
         assert all(a < b for a, b in pairwise(patches.tolist()))
-        torch.testing.assert_close(tokens, everything[patches])  # whole patches, no merged ones
-        found.append(set(patches.tolist()))
+        torch.testing.assert_close(tokens, everything[patches], rtol=1e-4, atol=1e-4)  # whole patches, no merged ones
+    found = [set(patches.tolist()) for patches in features.kept_patches]
     assert all(fewer < more for fewer, more in pairwise(found))
 
 
@@ -579,3 +577,20 @@ def test_fusion_costs_what_its_matrices_do(meteor_config):
     between = 2 * chunks * heads * chunk * state * head_dim * 2  # into the states, and out of them
     carried = 2 * heads * (chunks + 1) ** 2 * head_dim * state
     assert found == mlp + 2 * (maps + convolution + within + between + carried)
+
+
+def test_costs_are_printed_beside_our_own(capsys, meteor_config):
+    main(["--recipe", "vicuna-7b", "--text_tokens", "40", "--new_tokens", "3"])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == [1, 4, 9, 16, 36, 64, 144, 576]
+    ours = inference_costs(recipe_config("vicuna-7b"), 36, 40, 3)
+    theirs = meteor_costs(MeteorConfig.from_delta_llava(recipe_config("vicuna-7b")), 36, 40, 3)
+    expected = [
+        text
+        for costs in (theirs, ours)
+        for text in (f"{costs['projector'] / 1e9:.1f}", f"{sum(costs[part] for part in FLOP_PARTS) / 1e12:.3f}")
+    ]
+    assert rows[4][1:] == expected
+    with pytest.raises(SystemExit):
+        main(["--new_tokens", "0"])
+    assert "new_tokens=0 must be 1 or more" in capsys.readouterr().err
