@@ -1,11 +1,13 @@
-"""What our projectors cost at each budget, beside the released one written plainly, TokenPacker and average pooling.
+"""What our projectors cost at each budget, beside the released one written plainly, TokenPacker's, average pooling and
+that after LLaVA-Meteor's abstract.
 
     python -m delta_llava.benchmarks.projector --size 7b --rounds 9 --output projector.json
 
 The 7B's sizes, CLIP-L/336 and a width of 4096, run on a CPU too: it is the projectors alone, with random weights and
 features. Before anything is timed, the released one and the plain one must give the same tokens. Average pooling feeds
-LLaVA-1.5's MLP, and is LLaVA-1.5's projector where the budget is all patches. Backward passes are those of training,
-without drop path.
+LLaVA-1.5's MLP, and is LLaVA-1.5's projector where the budget is all patches. The one after LLaVA-Meteor's abstract
+reads an instruction, too, of 68 tokens here, and chooses what it keeps. Backward passes are those of training, without
+drop path.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaProjection, DeltaProjector, RefinementBlock
+from ..study.meteor import MeteorConfig, MeteorProjector
 from ..study.projectors import AveragePoolingProjector, TokenPackerProjector
 from .training import SIZES, peak_bytes, seconds_of
 
@@ -28,7 +31,8 @@ from .training import SIZES, peak_bytes, seconds_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "forward and backward")
 RESIDUAL, RELEASED, PLAIN = "Delta-LLaVA, residual", "Delta-LLaVA, released", "Delta-LLaVA, released, plain"
-TOKEN_PACKER, POOLING = "TokenPacker", "average pooling + MLP"
+TOKEN_PACKER, POOLING, METEOR = "TokenPacker", "average pooling + MLP", "after LLaVA-Meteor's abstract"
+INSTRUCTION_TOKENS = 68
 NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
 # Largest relative difference of ours from the plain one: rounding, which is all that may differ
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -139,6 +143,7 @@ def make_projectors(config: DeltaLlavaConfig, device: torch.device, dtype: torch
             RELEASED: delta("released"),
             TOKEN_PACKER: TokenPackerProjector(config),
             POOLING: AveragePoolingProjector(config),
+            METEOR: MeteorProjector(MeteorConfig.from_delta_llava(config)),
         }
     return {name: projector.to(dtype).eval() for name, projector in projectors.items()}
 
@@ -147,7 +152,19 @@ def make_steps(
     projectors: dict[str, nn.Module], features: tuple[torch.Tensor, torch.Tensor], num_visual_tokens: int
 ) -> dict[tuple[str, str], Callable[[], None]]:
     """What is timed at a budget, by projector and pass."""
-    calls = {**projectors, PLAIN: lambda *inputs: plain_projector(projectors[RELEASED], *inputs)}
+    attention = features[0][..., 0]
+    instruction = features[0].new_ones(len(attention), INSTRUCTION_TOKENS, projectors[METEOR].mlp[0].out_features)
+    mask = torch.ones(instruction.shape[:2], dtype=torch.bool, device=instruction.device)
+
+    def meteor(query_features: torch.Tensor, _, num_visual_tokens: int) -> torch.Tensor:
+        budgets = [num_visual_tokens] * len(query_features)
+        return torch.stack(projectors[METEOR](query_features, attention, instruction, mask, budgets)[0])
+
+    calls = {
+        **projectors,
+        METEOR: meteor,
+        PLAIN: lambda *inputs: plain_projector(projectors[RELEASED], *inputs),
+    }
 
     def set_training(training: bool):
         for projector in projectors.values():
@@ -297,7 +314,7 @@ def main(arguments: list[str] | None = None):
 
     size = SIZES[options.size]
     config = DeltaLlavaConfig(vision_config=size.vision_config, text_config=size.text_config)
-    num_rows = 5 * len(size.budgets)
+    num_rows = 6 * len(size.budgets)
     rows = measure(config, size.budgets, options.batch_size, device, DTYPES[dtype], options.rounds)
     report = {
         "size": options.size,

@@ -15,7 +15,7 @@ from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
 from ..modeling_delta_llava import position_table
 
 
-def _mlp(config: DeltaLlavaConfig) -> nn.Sequential:
+def llava_mlp(config: DeltaLlavaConfig) -> nn.Sequential:
     """The map from vision to text width that LLaVA-1.5 introduced."""
     vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
     return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
@@ -33,7 +33,7 @@ class MlpProjector(nn.Module):
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__()
         self.num_patches = config.patch_grid_size**2
-        self.mlp = _mlp(config)
+        self.mlp = llava_mlp(config)
 
     def forward(
         self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
@@ -70,7 +70,7 @@ class AveragePoolingProjector(nn.Module):
     def __init__(self, config: DeltaLlavaConfig):
         super().__init__()
         self.patch_grid_size = config.patch_grid_size
-        self.mlp = _mlp(config)
+        self.mlp = llava_mlp(config)
 
     def forward(
         self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
@@ -115,7 +115,7 @@ class TokenPackerProjector(nn.Module):
         self.key_norm = nn.LayerNorm(size, eps=1e-6)
         self.value_norm = nn.LayerNorm(size, eps=1e-6)
         self.attention = nn.MultiheadAttention(size, config.projector_num_attention_heads, batch_first=True)
-        self.mlp = _mlp(config)
+        self.mlp = llava_mlp(config)
 
     def forward(
         self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int

@@ -1,6 +1,6 @@
 r"""
-The paper's comparisons at the demo's scale, run for real: projectors, ablations, FastV, and one elastic checkpoint
-against one for each budget.
+The paper's comparisons at the demo's scale, run for real: projectors, ablations, FastV, one elastic checkpoint against
+one for each budget, and a model after LLaVA-Meteor's abstract.
 
 ```
 python -m delta_llava.study.run --output_dir runs/study
@@ -48,6 +48,7 @@ from ..train.batches import Collator, fit_rows
 from ..train.data import load_llava_json
 from ..train.pretrain import PLAIN_TEMPLATE
 from ..train.trainer import DeltaLlavaTrainer
+from .meteor import MeteorProcessor, meteor_from
 from .projectors import AveragePoolingProjector, MlpProjector, ResamplerProjector, TokenPackerProjector
 
 
@@ -65,13 +66,14 @@ NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_d
 @dataclass(frozen=True)
 class Method:
     """
-    What is trained: a projector of ours by fields of `DeltaLlavaConfig` (the released one without them), or another's;
-    and the budgets it learns.
+    What is trained: a projector of ours by fields of `DeltaLlavaConfig` (the released one without them), or another's,
+    or the model of `meteor.py` by fields of `MeteorConfig`; and the budgets it learns.
     """
 
     title: str
     fields: dict = field(default_factory=dict)
     projector: type[nn.Module] | None = None
+    meteor: dict | None = None
     budgets: tuple[int, ...] = BUDGETS
 
 
@@ -87,6 +89,11 @@ METHODS = {
     "tokenpacker": Method("TokenPacker", projector=TokenPackerProjector),
     "resampler": Method("Learnt queries (MQT)", projector=ResamplerProjector),
     "mlp": Method("MLP on all patches (LLaVA-1.5)", projector=MlpProjector, budgets=(ALL_PATCHES,)),
+    "meteor": Method("After LLaVA-Meteor's abstract", meteor={}),
+    "meteor-no-instruction": Method("Meteor, no instruction", meteor={"use_instruction": False}),
+    "meteor-no-local-summaries": Method("Meteor, no local summaries", meteor={"scan": "window"}),
+    "meteor-visual-expert": Method("Meteor, visual expert alone", meteor={"experts": "visual"}),
+    "meteor-native-expert": Method("Meteor, native expert alone", meteor={"experts": "native"}),
     "delta-wide-init": Method("Delta-LLaVA, wider first weights", {"initializer_range": WIDE_INIT}),
     "delta-wide-init-no-drop-path": Method(
         "Delta-LLaVA, wider first weights, no drop path", {"initializer_range": WIDE_INIT, **NO_DROP_PATH}
@@ -135,7 +142,11 @@ def train(name: str, seed: int, settings: Settings, scenes: Path, folder: Path):
     if method.projector is not None:
         torch.manual_seed(seed)
         model.model.multi_modal_projector = method.projector(model.config).apply(model._init_weights)
-    processor = DeltaLlavaProcessor.from_pretrained(folder)
+    processor_class = DeltaLlavaProcessor
+    if method.meteor is not None:
+        torch.manual_seed(seed)
+        model, processor_class = meteor_from(model, **method.meteor), MeteorProcessor
+    processor = processor_class.from_pretrained(folder)
     losses = []
     for stage, template in (("pretrain", PLAIN_TEMPLATE.read_text(encoding="utf-8")), ("finetune", None)):
         model.requires_grad_(stage == "finetune")
@@ -525,6 +536,18 @@ CLAIMS = (
         for b in BUDGETS
     ),
     _lines("Delta added to pooled features against Delta-LLaVA as released", "not asked", "residual", "delta"),
+    *(
+        _lines(f"After LLaVA-Meteor's abstract against {name}", "not asked", "meteor", other)
+        for name, other in (
+            ("Delta-LLaVA as released", "delta"),
+            ("Delta added to pooled features", "residual"),
+            ("average pooling", "average-pooling"),
+            ("the same without the instruction", "meteor-no-instruction"),
+            ("the same without local summaries", "meteor-no-local-summaries"),
+            ("the same with the visual expert alone", "meteor-visual-expert"),
+            ("the same with the native expert alone", "meteor-native-expert"),
+        )
+    ),
     _lines("One checkpoint for all budgets against one for each", "not asked", "delta", "specialists", BUDGETS),
     _lines("The released projector against the paper's equations", "not asked", "delta", "delta-paper"),
     _lines("Bilinear queries against queries by area", "not asked", "delta", "delta-area"),
@@ -555,7 +578,7 @@ def draw(shares: dict, differences: dict, majority: float, file: Path):
     wide = ("delta-wide-init", "average-pooling-wide-init")
     panels = {
         "Projectors, one elastic checkpoint each": (
-            "delta", "residual", "tokenpacker", "average-pooling", "resampler", "mlp", *wide,
+            "delta", "residual", "tokenpacker", "average-pooling", "resampler", "mlp", "meteor", *wide,
         ),
         "Few tokens made by the projector, or dropped in the language model": (
             "delta", "mlp", *(f"fastv-{layer}" for layer in FASTV_LAYERS),

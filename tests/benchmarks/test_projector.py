@@ -10,13 +10,13 @@ import torch
 
 from delta_llava import DeltaLlavaConfig
 from delta_llava.benchmarks import projector as benchmark
-from delta_llava.benchmarks.projector import PASSES, PLAIN, POOLING, RELEASED, RESIDUAL, TOKEN_PACKER
+from delta_llava.benchmarks.projector import METEOR, PASSES, PLAIN, POOLING, RELEASED, RESIDUAL, TOKEN_PACKER
 
 
 CPU = torch.device("cpu")
 TINY = benchmark.SIZES["tiny"]
 BUDGETS = [144, 36, 16, 9, 4, 1]
-NAMES = (RESIDUAL, RELEASED, TOKEN_PACKER, POOLING, PLAIN)
+NAMES = (RESIDUAL, RELEASED, TOKEN_PACKER, POOLING, METEOR, PLAIN)
 ROWS = [(name, budget) for budget in BUDGETS for name in NAMES]
 
 

@@ -1,7 +1,7 @@
 """The study runs what it says, goes on where it stopped, and says of its figures what they allow to say."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -75,6 +75,31 @@ def test_a_run_answers_at_every_budget_and_the_mlp_by_fastv_too(scenes):
         "fastv-2": [36, 16, 9, 4, 1],
     }
     assert row["settings"] == asdict(TINY)
+
+
+def test_meteor_is_trained_in_both_stages_and_answers_at_every_budget(scenes, monkeypatch):
+    learnt = []
+
+    class Watched(DeltaLlavaTrainer):
+        def train(self):
+            before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
+            output = super().train()
+            changed = {
+                name for name, weight in self.model.state_dict().items() if not torch.equal(weight, before[name])
+            }
+            learnt.append({name.removeprefix("model.multi_modal_projector.") for name in changed})
+            return output
+
+    monkeypatch.setattr(study_run, "DeltaLlavaTrainer", Watched)
+    row = run("meteor", 0, replace(TINY, pretrain_steps=3, finetune_steps=3), scenes, threads=1)
+    assert list(map(int, row["lines"]["meteor"])) == list(BUDGETS)
+    pretrained, finetuned = learnt
+    fusion = {"fusion.mixer.in_proj.weight", "fusion.mixer.A_log", "fusion.mixer.out_proj.weight", "mlp.2.weight"}
+    assert fusion <= pretrained and fusion <= finetuned
+    # The first stage has nothing but captions to read
+    text = {"fusion.text_projection.0.weight", "lm_head.weight"}
+    assert not text & pretrained and text <= finetuned
+    assert not any("vision_tower" in name for name in pretrained | finetuned)
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, capfd):
