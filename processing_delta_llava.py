@@ -328,7 +328,7 @@ def open_image(
             return _from_pil(source)
         if isinstance(source, (np.ndarray, torch.Tensor)):
             return _from_array(source, input_data_format)
-        return _from_file(_read(source), max_pixels)
+        return _from_file(read_image(source), max_pixels)
     except Exception as error:  # Pillow's plugins raise what they like
         raise unreadable_image(source if name is None else name, error) from error
 
@@ -405,7 +405,8 @@ def _name(source: Any) -> str:
     return name if len(name) <= 200 else f"{name[:100]}... ({len(name)} characters)"
 
 
-def _read(source: Any) -> bytes:
+def read_image(source: Any) -> bytes:
+    """The bytes of a file, from any form of one that [`open_image`] takes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -753,5 +754,6 @@ __all__ = [
     "decode_data_url",
     "fetch_image",
     "open_image",
+    "read_image",
     "unreadable_image",
 ]

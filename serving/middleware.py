@@ -1,11 +1,11 @@
 """What a client may send to our server: budgets, images and lengths, checked before transformers sees them."""
 
+import asyncio
 import base64
 import inspect
 import json
 import math
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -94,6 +94,7 @@ class RequestGuard:
         }
         # Addresses that answer slowly must not keep other images waiting
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
+        self.answering = CapacityLimiter(256)
         # Arguments of the processor, which a chat template's variables may not be named like
         self.taken_names = processor.known_arguments().union(
             *(
@@ -112,7 +113,7 @@ class RequestGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if scope["method"] == "GET" and scope["path"] == "/v1/models":
+        if scope["method"] in ("GET", "OPTIONS") and scope["path"] == "/v1/models":
             # transformers lists the Hub's cache, of which nothing else is served, and fails where there is none
             models = [{"id": self.checkpoint, "object": "model", "created": 0, "owned_by": ""}]
             return await JSONResponse({"object": "list", "data": models})(scope, receive, send)
@@ -126,7 +127,9 @@ class RequestGuard:
         try:
             if scope["method"] == "POST":
                 scope, receive = await self._checked(scope, receive)
-            await self.app(scope, receive, watched_send)
+                await self._answer(scope, receive, watched_send)
+            else:
+                await self.app(scope, receive, watched_send)
         except Exception as error:
             if has_started:
                 raise
@@ -157,6 +160,21 @@ class RequestGuard:
             return messages.pop() if messages else await receive()
 
         return scope, replay
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send):
+        """Runs the app in a thread: transformers tokenizes and scales images where others wait for their next token."""
+        loop = asyncio.get_running_loop()
+
+        def from_thread(call):
+            async def called(*args):
+                return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(call(*args), loop))
+
+            return called
+
+        def run():
+            asyncio.run(self.app(scope, from_thread(receive), from_thread(send)))
+
+        await to_thread.run_sync(run, limiter=self.answering)
 
     async def _check_chat(self, body: dict[str, Any]):
         messages = body.get("messages")
@@ -329,21 +347,19 @@ class RequestGuard:
         """Write each image into the request as a `data:` URL, one after the other, since all of them take memory."""
         num_pixels = 0
 
-        def to_png(image: _Image) -> str:
+        def data_url(image: _Image) -> str:
             nonlocal num_pixels
-            opened = self.guard(image.source)
+            data, opened = self.guard.check(image.source)
             num_pixels += opened.width * opened.height
             if num_pixels > self.guard.max_pixels:
                 raise ValueError(f"the images of a request have at most {self.guard.max_pixels} pixels in all")
-            file = BytesIO()
-            opened.save(file, "PNG", compress_level=1)
-            return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            return f"data:image/{opened.info['format'].lower()};base64,{base64.b64encode(data).decode()}"
 
         for image in images:
             is_address = isinstance(image.source, str) and image.source[:4].lower() == "http"
             limiter = self.fetching if is_address else self.opening
             try:
-                image.owner[image.key] = await to_thread.run_sync(to_png, image, limiter=limiter)
+                image.owner[image.key] = await to_thread.run_sync(data_url, image, limiter=limiter)
             except ValueError as error:
                 raise _Refusal(f"{image.place}: {error}") from error
 
