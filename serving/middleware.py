@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from dataclasses import dataclass
+from reprlib import Repr
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -36,6 +37,9 @@ _RANGES = {
 }
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 _WHOLE = (*_LENGTHS, "seed", "num_beams", "num_return_sequences")
+# Requests may be as long and as deep as they like
+_short = Repr()
+_short.maxstring = _short.maxother = 60
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image_url", "input_image")
 # What transformers' handlers raise for a request of another shape than they expect
@@ -216,7 +220,7 @@ class RequestGuard:
 
     def _message(self, message: Any, place: str, images: list[_Image], texts: list[str]) -> dict[str, Any]:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _Refusal(f"{place} must be a message with a role, but is {_shown(message)}.")
+            raise _Refusal(f"{place} must be a message with a role, but is {_short.repr(message)}.")
         message = {name: value for name, value in message.items() if value is not None}
         if "tool_calls" in message:  # transformers takes them instead of the content
             texts.append(json.dumps(message["tool_calls"]))
@@ -229,11 +233,11 @@ class RequestGuard:
             texts.append(content or "")
             return content
         if not isinstance(content, list):
-            raise _Refusal(f"{place} must be a text or a list of parts, but is {_shown(content)}.")
+            raise _Refusal(f"{place} must be a text or a list of parts, but is {_short.repr(content)}.")
         parts = []
         for number, part in enumerate(content):
             kind = part.get("type") if isinstance(part, dict) else None
-            found = f"{place}[{number}] is {_shown(part)}"
+            found = f"{place}[{number}] is {_short.repr(part)}"
             if kind in _TEXTS:
                 if not isinstance(part.get("text"), str):
                     raise _Refusal(f"{found}: a text part needs a text.")
@@ -280,7 +284,7 @@ class RequestGuard:
 
     async def _check_model(self, body: dict[str, Any]):
         if body.get("model") != self.checkpoint:
-            raise _Refusal(f"This server serves {self.checkpoint} alone, not {_shown(body.get('model'))}.")
+            raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body.get('model'))}.")
 
     async def _check_prompt(self, body: dict[str, Any], images: list[_Image], texts: list[str]):
         """What chats and responses have in common: the budget of each image, all lengths, and the images."""
@@ -328,11 +332,11 @@ class RequestGuard:
             kinds = {int} if name in _WHOLE else {int, float}
             if value is not None and (type(value) not in kinds or not low <= value <= high):
                 kind = "an integer" if name in _WHOLE else "a number"
-                raise _Refusal(f"{name}={_shown(value)} must be {kind} of {low}..{high}.")
+                raise _Refusal(f"{name}={_short.repr(value)} must be {kind} of {low}..{high}.")
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, list) or len(stops) > 4 or not all(text and isinstance(text, str) for text in stops):
-            raise _Refusal(f"stop={_shown(stop)} must be a text or a list of up to four, none of them empty.")
+            raise _Refusal(f"stop={_short.repr(stop)} must be a text or a list of up to four, none of them empty.")
         num_tokens = sum(budgets)
         text = "\n".join(texts)
         if (num_bytes := len(text.encode())) <= self.context * _MAX_TOKEN_BYTES:
@@ -405,17 +409,12 @@ def _parse(data: bytes | str, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _Refusal(f"{name} is no JSON: {error}") from error
     if not isinstance(body, dict):
-        raise _Refusal(f"{name} must be a JSON object, but is {_shown(body)}.")
+        raise _Refusal(f"{name} must be a JSON object, but is {_short.repr(body)}.")
     return body
 
 
 def _object(owner: dict[str, Any], name: str) -> dict[str, Any]:
     value = owner.get(name)
     if value is not None and not isinstance(value, dict):
-        raise _Refusal(f"{name} must be an object, but is {_shown(value)}.")
+        raise _Refusal(f"{name} must be an object, but is {_short.repr(value)}.")
     return dict(value or {})
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
