@@ -78,10 +78,7 @@ class Server(Serve):
             raise ValueError(f"{checkpoint} is a {config.model_type}, not a delta_llava: try `transformers serve`.")
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
         template_kwargs = json.loads(options.get("chat_template_kwargs") or "{}")
-        named = [
-            place.get("num_visual_tokens") for place in (template_kwargs, template_kwargs.get("processor_kwargs", {}))
-        ]
-        budget = next((budget for budget in named if budget is not None), None)
+        budget = {**template_kwargs.get("processor_kwargs", {}), **template_kwargs}.get("num_visual_tokens")
         (budget,) = processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=budget)["num_image_tokens"]
         if "enable_thinking" not in (processor.chat_template or ""):
             options.pop("reasoning", None)  # which no other model minds, but our processor refuses

@@ -99,13 +99,21 @@ class RequestGuard:
         # Addresses that answer slowly must not keep other images waiting
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
         self.answering = CapacityLimiter(256)
-        # Arguments of the processor, which a chat template's variables may not be named like
-        self.taken_names = processor.known_arguments().union(
-            *(
-                inspect.signature(call).parameters
-                for call in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__)
+        # Arguments of the processor, and tokens of the chat template, are not a client's to set
+        self.taken_names = {"messages", *processor.known_arguments(), *processor.tokenizer.special_tokens_map}
+        for call in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__):
+            self.taken_names.update(inspect.signature(call).parameters)
+        # What the chat template adds to the first message, and to each further one
+        lengths = [
+            self._num_tokens(
+                processor.apply_chat_template(
+                    [{"role": role, "content": ""} for role in ("user", "assistant", "user")[:num_messages]],
+                    add_generation_prompt=True,
+                )
             )
-        )
+            for num_messages in (1, 3)
+        ]
+        self.first_overhead, self.next_overhead = lengths[0], math.ceil((lengths[1] - lengths[0]) / 2)
         self.endpoints = {
             "/v1/chat/completions": self._check_chat,
             "/v1/responses": self._check_response,
@@ -180,6 +188,9 @@ class RequestGuard:
 
         await to_thread.run_sync(run, limiter=self.answering)
 
+    def _num_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer.tokenize(text))
+
     async def _check_chat(self, body: dict[str, Any]):
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -188,7 +199,7 @@ class RequestGuard:
         body["messages"] = [
             self._message(message, f"messages[{number}]", images, texts) for number, message in enumerate(messages)
         ]
-        await self._check_prompt(body, images, texts)
+        await self._check_prompt(body, images, texts, len(messages))
 
     async def _check_response(self, body: dict[str, Any]):
         body.setdefault("stream", False)  # as OpenAI has it; transformers streams
@@ -208,7 +219,8 @@ class RequestGuard:
                 ]
         else:
             raise _Refusal("input must be a text, or a list of messages or parts, and not empty.")
-        await self._check_prompt(body, images, texts)
+        num_messages = len(items) if isinstance(items, list) and "role" in items[0] else 1
+        await self._check_prompt(body, images, texts, num_messages + (instructions is not None))
 
     def _item(self, item: dict[str, Any], place: str, images: list[_Image], texts: list[str]) -> dict[str, Any]:
         if "role" in item:
@@ -229,6 +241,7 @@ class RequestGuard:
 
     def _parts(self, content: Any, place: str, images: list[_Image], texts: list[str]) -> Any:
         """The content of a message; its images and texts are added to the lists."""
+        self._check_number(images, texts)
         if content is None or isinstance(content, str):
             texts.append(content or "")
             return content
@@ -236,6 +249,7 @@ class RequestGuard:
             raise _Refusal(f"{place} must be a text or a list of parts, but is {_short.repr(content)}.")
         parts = []
         for number, part in enumerate(content):
+            self._check_number(images, texts)
             kind = part.get("type") if isinstance(part, dict) else None
             found = f"{place}[{number}] is {_short.repr(part)}"
             if kind in _TEXTS:
@@ -256,6 +270,10 @@ class RequestGuard:
             else:
                 raise _Refusal(f"{found}: its type must be one of {', '.join((*_TEXTS, *_IMAGES))}.")
         return parts
+
+    def _check_number(self, images: list[_Image], texts: list[str]):
+        if len(images) + len(texts) > self.context:
+            raise _Refusal(f"The request has more parts than the {self.context} tokens that the model's context holds.")
 
     async def _check_completion(self, body: dict[str, Any]):
         texts = [body.get("prompt") or "", body.get("suffix") or ""]
@@ -286,7 +304,7 @@ class RequestGuard:
         if body.get("model") != self.checkpoint:
             raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body.get('model'))}.")
 
-    async def _check_prompt(self, body: dict[str, Any], images: list[_Image], texts: list[str]):
+    async def _check_prompt(self, body: dict[str, Any], images: list[_Image], texts: list[str], num_messages: int):
         """What chats and responses have in common: the budget of each image, all lengths, and the images."""
         template_kwargs = _object(body, "chat_template_kwargs")
         budget = self._requested_budget(body, template_kwargs)
@@ -297,7 +315,9 @@ class RequestGuard:
             counts = self.processor._get_num_multimodal_tokens([(1, 1)] * num_images, num_visual_tokens=budget)
             budgets = counts["num_image_tokens"][: len(images)]
         body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budgets} if images else template_kwargs
-        await self._check_lengths(body, budgets, texts)
+        texts.append(json.dumps(template_kwargs))
+        overhead = self.first_overhead + (num_messages - 1) * self.next_overhead
+        await self._check_lengths(body, budgets, texts, overhead)
         await self._open(images)
 
     def _requested_budget(self, body: dict[str, Any], template_kwargs: dict[str, Any]) -> Any:
@@ -311,7 +331,7 @@ class RequestGuard:
                 raise _Refusal(
                     f"processor_kwargs takes num_visual_tokens alone here, not {', '.join(processor_kwargs)}."
                 )
-        # The rest are variables of the chat template. Its text, the images and their size are the server's affair
+        # The rest are variables of the chat template
         if taken := self.taken_names & template_kwargs.keys():
             raise _Refusal(
                 "chat_template_kwargs takes num_visual_tokens and variables of the chat template here, not"
@@ -322,7 +342,7 @@ class RequestGuard:
             raise _Refusal(f"The request names several num_visual_tokens: {' and '.join(map(str, found))}.")
         return found[0] if found else None
 
-    async def _check_lengths(self, body: dict[str, Any], budgets: list[int], texts: list[str]):
+    async def _check_lengths(self, body: dict[str, Any], budgets: list[int], texts: list[str], overhead: int = 0):
         fields = dict(body)
         if isinstance(body.get("generation_config"), str):
             fields |= _parse(body["generation_config"], "generation_config")
@@ -337,10 +357,10 @@ class RequestGuard:
         stops = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, list) or len(stops) > 4 or not all(text and isinstance(text, str) for text in stops):
             raise _Refusal(f"stop={_short.repr(stop)} must be a text or a list of up to four, none of them empty.")
-        num_tokens = sum(budgets)
+        num_tokens = sum(budgets) + overhead
         text = "\n".join(texts)
         if (num_bytes := len(text.encode())) <= self.context * _MAX_TOKEN_BYTES:
-            num_tokens += len(await to_thread.run_sync(self.processor.tokenizer.tokenize, text, limiter=self.opening))
+            num_tokens += await to_thread.run_sync(self._num_tokens, text, limiter=self.opening)
             found = f"about {num_tokens} tokens, {sum(budgets)} of them for {len(budgets)} images"
         else:
             num_tokens, found = math.inf, f"a text of {num_bytes} bytes"
@@ -370,7 +390,7 @@ class RequestGuard:
 
 def openai_error(message: str, status: int) -> JSONResponse:
     """An error in the form that OpenAI's clients know."""
-    message = message.encode(errors="backslashreplace").decode()  # JSON may hold what UTF-8 cannot
+    message = message[:2000].encode(errors="backslashreplace").decode()  # JSON may hold what UTF-8 cannot
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 

@@ -185,6 +185,8 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         {"images_kwargs": {"do_resize": False}},
         {"chat_template": "{{ 1 }}"},
         {"tokenize": False},
+        {"messages": []},
+        {"eos_token": "a" * 1000},
     ):
         answer = post("/v1/chat/completions", chat(TEXT, chat_template_kwargs=hidden))
         assert "takes num_visual_tokens" in refusal(answer)
@@ -230,6 +232,7 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat({"type": "text", "text": "\ud800"}), "surrogates"),
         (chat(TEXT, chat_template_kwargs=5), "chat_template_kwargs must be an object"),
         (chat(TEXT, processor_kwargs=[1]), "processor_kwargs must be an object"),
+        (chat(TEXT, chat_template_kwargs={"style": "a " * 4000}), r"has about \d+ tokens"),
         (chat(TEXT, max_tokens=0), r"max_tokens=0 must be an integer of 1\.\.2048"),
         (chat(TEXT, max_tokens=10**9), "max_tokens"),
         (chat(TEXT, max_completion_tokens=True), "max_completion_tokens=True"),
@@ -241,7 +244,10 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
         (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
         (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
-        (chat({"type": "text", "text": "a" * 10**6}), "a text of 1000003 bytes"),
+        ({"messages": [{"role": "user", "content": ""}] * 1000}, r"has about \d+ tokens"),
+        ({"messages": [{"role": "user", "content": ""}] * 10**5}, "has more parts than the 2048 tokens"),
+        (chat(*[{"type": "text", "text": ""}] * 10**5), "has more parts than the 2048 tokens"),
+        (chat({"type": "text", "text": "a" * 10**6}), r"a text of 10000\d\d bytes"),
     ],
 )
 def test_a_request_of_another_shape_is_refused_in_a_sentence(serve, body, reason):
