@@ -171,12 +171,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 _check_content(number, message.get("content"))
         # Before 5.23 one argument of a call beside a template's would make transformers forget `processor_kwargs`
         templates = inspect.signature(super().apply_chat_template).parameters.keys()
-        own = {name: kwargs.pop(name) for name in (self._known_arguments() & kwargs.keys()) - templates}
+        own = {name: kwargs.pop(name) for name in (self.known_arguments() & kwargs.keys()) - templates}
         if own:
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _known_arguments(self) -> set[str]:
+    def known_arguments(self) -> set[str]:
+        """The names that a call knows, its parts' and its image processor's arguments among them."""
         known = {"common_kwargs", *self.valid_processor_kwargs.__annotations__}
         parts = (
             *self.valid_processor_kwargs.__annotations__.values(),
@@ -186,7 +187,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A copy with budgets as Python's own values, after a look for names that nobody knows."""
-        known = self._known_arguments()
+        known = self.known_arguments()
         kwargs = {name: dict(value) if name == "images_kwargs" else value for name, value in kwargs.items()}
         for arguments in (kwargs, kwargs.get("images_kwargs", {})):
             for name in arguments.keys() - known:
@@ -440,7 +441,7 @@ def open_image(
             return _from_pil(source)
         if isinstance(source, (np.ndarray, torch.Tensor)):
             return _from_array(source, input_data_format)
-        return _from_file(_read(source), max_pixels)
+        return _from_file(read_image(source), max_pixels)
     except Exception as error:  # Pillow's plugins raise what they like
         raise unreadable_image(source if name is None else name, error) from error
 
@@ -517,7 +518,8 @@ def _name(source: Any) -> str:
     return name if len(name) <= 200 else f"{name[:100]}... ({len(name)} characters)"
 
 
-def _read(source: Any) -> bytes:
+def read_image(source: Any) -> bytes:
+    """The bytes of a file, from any form of one that [`open_image`] takes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -865,5 +867,6 @@ __all__ = [
     "decode_data_url",
     "fetch_image",
     "open_image",
+    "read_image",
     "unreadable_image",
 ]

@@ -15,6 +15,7 @@ from ..processing_delta_llava import (
     decode_data_url,
     fetch_image,
     open_image,
+    read_image,
     unreadable_image,
 )
 
@@ -70,17 +71,20 @@ class ImageGuard:
         Raises:
             ValueError: Names the image, and says why it may not be named or cannot be read.
         """
+        return self.check(source)[1]
+
+    def check(self, source: str | bytes) -> tuple[bytes, Image.Image]:
+        """[`ImageGuard`]'s call, which returns the bytes of the file, too."""
         try:
-            found = self._find(source)
-            if isinstance(found, bytes) and len(found) > self.max_bytes:
+            data = self._read(source)
+            if len(data) > self.max_bytes:
                 raise ValueError(f"it has more than {self.max_bytes} bytes")
         except Exception as error:  # of httpx, idna and sockets
             raise unreadable_image(source, error) from error
         with _DECODING:
-            return open_image(found, name=source, max_pixels=self.max_pixels)
+            return data, open_image(data, name=source, max_pixels=self.max_pixels)
 
-    def _find(self, source: str | bytes) -> bytes | str:
-        """The bytes of a file, or the path of one that may be named."""
+    def _read(self, source: str | bytes) -> bytes:
         if isinstance(source, bytes):
             return source
         if not isinstance(source, str):
@@ -92,7 +96,7 @@ class ImageGuard:
         if scheme == "data":
             return decode_data_url(source)
         if self.allow_local_images:
-            return url2pathname(urlsplit(source).path) if scheme == "file" else source
+            return read_image(url2pathname(urlsplit(source).path) if scheme == "file" else source)
         try:
             return decode_base64(source)
         except ValueError:
