@@ -346,13 +346,14 @@ class DeltaProjector(nn.Module):
 
     def _queries(self, grid: torch.Tensor, side: int) -> torch.Tensor:
         """Refined and projected queries (equations 3 to 6): `(batch_size, C, G, G)` to `(batch_size, V, C)`."""
+        # Linear layers get contiguous features: those that vLLM puts in the place of torch's, on a CPU, take no others
         grid = F.interpolate(grid, size=(side, side), mode=self.query_pooling)
         positions = F.interpolate(self.positions.float(), size=(side, side), mode="bicubic").to(grid.dtype)
         if self.variant == "paper":
-            queries = self.query_projection((grid + positions).flatten(2).transpose(1, 2))
+            queries = self.query_projection((grid + positions).flatten(2).transpose(1, 2).contiguous())
             return self._refine(queries.transpose(1, 2).unflatten(-1, (side, side))).flatten(2).transpose(1, 2)
         grid = self._refine(grid) + positions
-        return self.query_projection(grid.flatten(2).transpose(1, 2))
+        return self.query_projection(grid.flatten(2).transpose(1, 2).contiguous())
 
     def _refine(self, grid: torch.Tensor) -> torch.Tensor:
         return grid if self.refinement_block is None else self.refinement_block(grid)

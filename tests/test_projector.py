@@ -243,6 +243,21 @@ def test_every_submodule_is_called_and_its_weight_never_read(tiny_config, varian
         parent._modules[child] = module
 
 
+@pytest.mark.parametrize("siglip", [False, True])
+@pytest.mark.parametrize("switch", [{}, {"use_refinement_block": False}, {"use_self_attention": False}])
+@pytest.mark.parametrize("variant", ["released", "paper", "residual"])
+def test_linear_layers_get_contiguous_features(tiny_model, variant, switch, siglip):
+    """vLLM's own, on a CPU, end the engine otherwise."""
+    model, strides = tiny_model(siglip=siglip, projector_variant=variant, **switch), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride(-1)))
+    for budget in model.config.valid_visual_token_counts:
+        model.get_image_features(torch.randn(1, 3, 48, 48), budget)
+        model.get_image_features(torch.randn(2, 3, 48, 48), torch.tensor([budget, 36]))
+    assert set(strides) == {1}
+
+
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_a_single_patch_cell_leaves_out_what_cannot_matter_but_no_gradient(tiny_config, variant):
     no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
