@@ -29,7 +29,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.costs import UNITS, inference_costs
-from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, grad_cam, seen_image
+from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, seen_image, token_relevance
 from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
 from delta_llava.serving.image_guard import ImageGuard
 
@@ -379,15 +379,18 @@ def build(page: Page) -> gr.Blocks:
                 yield {box: "", **dict(chat_and_numbers)}
         for side, budget in enumerate(budgets):
             if answers[side]:
-                explained = grad_cam(page.model, page.processor, image, question, budget, answers[side], earlier[side])
-                yield {pictures[side]: grid(seen, budget, explained.output_map)}
+                relevance = token_relevance(
+                    page.model, page.processor, image, question, budget, answers[side], earlier[side]
+                )
+                yield {pictures[side]: grid(seen, budget, relevance)}
 
     with gr.Blocks(title="Delta-LLaVA", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         opened = page.open(first_image.read_bytes())
         image, seen, turns = gr.State(opened), gr.State(page.seen(opened)), gr.State([])
         gr.HTML(
             "<h1>What does a visual token buy?</h1><p>Delta-LLaVA turns an image into as few visual tokens as you "
-            "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare.</p>",
+            "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare: they answer in "
+            "turn, so that neither slows the other.</p>",
             elem_id="head",
         )
         with gr.Row():
@@ -406,9 +409,9 @@ def build(page: Page) -> gr.Blocks:
                     ]
                 box = gr.Textbox(first_question, label="Question", submit_btn=False, lines=1, max_lines=4)
                 with gr.Row(elem_classes="buttons"):
-                    asking = gr.Button("Ask both", variant="primary", min_width=110)
-                    stopping = gr.Button("Stop", min_width=60)
-                    clearing = gr.Button("New chat", min_width=90)
+                    asking = gr.Button("Ask both", variant="primary", size="md", min_width=110)
+                    stopping = gr.Button("Stop", size="md", min_width=60)
+                    clearing = gr.Button("New chat", size="md", min_width=90)
                 alert = gr.HTML(elem_id="message")
             budgets, pictures, numbers, chats = [], [], [], []
             for name, budget, text in zip(SIDES, start, describe(start), strict=True):
@@ -444,7 +447,12 @@ def build(page: Page) -> gr.Blocks:
 def launch(demo: gr.Blocks, **options):
     """Serve the page as `main` does; `options` are those of `gr.Blocks.launch`."""
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+    theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
     return demo.launch(
         theme=theme,
         css=CSS,
