@@ -42,8 +42,9 @@ EXAMPLES = {
     "Which digit is at the top left?": HERE / "examples" / "scene-00059.png",
 }
 MAX_QUESTION = 1000  # characters
-MAX_SIDE = 2048  # pixels that are kept of an image, far more than a tower reads
+MAX_SIDE = 1024  # pixels that are kept of an image, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
+MAX_VISITORS = 1000  # whose images and chats are kept
 SIDES = ("Budget A", "Budget B")
 TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
 
@@ -117,7 +118,7 @@ class Budget(gr.HTML):
     def preprocess(self, payload):
         if payload not in self.budgets:
             raise gr.Error(f"{payload} is no budget of this checkpoint: choose one of {self.budgets}.")
-        return payload
+        return self.budgets[self.budgets.index(payload)]  # an integer, as 4.0 and true are none
 
     def postprocess(self, value):
         return value
@@ -133,7 +134,6 @@ class Page:
     """
 
     def __init__(self, checkpoint: str | Path, revision: str | None = None):
-        self.name = str(checkpoint)
         self.processor = DeltaLlavaProcessor.from_pretrained(checkpoint, revision=revision)
         model = DeltaLlavaForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
@@ -143,9 +143,8 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
-        # The first passes of a process take longer than any later ones, and would mislead the first visitor
-        for budget in (self.budgets[0], self.budgets[-1]):
-            list(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
+        # The first pass of a process takes longer than all later ones, and would mislead the first visitor
+        next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), self.config.num_visual_tokens))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
         """Of one answer; `None` where `costs` does not know the backbones."""
@@ -310,11 +309,12 @@ dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-spac
 
 def chat(turns: list[dict], side: int) -> str:
     """Questions, and the answers of one side."""
-    return "".join(
-        f'<p class="question">{html.escape(turn["question"])}</p>'
-        f'<p class="answer">{html.escape(turn["answers"][side])}<small>{count(turn["budgets"][side])}</small></p>'
-        for turn in turns
-    )
+    shown = ""
+    for turn in turns:
+        answer = html.escape(turn["answers"][side]) or "…"
+        shown += f'<p class="question">{html.escape(turn["question"])}</p>'
+        shown += f'<p class="answer">{answer}<small>{count(turn["budgets"][side])}</small></p>'
+    return shown
 
 
 def build(page: Page) -> gr.Blocks:
@@ -335,7 +335,7 @@ def build(page: Page) -> gr.Blocks:
             described.append(figures(budget, number, largest, t, notes))
         return described
 
-    def show(upload, *budgets):
+    def show(session, upload, *budgets):
         """A new image, or none, and with it a new chat."""
         image, seen, error = None, None, ""
         try:
@@ -343,15 +343,19 @@ def build(page: Page) -> gr.Blocks:
             seen = image and page.seen(image)
         except ValueError as refusal:
             error = str(refusal)
-        pictures = [grid(seen, budget) for budget in budgets]
-        return [image, seen, [], message(error), *pictures, *describe(budgets), "", ""]
+        session.update(image=image, seen=seen, turns=[])
+        return [message(error), *move(session, *budgets), "", ""]
 
-    def move(seen, *budgets):
-        return [*(grid(seen, budget) for budget in budgets), *describe(budgets)]
+    def move(session, *budgets):
+        return [*(grid(session["seen"], budget) for budget in budgets), *describe(budgets)]
 
-    def ask(question, image, seen, turns, *budgets):
+    def ask(session, question, *budgets):
+        turns = session["turns"]
         try:
-            yield from answer_both(question.strip(), image, seen, turns, budgets)
+            for update in answer_both(question.strip(), session["image"], session["seen"], turns, budgets):
+                if session["turns"] is not turns:
+                    return  # there is a new image or chat, in which this answer has no place
+                yield update
         except ValueError as refusal:
             yield {alert: message(str(refusal))}
         except Exception:
@@ -368,15 +372,16 @@ def build(page: Page) -> gr.Blocks:
         earlier = [[(turn["question"], turn["answers"][side]) for turn in turns] for side in range(2)]
         answers, took = ["", ""], [None, None]
         turn = {"question": question, "budgets": budgets, "answers": answers}
-        yield {alert: message(), **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
+        yield {alert: message(), **{pictures[side]: grid(seen, budget) for side, budget in enumerate(budgets)}}
         for side, budget in enumerate(budgets):
             for answer, spent in page.answer(image, question, earlier[side], budget):
                 answers[side], took[side] = answer, spent
                 turns[len(earlier[side]) :] = [turn]  # from the first word on: a chat goes on after a stopped answer
-                chat_and_numbers = zip(
-                    (chats[side], *numbers), (chat(turns, side), *describe(budgets, took)), strict=True
-                )
-                yield {box: "", **dict(chat_and_numbers)}
+                yield {
+                    box: "",
+                    chats[side]: chat(turns, side),
+                    **dict(zip(numbers, describe(budgets, took), strict=True)),
+                }
         for side, budget in enumerate(budgets):
             if answers[side]:
                 relevance = token_relevance(
@@ -386,7 +391,7 @@ def build(page: Page) -> gr.Blocks:
 
     with gr.Blocks(title="Delta-LLaVA", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         opened = page.open(first_image.read_bytes())
-        image, seen, turns = gr.State(opened), gr.State(page.seen(opened)), gr.State([])
+        session = gr.State({"image": opened, "seen": page.seen(opened), "turns": []})
         gr.HTML(
             "<h1>What does a visual token buy?</h1><p>Delta-LLaVA turns an image into as few visual tokens as you "
             "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare: they answer in "
@@ -418,28 +423,28 @@ def build(page: Page) -> gr.Blocks:
                 with gr.Column(scale=3, min_width=280, elem_classes="side"):
                     budgets.append(Budget(budget, page.budgets, name))
                     with gr.Row(elem_classes="seen"):
-                        pictures.append(gr.HTML(grid(seen.value, budget), min_width=140, scale=1))
+                        pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
                         numbers.append(gr.HTML(text, min_width=120, scale=1))
                     chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
 
         quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        shown = [image, seen, turns, alert, *pictures, *numbers, *chats]
-        upload.change(show, [upload, *budgets], shown, **quick)
-        clearing.click(show, [upload, *budgets], shown, **quick)
-        for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
-            button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
-        for budget in budgets:
-            budget.input(move, [seen, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
         answering = gr.on(
             [asking.click, box.submit],
             ask,
-            [box, image, seen, turns, *budgets],
-            [box, turns, alert, *pictures, *numbers, *chats],
+            [session, box, *budgets],
+            [box, alert, *pictures, *numbers, *chats],
             api_visibility="private",
             show_progress_on=alert,
             concurrency_limit=1,
         )
+        shown = [alert, *pictures, *numbers, *chats]
         stopping.click(None, cancels=[answering])
+        upload.change(show, [session, upload, *budgets], shown, cancels=[answering], **quick)
+        clearing.click(show, [session, upload, *budgets], shown, cancels=[answering], **quick)
+        for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
+            button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
+        for budget in budgets:
+            budget.input(move, [session, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
         gr.on([asking.click, box.submit], js=TO_ANSWERS)
     return demo.queue(max_size=MAX_WAITING)
 
@@ -458,6 +463,7 @@ def launch(demo: gr.Blocks, **options):
         css=CSS,
         footer_links=[],
         max_file_size="32mb",
+        state_session_capacity=MAX_VISITORS,
         ssr_mode=False,
         allowed_paths=[str(HERE / "examples")],
         **options,
