@@ -93,7 +93,7 @@ def grad_cam(
     side = query_grid_size(num_visual_tokens, model.config.patch_grid_size)
 
     asked = conversation(image, question, earlier)
-    prompt = _encode(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
+    prompt = encode_chat(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
     prompt_ids = prompt["input_ids"][0]
     with _evaluation_mode(model):
         if answer is None:
@@ -142,7 +142,7 @@ def token_relevance(
         `torch.Tensor` of shape `(g, g)`: 0 or more, float32, on the CPU.
     """
     asked = conversation(image, question, earlier)
-    prompt = _encode(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
+    prompt = encode_chat(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
     inputs, answer_ids = _encode_answer(model, processor, asked, answer, prompt["input_ids"][0], num_visual_tokens)
     with _evaluation_mode(model):
         with torch.no_grad():
@@ -166,9 +166,10 @@ def conversation(image: Image.Image | str, question: str, earlier: Sequence[tupl
     return messages
 
 
-def _encode(
+def encode_chat(
     model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], num_visual_tokens: int, **options
 ) -> BatchFeature:
+    """What the model takes of a chat, on its device; `options` are those of `apply_chat_template`."""
     budget = {"num_visual_tokens": num_visual_tokens}
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
@@ -186,7 +187,7 @@ def _encode_answer(
 ) -> tuple[BatchFeature, torch.Tensor]:
     """The chat `asked` with its answer, and the ids of that."""
     answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    inputs = _encode(model, processor, [*asked, answered], num_visual_tokens, continue_final_message=True)
+    inputs = encode_chat(model, processor, [*asked, answered], num_visual_tokens, continue_final_message=True)
     ids = inputs["input_ids"][0]
     # The answer's tokens are those that the prompt does not have: the template may put a space before them.
     shared = min(len(ids), len(prompt_ids))

@@ -29,7 +29,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.costs import UNITS, inference_costs
-from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, seen_image, token_relevance
+from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, encode_chat, seen_image, token_relevance
 from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
 from delta_llava.serving.image_guard import ImageGuard
 
@@ -172,14 +172,8 @@ class Page:
     def answer(self, image: Image.Image, question: str, earlier: list, budget: int) -> Iterator[tuple[str, dict]]:
         """Yields the answer as it grows, and what it took up to there."""
         started, hits = time.perf_counter(), self.cache.hits
-        inputs = self.processor.apply_chat_template(
-            conversation(image, question, earlier),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_visual_tokens": budget},
-        ).to(self.model.device)
+        messages = conversation(image, question, earlier)
+        inputs = encode_chat(self.model, self.processor, messages, budget, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
         room = self.config.text_config.max_position_embeddings - prompt
         if room < 1:
@@ -242,7 +236,8 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
     label = f"What the model sees of the image, as {count(budget)}. {caption}"
     return (
         f'<figure><svg viewBox="0 0 {side} {side}" role="img" aria-label="{label}">{picture}{shade}'
-        f'<path d="{lines}"/></svg><figcaption>{caption}</figcaption></figure>'
+        f'<path d="{lines}" stroke-opacity="{min(0.6, 5 / side):.2f}"/></svg>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -272,6 +267,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #head h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
+#message { min-height: 1.5rem; }
 #message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); border-left: 4px solid #e5484d;
     background: var(--background-fill-primary); overflow-wrap: anywhere; }
 #upload img { width: 100%; height: 100%; object-fit: contain; }
@@ -292,7 +288,7 @@ CSS = """
 .seen { align-items: start; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; border-radius: var(--radius-md); background: var(--border-color-primary); }
-figure path { fill: none; stroke: #fff; stroke-opacity: .6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+figure path { fill: none; stroke: #fff; stroke-width: 1px; vector-effect: non-scaling-stroke; }
 figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); margin: .25rem 0 0; }
 dl { display: grid; gap: .4rem; margin: 0; }
 dt { font-size: .75rem; color: var(--body-text-color-subdued); }
