@@ -333,13 +333,18 @@ def build(page: Page) -> gr.Blocks:
 
     def show(session, upload, *budgets):
         """A new image, or none, and with it a new chat."""
-        image, seen, error = None, None, ""
+        session.update(image=None, seen=None)
+        error = ""
         try:
-            image = page.open(upload)
-            seen = image and page.seen(image)
+            session["image"] = page.open(upload)
+            session["seen"] = session["image"] and page.seen(session["image"])
         except ValueError as refusal:
             error = str(refusal)
-        session.update(image=image, seen=seen, turns=[])
+        return restart(session, *budgets, error=error)
+
+    def restart(session, *budgets, error=""):
+        """A new chat about the same image."""
+        session["turns"] = []
         return [message(error), *move(session, *budgets), "", ""]
 
     def move(session, *budgets):
@@ -436,7 +441,7 @@ def build(page: Page) -> gr.Blocks:
         shown = [alert, *pictures, *numbers, *chats]
         stopping.click(None, cancels=[answering])
         upload.change(show, [session, upload, *budgets], shown, cancels=[answering], **quick)
-        clearing.click(show, [session, upload, *budgets], shown, cancels=[answering], **quick)
+        clearing.click(restart, [session, *budgets], shown, cancels=[answering], **quick)
         for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
             button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
         for budget in budgets:
