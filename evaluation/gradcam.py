@@ -92,15 +92,8 @@ def grad_cam(
         raise ValueError("The question is empty: ask something about the image.")
     side = query_grid_size(num_visual_tokens, model.config.patch_grid_size)
 
-    def encode(*messages: dict, **options) -> BatchFeature:
-        budget = {"num_visual_tokens": num_visual_tokens}
-        inputs = processor.apply_chat_template(
-            list(messages), tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
-        )
-        return inputs.to(model.device)
-
     asked = conversation(image, question, earlier)
-    prompt = encode(*asked, add_generation_prompt=True)
+    prompt = encode_chat(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
     prompt_ids = prompt["input_ids"][0]
     with _evaluation_mode(model):
         if answer is None:
@@ -109,16 +102,9 @@ def grad_cam(
         answer = answer.strip()
         if not answer:
             raise ValueError(f"There is no answer to explain at {num_visual_tokens} visual tokens: it is empty.")
-        answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        inputs = encode(*asked, answered, continue_final_message=True)
-        ids = inputs["input_ids"][0]
-        # The answer's tokens are those that the prompt does not have: the template may put a space before them.
-        shared = min(len(ids), len(prompt_ids))
-        answer_ids = ids[int((ids[:shared] == prompt_ids[:shared]).cumprod(0).sum()) :]
-
+        inputs, answer_ids = _encode_answer(model, processor, asked, answer, prompt_ids, num_visual_tokens)
         with torch.enable_grad(), _watch_projector(model.model.multi_modal_projector) as seen:
-            logits = model(**inputs, logits_to_keep=len(answer_ids) + 1, use_cache=False).logits[0, :-1].float()
-            score = -F.cross_entropy(logits, answer_ids.to(logits.device), reduction="sum")
+            score = _score(model, inputs, answer_ids)
             features = seen["query_features"], seen["memory_features"], seen["visual_tokens"]
             # None of the parameters gets a gradient. A projector that does not read the memory leaves zeros there.
             gradients = torch.autograd.grad(score, features, materialize_grads=True)
@@ -136,6 +122,39 @@ def grad_cam(
     )
 
 
+def token_relevance(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image | str,
+    question: str,
+    num_visual_tokens: int,
+    answer: str,
+    earlier: Sequence[tuple[str, str]] = (),
+) -> torch.Tensor:
+    """
+    Relevance of each visual token for an answer: the `output_map` of [`grad_cam`] alone, from what `get_image_features`
+    returns, so that an image whose visual tokens are cached is not encoded again.
+
+    Args:
+        As for [`grad_cam`]; the answer must be given, and not be empty.
+
+    Returns:
+        `torch.Tensor` of shape `(g, g)`: 0 or more, float32, on the CPU.
+    """
+    asked = conversation(image, question, earlier)
+    prompt = encode_chat(model, processor, asked, num_visual_tokens, add_generation_prompt=True)
+    inputs, answer_ids = _encode_answer(model, processor, asked, answer, prompt["input_ids"][0], num_visual_tokens)
+    with _evaluation_mode(model):
+        with torch.no_grad():
+            encoded = model.get_image_features(inputs.pop("pixel_values"), num_visual_tokens, return_dict=True)
+        visual_tokens = encoded.pooler_output[0][None].requires_grad_()
+        encoded.pooler_output = list(visual_tokens)
+        with torch.enable_grad():
+            score = _score(model, inputs, answer_ids, mm_encoder_outputs={"image": encoded})
+            (gradient,) = torch.autograd.grad(score, visual_tokens)
+    return _relevance(visual_tokens, gradient).unflatten(0, (isqrt(num_visual_tokens),) * 2)
+
+
 def conversation(image: Image.Image | str, question: str, earlier: Sequence[tuple[str, str]] = ()) -> list[dict]:
     """The messages of a chat in which `question` is asked about `image`, after `earlier` questions and answers."""
     messages = []
@@ -145,6 +164,40 @@ def conversation(image: Image.Image | str, question: str, earlier: Sequence[tupl
     messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
     messages[0]["content"].insert(0, {"type": "image", "image": image})
     return messages
+
+
+def encode_chat(
+    model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], num_visual_tokens: int, **options
+) -> BatchFeature:
+    """What the model takes of a chat, on its device; `options` are those of `apply_chat_template`."""
+    budget = {"num_visual_tokens": num_visual_tokens}
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
+    )
+    return inputs.to(model.device)
+
+
+def _encode_answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: list[dict],
+    answer: str,
+    prompt_ids: torch.Tensor,
+    num_visual_tokens: int,
+) -> tuple[BatchFeature, torch.Tensor]:
+    """The chat `asked` with its answer, and the ids of that."""
+    answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    inputs = encode_chat(model, processor, [*asked, answered], num_visual_tokens, continue_final_message=True)
+    ids = inputs["input_ids"][0]
+    # The answer's tokens are those that the prompt does not have: the template may put a space before them.
+    shared = min(len(ids), len(prompt_ids))
+    return inputs, ids[int((ids[:shared] == prompt_ids[:shared]).cumprod(0).sum()) :]
+
+
+def _score(model: PreTrainedModel, inputs: BatchFeature, answer_ids: torch.Tensor, **options) -> torch.Tensor:
+    """Log-probability of an answer at the end of the input."""
+    logits = model(**inputs, logits_to_keep=len(answer_ids) + 1, use_cache=False, **options).logits[0, :-1].float()
+    return -F.cross_entropy(logits, answer_ids.to(logits.device), reduction="sum")
 
 
 def _relevance(features: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.costs import UNITS, inference_costs
-from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, grad_cam, seen_image
+from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, encode_chat, seen_image, token_relevance
 from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
 from delta_llava.serving.image_guard import ImageGuard
 
@@ -42,8 +42,9 @@ EXAMPLES = {
     "Which digit is at the top left?": HERE / "examples" / "scene-00059.png",
 }
 MAX_QUESTION = 1000  # characters
-MAX_SIDE = 2048  # pixels that are kept of an image, far more than a tower reads
+MAX_SIDE = 1024  # pixels that are kept of an image, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
+MAX_VISITORS = 1000  # whose images and chats are kept
 SIDES = ("Budget A", "Budget B")
 TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
 
@@ -117,7 +118,7 @@ class Budget(gr.HTML):
     def preprocess(self, payload):
         if payload not in self.budgets:
             raise gr.Error(f"{payload} is no budget of this checkpoint: choose one of {self.budgets}.")
-        return payload
+        return self.budgets[self.budgets.index(payload)]  # an integer, as 4.0 and true are none
 
     def postprocess(self, value):
         return value
@@ -133,7 +134,6 @@ class Page:
     """
 
     def __init__(self, checkpoint: str | Path, revision: str | None = None):
-        self.name = str(checkpoint)
         self.processor = DeltaLlavaProcessor.from_pretrained(checkpoint, revision=revision)
         model = DeltaLlavaForConditionalGeneration.from_pretrained(checkpoint, revision=revision, dtype="auto")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
@@ -143,9 +143,8 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
-        # The first passes of a process take longer than any later ones, and would mislead the first visitor
-        for budget in (self.budgets[0], self.budgets[-1]):
-            list(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
+        # The first pass of a process takes longer than all later ones, and would mislead the first visitor
+        next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), self.config.num_visual_tokens))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
         """Of one answer; `None` where `costs` does not know the backbones."""
@@ -173,14 +172,8 @@ class Page:
     def answer(self, image: Image.Image, question: str, earlier: list, budget: int) -> Iterator[tuple[str, dict]]:
         """Yields the answer as it grows, and what it took up to there."""
         started, hits = time.perf_counter(), self.cache.hits
-        inputs = self.processor.apply_chat_template(
-            conversation(image, question, earlier),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"num_visual_tokens": budget},
-        ).to(self.model.device)
+        messages = conversation(image, question, earlier)
+        inputs = encode_chat(self.model, self.processor, messages, budget, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
         room = self.config.text_config.max_position_embeddings - prompt
         if room < 1:
@@ -243,7 +236,8 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
     label = f"What the model sees of the image, as {count(budget)}. {caption}"
     return (
         f'<figure><svg viewBox="0 0 {side} {side}" role="img" aria-label="{label}">{picture}{shade}'
-        f'<path d="{lines}"/></svg><figcaption>{caption}</figcaption></figure>'
+        f'<path d="{lines}" stroke-opacity="{min(0.6, 5 / side):.2f}"/></svg>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -273,6 +267,7 @@ CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 #head h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 #head p { margin: 0; color: var(--body-text-color-subdued); }
+#message { min-height: 1.5rem; }
 #message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); border-left: 4px solid #e5484d;
     background: var(--background-fill-primary); overflow-wrap: anywhere; }
 #upload img { width: 100%; height: 100%; object-fit: contain; }
@@ -293,7 +288,7 @@ CSS = """
 .seen { align-items: start; }
 figure { margin: 0; }
 figure svg { display: block; width: 100%; border-radius: var(--radius-md); background: var(--border-color-primary); }
-figure path { fill: none; stroke: #fff; stroke-opacity: .6; stroke-width: 1px; vector-effect: non-scaling-stroke; }
+figure path { fill: none; stroke: #fff; stroke-width: 1px; vector-effect: non-scaling-stroke; }
 figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); margin: .25rem 0 0; }
 dl { display: grid; gap: .4rem; margin: 0; }
 dt { font-size: .75rem; color: var(--body-text-color-subdued); }
@@ -310,11 +305,12 @@ dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-spac
 
 def chat(turns: list[dict], side: int) -> str:
     """Questions, and the answers of one side."""
-    return "".join(
-        f'<p class="question">{html.escape(turn["question"])}</p>'
-        f'<p class="answer">{html.escape(turn["answers"][side])}<small>{count(turn["budgets"][side])}</small></p>'
-        for turn in turns
-    )
+    shown = ""
+    for turn in turns:
+        answer = html.escape(turn["answers"][side]) or "…"
+        shown += f'<p class="question">{html.escape(turn["question"])}</p>'
+        shown += f'<p class="answer">{answer}<small>{count(turn["budgets"][side])}</small></p>'
+    return shown
 
 
 def build(page: Page) -> gr.Blocks:
@@ -335,23 +331,32 @@ def build(page: Page) -> gr.Blocks:
             described.append(figures(budget, number, largest, t, notes))
         return described
 
-    def show(upload, *budgets):
+    def show(session, upload, *budgets):
         """A new image, or none, and with it a new chat."""
-        image, seen, error = None, None, ""
+        session.update(image=None, seen=None)
+        error = ""
         try:
-            image = page.open(upload)
-            seen = image and page.seen(image)
+            session["image"] = page.open(upload)
+            session["seen"] = session["image"] and page.seen(session["image"])
         except ValueError as refusal:
             error = str(refusal)
-        pictures = [grid(seen, budget) for budget in budgets]
-        return [image, seen, [], message(error), *pictures, *describe(budgets), "", ""]
+        return restart(session, *budgets, error=error)
 
-    def move(seen, *budgets):
-        return [*(grid(seen, budget) for budget in budgets), *describe(budgets)]
+    def restart(session, *budgets, error=""):
+        """A new chat about the same image."""
+        session["turns"] = []
+        return [message(error), *move(session, *budgets), "", ""]
 
-    def ask(question, image, seen, turns, *budgets):
+    def move(session, *budgets):
+        return [*(grid(session["seen"], budget) for budget in budgets), *describe(budgets)]
+
+    def ask(session, question, *budgets):
+        turns = session["turns"]
         try:
-            yield from answer_both(question.strip(), image, seen, turns, budgets)
+            for update in answer_both(question.strip(), session["image"], session["seen"], turns, budgets):
+                if session["turns"] is not turns:
+                    return  # there is a new image or chat, in which this answer has no place
+                yield update
         except ValueError as refusal:
             yield {alert: message(str(refusal))}
         except Exception:
@@ -368,26 +373,30 @@ def build(page: Page) -> gr.Blocks:
         earlier = [[(turn["question"], turn["answers"][side]) for turn in turns] for side in range(2)]
         answers, took = ["", ""], [None, None]
         turn = {"question": question, "budgets": budgets, "answers": answers}
-        yield {alert: message(), **dict(zip(pictures, move(seen, *budgets)[:2], strict=True))}
+        yield {alert: message(), **{pictures[side]: grid(seen, budget) for side, budget in enumerate(budgets)}}
         for side, budget in enumerate(budgets):
             for answer, spent in page.answer(image, question, earlier[side], budget):
                 answers[side], took[side] = answer, spent
                 turns[len(earlier[side]) :] = [turn]  # from the first word on: a chat goes on after a stopped answer
-                chat_and_numbers = zip(
-                    (chats[side], *numbers), (chat(turns, side), *describe(budgets, took)), strict=True
-                )
-                yield {box: "", **dict(chat_and_numbers)}
+                yield {
+                    box: "",
+                    chats[side]: chat(turns, side),
+                    **dict(zip(numbers, describe(budgets, took), strict=True)),
+                }
         for side, budget in enumerate(budgets):
             if answers[side]:
-                explained = grad_cam(page.model, page.processor, image, question, budget, answers[side], earlier[side])
-                yield {pictures[side]: grid(seen, budget, explained.output_map)}
+                relevance = token_relevance(
+                    page.model, page.processor, image, question, budget, answers[side], earlier[side]
+                )
+                yield {pictures[side]: grid(seen, budget, relevance)}
 
     with gr.Blocks(title="Delta-LLaVA", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         opened = page.open(first_image.read_bytes())
-        image, seen, turns = gr.State(opened), gr.State(page.seen(opened)), gr.State([])
+        session = gr.State({"image": opened, "seen": page.seen(opened), "turns": []})
         gr.HTML(
             "<h1>What does a visual token buy?</h1><p>Delta-LLaVA turns an image into as few visual tokens as you "
-            "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare.</p>",
+            "choose. Few are cheap and fast, many see detail. Choose two budgets, ask, and compare: they answer in "
+            "turn, so that neither slows the other.</p>",
             elem_id="head",
         )
         with gr.Row():
@@ -406,37 +415,37 @@ def build(page: Page) -> gr.Blocks:
                     ]
                 box = gr.Textbox(first_question, label="Question", submit_btn=False, lines=1, max_lines=4)
                 with gr.Row(elem_classes="buttons"):
-                    asking = gr.Button("Ask both", variant="primary", min_width=110)
-                    stopping = gr.Button("Stop", min_width=60)
-                    clearing = gr.Button("New chat", min_width=90)
+                    asking = gr.Button("Ask both", variant="primary", size="md", min_width=110)
+                    stopping = gr.Button("Stop", size="md", min_width=60)
+                    clearing = gr.Button("New chat", size="md", min_width=90)
                 alert = gr.HTML(elem_id="message")
             budgets, pictures, numbers, chats = [], [], [], []
             for name, budget, text in zip(SIDES, start, describe(start), strict=True):
                 with gr.Column(scale=3, min_width=280, elem_classes="side"):
                     budgets.append(Budget(budget, page.budgets, name))
                     with gr.Row(elem_classes="seen"):
-                        pictures.append(gr.HTML(grid(seen.value, budget), min_width=140, scale=1))
+                        pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
                         numbers.append(gr.HTML(text, min_width=120, scale=1))
                     chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
 
         quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
-        shown = [image, seen, turns, alert, *pictures, *numbers, *chats]
-        upload.change(show, [upload, *budgets], shown, **quick)
-        clearing.click(show, [upload, *budgets], shown, **quick)
-        for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
-            button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
-        for budget in budgets:
-            budget.input(move, [seen, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
         answering = gr.on(
             [asking.click, box.submit],
             ask,
-            [box, image, seen, turns, *budgets],
-            [box, turns, alert, *pictures, *numbers, *chats],
+            [session, box, *budgets],
+            [box, alert, *pictures, *numbers, *chats],
             api_visibility="private",
             show_progress_on=alert,
             concurrency_limit=1,
         )
+        shown = [alert, *pictures, *numbers, *chats]
         stopping.click(None, cancels=[answering])
+        upload.change(show, [session, upload, *budgets], shown, cancels=[answering], **quick)
+        clearing.click(restart, [session, *budgets], shown, cancels=[answering], **quick)
+        for button, (text, file) in zip(examples, EXAMPLES.items(), strict=True):
+            button.click(lambda text=text, file=file: (str(file), text), None, [upload, box], **quick)
+        for budget in budgets:
+            budget.input(move, [session, *budgets], [*pictures, *numbers], trigger_mode="always_last", **quick)
         gr.on([asking.click, box.submit], js=TO_ANSWERS)
     return demo.queue(max_size=MAX_WAITING)
 
@@ -444,12 +453,18 @@ def build(page: Page) -> gr.Blocks:
 def launch(demo: gr.Blocks, **options):
     """Serve the page as `main` does; `options` are those of `gr.Blocks.launch`."""
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
+    theme.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )
     return demo.launch(
         theme=theme,
         css=CSS,
         footer_links=[],
         max_file_size="32mb",
+        state_session_capacity=MAX_VISITORS,
         ssr_mode=False,
         allowed_paths=[str(HERE / "examples")],
         **options,

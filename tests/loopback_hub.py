@@ -297,6 +297,10 @@ class LoopbackHub:
             return Answer(200, {"Content-Type": "application/json"}, json.dumps(content).encode())
         raise Refusal(404, f"The loopback Hub does not know {method} {path}")
 
+    def _named(self, payload: dict[str, Any]) -> str:
+        space = "spaces/" * (payload.get("type") == "space")
+        return f"{space}{payload.get('organization') or USER}/{payload['name']}"
+
     def _repository(self, repo_id: str, authorised: bool) -> Repository:
         repo = self.repositories.get(repo_id)
         if repo is None or (repo.private and not authorised):
@@ -330,7 +334,7 @@ class LoopbackHub:
         kind = payload.get("type", "model")
         if kind not in ("model", "space") or (kind == "space") != ("sdk" in payload):
             raise Refusal(400, "The loopback Hub has models and Spaces, and these alone have an SDK")
-        repo_id = f"{'spaces/' * (kind == 'space')}{payload.get('organization') or USER}/{payload['name']}"
+        repo_id = self._named(payload)
         if repo_id in self.repositories:
             raise Refusal(409, f"You already created this {kind} repo", url=f"{self.url}/{repo_id}")
         private = payload.get("visibility") == "private" or bool(payload.get("private"))
@@ -340,8 +344,7 @@ class LoopbackHub:
 
     @route("DELETE", "/api/repos/delete", write=True)
     def delete_repo(self, request: Request):
-        repo = self._repository(f"{request.json.get('organization') or USER}/{request.json['name']}", authorised=True)
-        del self.repositories[repo.id]
+        del self.repositories[self._repository(self._named(request.json), authorised=True).id]
 
     @route("GET", "/api/models/{repo}")
     @route("GET", "/api/models/{repo}/revision/{revision}")

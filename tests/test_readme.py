@@ -74,7 +74,7 @@ def test_auto_table():
 def test_paths_that_documents_name_exist():
     for document in ("README.md", "CONTRIBUTING.md", "train/README.md", "benchmarks/README.md", "study/README.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
-        folders = "train|hub|tests|templates|backbones|benchmarks|demo|study|evaluation"
+        folders = "train|hub|tests|templates|backbones|benchmarks|demo|study|evaluation|space"
         named = re.findall(rf"[\s`(]((?:{folders})/[\w./-]*\w)", text)
         missing = [path for path in named if not path.startswith("demo/out") and "NAME" not in path]
         missing = [path for path in missing if not (ROOT / path).exists()]
@@ -118,6 +118,7 @@ def test_an_installed_package_is_whole(tmp_path):
     folders = "backbones", "templates", "hub", "train", "demo"
     data = [path for folder in folders for path in (source / folder).rglob("*") if path.suffix in suffixes]
     data += (source / "evaluation/metrics").rglob("*.py")  # which evaluate loads by their paths
+    data += (path for path in (source / "space").rglob("*") if path.is_file())  # what push_space sends
     missing = [path for path in data if not (site / "delta_llava" / path.relative_to(source)).is_file()]
     assert data and not missing
     code = (

@@ -11,8 +11,9 @@ from torch import nn
 
 from delta_llava.demo import ask, pretrain_backbones, scenes
 from delta_llava.evaluation import gradcam
-from delta_llava.evaluation.gradcam import draw, grad_cam
+from delta_llava.evaluation.gradcam import draw, grad_cam, token_relevance
 from delta_llava.hub.assemble import assemble
+from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
 from delta_llava.study.projectors import (
     AveragePoolingProjector,
     MlpProjector,
@@ -312,3 +313,51 @@ def test_what_is_wrong_is_said_in_one_line(wrong, message, taught, scene, tmp_pa
     with pytest.raises(SystemExit, match=message) as error:
         gradcam.main([text for pair in {**options, **wrong}.items() for text in pair])
     assert "\n" not in str(error.value)
+
+
+EARLIER = [("How many things are there?", "four"), ("What colour is the thing at the top left?", "red")]
+
+
+@pytest.mark.parametrize("earlier", [[], EARLIER])
+@pytest.mark.parametrize("num_visual_tokens", [4, 144])
+def test_the_map_of_visual_tokens_needs_no_second_look_at_an_image(taught, scene, num_visual_tokens, earlier):
+    model, processor = ask.load(taught)
+    image, question = scene
+    explained = grad_cam(model, processor, image, question, num_visual_tokens, "red", earlier)
+    cache_image_features(model, FeatureCache())
+    passes = []
+    model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
+    for _ in range(2):
+        relevance = token_relevance(model, processor, image, question, num_visual_tokens, "red", earlier)
+        torch.testing.assert_close(relevance, explained.output_map)
+    assert passes == [1]
+
+
+def test_an_answer_is_explained_in_its_chat(model_and_processor, scene):
+    model, processor = model_and_processor
+    image, question = scene
+    explained = grad_cam(model, processor, image, question, 16, "blue", EARLIER)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": EARLIER[0][0]}]}
+    ]
+    for role, text in (
+        ("assistant", "four"),
+        ("user", EARLIER[1][0]),
+        ("assistant", "red"),
+        ("user", question),
+        ("assistant", "blue"),
+    ):
+        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
+    inputs = processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        continue_final_message=True,
+        processor_kwargs={"num_visual_tokens": 16},
+    )
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    (answer,) = processor.tokenizer("blue", add_special_tokens=False)["input_ids"]
+    assert inputs["input_ids"][0, -1] == answer
+    assert explained.score == pytest.approx(logits[-2].log_softmax(-1)[answer].item(), abs=1e-4)

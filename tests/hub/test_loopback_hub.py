@@ -245,6 +245,17 @@ def test_a_repository_is_created_once_and_can_go(repo, api):
     assert not api.repo_exists(REPO)
 
 
+def test_a_space_is_another_repository_than_the_model_of_its_name(repo, api, loopback_hub):
+    before = loopback_hub.files(REPO)
+    api.create_repo(REPO, repo_type="space", space_sdk="gradio")
+    commit = api.upload_file(path_or_fileobj=b"page", path_in_repo="app.py", repo_id=REPO, repo_type="space")
+    assert api.space_info(REPO).sha == commit.oid == api.list_repo_commits(REPO, repo_type="space")[0].commit_id
+    assert Path(hf_hub_download(REPO, "app.py", repo_type="space")).read_bytes() == b"page"
+    assert loopback_hub.files(REPO) == before and api.model_info(REPO).sha == repo
+    api.delete_repo(REPO, repo_type="space")
+    assert api.repo_exists(REPO) and not api.repo_exists(REPO, repo_type="space")
+
+
 def test_a_card_with_broken_metadata_is_refused(repo, commit):
     with pytest.raises(ValueError, match="Invalid metadata"):
         commit({"README.md": b"---\na: [\n---\n"})
