@@ -48,7 +48,10 @@ class _MultiModalProcessor(MultiModalProcessor):
 
     def apply(self, inputs, timing_ctx):
         budgets = self._check(inputs)
-        return super().apply(replace(inputs, hf_processor_mm_kwargs={"num_visual_tokens": budgets}), timing_ctx)
+        try:
+            return super().apply(replace(inputs, hf_processor_mm_kwargs={"num_visual_tokens": budgets}), timing_ctx)
+        except ValueError as error:  # its cause is what our processor says of an image; vLLM's own words leave it out
+            raise VLLMValidationError(str(error.__cause__ or error)) from error
 
     def _check(self, inputs) -> list[int]:
         """The budget of each image, or the client's error: what the model refuses later would end the engine."""

@@ -4,12 +4,14 @@ import base64
 import io
 import os
 import struct
+import sys
 import threading
 import time
 import warnings
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import get_type_hints
 
 import datasets
@@ -638,6 +640,18 @@ def test_what_servers_ask(tiny_processor, noise):
     (offset,) = inputs["text_replacement_offsets"][0]
     assert offset["replacement"] == "<image>" * 4 and offset["span"] == (2, 9) and offset["new_span"] == (2, 30)
     assert set(processor(images=noise(1), text="<image>")) == set(processor.model_input_names)
+
+
+def test_vllm_without_our_plug_in_gets_no_list_of_budgets(tiny_processor, noise, monkeypatch):
+    processor, images = tiny_processor(), {"images": noise(2), "text": "<image><image>"}
+    asked = {**images, "return_text_replacement_offsets": True}  # as vLLM asks
+    assert processor(**asked, num_visual_tokens=[9, 4])["num_visual_tokens"] == [9, 4]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    for named in ({"num_visual_tokens": (9, 9)}, {"images_kwargs": {"num_visual_tokens": [9, 4]}}):
+        with pytest.raises(ValueError, match="Give an integer for all, or install the package delta-llava beside vLLM"):
+            processor(**asked, **named)
+    assert processor(**asked, num_visual_tokens=4)["num_visual_tokens"] == [4, 4]
+    assert processor(**images, num_visual_tokens=[9, 4])["num_visual_tokens"] == [9, 4]
 
 
 def test_a_saved_budget_is_the_processor_s_alone(tiny_processor, noise, tmp_path):

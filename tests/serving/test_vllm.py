@@ -53,7 +53,8 @@ class Server:
 
     def __init__(self, checkpoint, address, log):
         self.checkpoint, self.address, self.log = checkpoint, address, log
-        self.client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
+        # It asks again where vLLM, after an error 500, has closed the connection
+        self.client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120)
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
 
@@ -232,8 +233,8 @@ def test_what_a_client_may_name_is_what_readme_s_command_says(demo, httpserver_u
     noise(1)[0].save(tmp_path / "image.png")
     for address, status in (
         (f"{httpserver_url(tmp_path)}/image.png", 400),  # not one of the allowed domains
-        ((tmp_path / "image.png").as_uri(), 500),
         (str(tmp_path / "image.png"), 400),
+        ((tmp_path / "image.png").as_uri(), 500),
     ):
         request = demo.request([])
         request["messages"][0]["content"].insert(0, {"type": "image_url", "image_url": {"url": address}})
@@ -325,6 +326,10 @@ def test_the_plug_in_says_what_is_wrong_with_a_budget(plugin, noise):
     assert "names 1 budgets, but there are 2 images" in plugin.refuses(noise(2), {"num_visual_tokens": [36]})
     for name in ("num_visual_token", "crop_size", "images_kwargs"):  # pixels of another size would end the engine
         assert f"num_visual_tokens, not {name}" in plugin.refuses(noise(1), {name: {"height": 24, "width": 24}})
+
+
+def test_an_image_that_the_processor_refuses_is_a_400_that_says_why(plugin):
+    assert "Cannot read image" in plugin.refuses([Image.new("RGB", (1, 5000))], None)
 
 
 def test_placeholders_in_a_client_s_text_harm_nobody(server, noise):
