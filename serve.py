@@ -1,0 +1,176 @@
+"""
+`transformers serve` for a Delta-LLaVA checkpoint: OpenAI's API with a budget per request and per image.
+
+    python -m delta_llava.serve demo/out/checkpoint --port 8000
+
+All options of `transformers serve` are taken. A request names the budget of its images as
+`"chat_template_kwargs": {"num_visual_tokens": 36}`, or of one image as its `detail`. See
+[`~serving.middleware.RequestGuard`] for what is checked, and [`~serving.image_guard.ImageGuard`] for the images that a
+client may name.
+"""
+
+from .configuration_delta_llava import DeltaLlavaConfig  # first: it refuses older releases
+
+
+# isort: split
+
+import inspect
+import json
+from typing import Annotated, Any
+
+import typer
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+from transformers.utils.import_utils import is_serve_available
+
+
+if not is_serve_available():
+    raise ImportError('The server needs more packages: run `pip install "delta-llava[serve]"`.')
+
+# isort: split
+
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from transformers.cli.serve import Serve
+from transformers.cli.serving.response import TransformersResponseCreateParamsStreaming
+
+from .modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from .serving.feature_cache import FeatureCache, cache_image_features
+from .serving.image_guard import ImageGuard
+from .serving.middleware import RequestGuard, openai_error
+
+
+# The handler of /v1/responses reads chat_template_kwargs, but its list of fields lacks them
+TransformersResponseCreateParamsStreaming.__mutable_keys__ |= {"chat_template_kwargs"}
+
+
+class Server(Serve):
+    """
+    transformers' server of one checkpoint.
+
+    Args:
+        checkpoint (`str`): Folder or Hub repository, `ORG/NAME@REVISION` for another revision than `main`.
+        allow_local_images (`bool`, *optional*, defaults to `False`):
+            Whether a client may name files of this machine and addresses that are not public.
+        feature_cache_mb (`int`, *optional*, defaults to 256):
+            Memory for visual tokens of images that were seen, so that the next question about one does not encode it.
+        options: Those of `transformers.cli.serve.Serve`.
+
+    Raises:
+        ValueError: If the checkpoint is of another model, or `chat_template_kwargs` name a wrong budget.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        allow_local_images: bool = False,
+        feature_cache_mb: int = 256,
+        non_blocking: bool = False,
+        **options,
+    ):
+        name, _, revision = checkpoint.partition("@")
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        if not isinstance(config, DeltaLlavaConfig):
+            raise ValueError(f"{checkpoint} is a {config.model_type}, not a delta_llava: try `transformers serve`.")
+        processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
+        template_kwargs = json.loads(options.get("chat_template_kwargs") or "{}")
+        named = [
+            place.get("num_visual_tokens") for place in (template_kwargs, template_kwargs.get("processor_kwargs", {}))
+        ]
+        budget = next((budget for budget in named if budget is not None), None)
+        (budget,) = processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=budget)["num_image_tokens"]
+        if "enable_thinking" not in (processor.chat_template or ""):
+            options.pop("reasoning", None)  # which no other model minds, but our processor refuses
+
+        _serve_class(FeatureCache(feature_cache_mb * 2**20))
+        self._guard = Middleware(
+            RequestGuard,
+            checkpoint=checkpoint,
+            config=config,
+            processor=processor,
+            default_budget=budget,
+            guard=ImageGuard(allow_local_images),
+        )
+        self._runs_in_thread = non_blocking
+        super().__init__(checkpoint, non_blocking=True, **options)
+
+    def start_server(self):
+        """Called when the app is built and the model loaded."""
+        app = self.server.config.app
+        # Innermost, so that headers of CORS and request ids are on refusals, too
+        app.user_middleware.append(self._guard)
+        app.add_exception_handler(
+            HTTPException, lambda request, error: openai_error(str(error.detail), error.status_code)
+        )
+        if self._runs_in_thread:
+            super().start_server()
+        else:
+            self.server.run()
+
+
+def _serve_class(cache: FeatureCache):
+    """Let transformers' server find our model, whose image features are kept in the cache."""
+
+    class CachedDeltaLlava(DeltaLlavaForConditionalGeneration):
+        def __init__(self, config: DeltaLlavaConfig):
+            super().__init__(config)
+            cache_image_features(self, cache)
+
+    AutoModelForMultimodalLM.register(DeltaLlavaConfig, CachedDeltaLlava, exist_ok=True)
+    # By these names the server tells how to load a model, and whether it takes images
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["delta_llava"] = CachedDeltaLlava.__name__
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["delta_llava"] = DeltaLlavaForConditionalGeneration.__name__
+
+
+def serve(**options):
+    """
+    Serve a Delta-LLaVA checkpoint by transformers' server, with OpenAI's API.
+
+    The budget of a request's images is its "chat_template_kwargs": {"num_visual_tokens": 36}, that of one image its
+    "detail": "low", "high" or "auto". All options of `transformers serve` are taken.
+    """
+    Server(**options)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Those of `transformers serve`, with a checkpoint that must be named, and ours."""
+
+    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+    checkpoint = typer.Argument(metavar="CHECKPOINT", help="A folder, ORG/NAME or ORG/NAME@REVISION.")
+    local = typer.Option(
+        "--allow_local_images",
+        "--allow-local-images",
+        help="Let clients name files of this machine and addresses that are not public.",
+    )
+    cache = typer.Option(
+        "--feature_cache_mb",
+        "--feature-cache-mb",
+        min=0,
+        help="Memory for visual tokens of images that were seen: the next question about one does not encode it.",
+    )
+    theirs = [
+        parameter(name, found.annotation, found.default)
+        for name, found in inspect.signature(Serve).parameters.items()
+        if name != "force_model"
+    ]
+    return [
+        parameter("checkpoint", Annotated[str, checkpoint]),
+        parameter("allow_local_images", Annotated[bool, local], False),
+        parameter("feature_cache_mb", Annotated[int, cache], 256),
+        *theirs,
+    ]
+
+
+serve.__signature__ = inspect.Signature(_parameters())
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(serve)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,332 @@
+"""What reaches transformers' app: a budget for each image, images as `data:` URLs, and nothing unchecked."""
+
+import asyncio
+import base64
+import io
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+from huggingface_hub.utils import httpx
+from PIL import Image
+from starlette.responses import JSONResponse
+
+from delta_llava.processing_delta_llava import open_image
+from delta_llava.serving.image_guard import ImageGuard
+from delta_llava.serving.middleware import MAX_BODY_BYTES, RequestGuard
+
+
+def data_url(image, format="PNG"):
+    file = io.BytesIO()
+    image.save(file, format)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def chat(*parts, **fields):
+    return {"messages": [{"role": "user", "content": list(parts)}], **fields}
+
+
+def image(url, detail=None):
+    return {"type": "image_url", "image_url": {"url": url, **({"detail": detail} if detail else {})}}
+
+
+TEXT = {"type": "text", "text": "What is it?"}
+
+
+@pytest.fixture
+def serve(tiny_config, tiny_processor):
+    """`serve(app=None, **options)` makes `post(path, body)`, which gives status and answer: what reached the app."""
+
+    def make(app=None, config=None, **options):
+        async def echo(scope, receive, send):
+            message = await receive()
+            assert dict(scope["headers"])[b"content-length"] == str(len(message["body"])).encode()
+            await JSONResponse(json.loads(message["body"]))(scope, receive, send)
+
+        guard = RequestGuard(
+            app or echo,
+            **{
+                "checkpoint": "here",
+                "config": config or tiny_config(),
+                "processor": tiny_processor(),
+                "default_budget": 36,
+                "guard": ImageGuard(),
+                **options,
+            },
+        )
+
+        async def send(method, path, body):
+            transport = httpx.ASGITransport(app=guard, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                content = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
+                answer = await client.request(method, path, content=content)
+                return answer.status_code, answer.json()
+
+        def post(path, body, method="POST"):
+            return asyncio.run(send(method, path, body))
+
+        post.send = send
+        return post
+
+    return make
+
+
+def refusal(answer):
+    status, body = answer
+    assert status == 400 and body["error"]["type"] == "invalid_request_error"
+    return body["error"]["message"]
+
+
+def budgets(answer):
+    status, body = answer
+    assert status == 200, body
+    return body["chat_template_kwargs"].get("num_visual_tokens")
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        ([1, 4, 9, 16, 36, 144], {"low": 16, "high": 144, "auto": 36, None: 36}),
+        ([36, 144], {"low": 36, "high": 144, "auto": 36, None: 36}),
+        ([1, 4, 9], {"low": 1, "high": 9, "auto": 36, None: 36}),
+        ([36], {"low": 36, "high": 36, "auto": 36, None: 36}),
+    ],
+)
+def test_a_detail_is_a_budget_that_the_checkpoint_was_trained_for(serve, tiny_config, noise, trained, expected):
+    post = serve(config=tiny_config(visual_token_budgets=trained))
+    url = data_url(noise(1)[0])
+    for detail, budget in expected.items():
+        assert budgets(post("/v1/chat/completions", chat(image(url, detail), TEXT))) == [budget]
+    assert budgets(post("/v1/chat/completions", chat(*[image(url, detail) for detail in expected]))) == [
+        *expected.values()
+    ]
+    flat = [{"type": "input_image", "image_url": url, "detail": "low"}, {"type": "input_text", "text": "What?"}]
+    for given in (flat, [{"role": "user", "content": flat}], [{"type": "message", "role": "user", "content": flat}]):
+        answer = post("/v1/responses", {"input": given})
+        assert budgets(answer) == [expected["low"]] and answer[1]["stream"] is False
+    for detail in ("original", "", "LOW", 5, ["low"], {}):
+        wrong = {"type": "image_url", "image_url": {"url": url, "detail": detail}}
+        assert 'must be "low", "high" or "auto"' in refusal(post("/v1/chat/completions", chat(wrong)))
+
+
+def test_a_budget_in_a_request_wins_wherever_it_is_named(serve, noise):
+    post, url = serve(), data_url(noise(1)[0])
+    for fields in (
+        {"chat_template_kwargs": {"num_visual_tokens": 4}},
+        {"processor_kwargs": {"num_visual_tokens": 4}},
+        {"chat_template_kwargs": {"processor_kwargs": {"num_visual_tokens": 4}}},
+        {"chat_template_kwargs": {"num_visual_tokens": [4]}, "processor_kwargs": {"num_visual_tokens": [4]}},
+    ):
+        status, body = post("/v1/chat/completions", chat(image(url, "high"), TEXT, **fields))
+        assert status == 200 and body["chat_template_kwargs"] in ({"num_visual_tokens": [4]},)
+        assert "processor_kwargs" not in body
+    several = {"chat_template_kwargs": {"num_visual_tokens": 4}, "processor_kwargs": {"num_visual_tokens": 9}}
+    assert "several num_visual_tokens: 4 and 9" in refusal(post("/v1/chat/completions", chat(image(url), **several)))
+    by_list = {"chat_template_kwargs": {"num_visual_tokens": [1, 144]}}
+    assert budgets(post("/v1/chat/completions", chat(image(url), image(url), **by_list))) == [1, 144]
+    assert budgets(post("/v1/chat/completions", chat(TEXT, chat_template_kwargs={"num_visual_tokens": 4}))) is None
+
+
+@pytest.mark.parametrize(
+    "budget", [7, 0, -1, True, False, "36", "", 36.0, 36.5, [], [36, 4], [[36]], [True], ["36"], 10**30, {"a": 1}]
+)
+def test_a_wrong_budget_is_refused_before_an_image_is_opened(serve, noise, budget):
+    post, opened = serve(guard=lambda source: 1 / 0), data_url(noise(1)[0])
+    for path, body in {
+        "/v1/chat/completions": chat(image(opened), TEXT),
+        "/v1/responses": {"input": [{"role": "user", "content": [image(opened)]}]},
+    }.items():
+        for place in ("chat_template_kwargs", "processor_kwargs"):
+            assert "num_visual_tokens" in refusal(post(path, {**body, place: {"num_visual_tokens": budget}}))
+    if budget not in ([], True, False) and not isinstance(budget, list):  # wrong without an image, too
+        named = {"chat_template_kwargs": {"num_visual_tokens": budget}}
+        assert "num_visual_tokens" in refusal(post("/v1/chat/completions", chat(TEXT, **named)))
+
+
+def test_images_arrive_as_lossless_data_urls(serve, noise):
+    photo = Image.fromarray(np.uint8(np.linspace(0, 255, 60 * 70 * 3).reshape(60, 70, 3)))
+    post = serve()
+    for given in (data_url(photo), data_url(photo, "JPEG"), data_url(photo).partition(",")[2]):
+        _, body = post("/v1/chat/completions", chat(image(given), TEXT))
+        sent = body["messages"][0]["content"][0]["image_url"]
+        assert sent.startswith("data:image/png;base64,")
+        assert open_image(sent).tobytes() == open_image(given).tobytes()
+    asset = {"data_base64": data_url(photo).partition(",")[2]}
+    _, body = post("/v1/systemone", {"state": "it", "questions": {}, "assets": {"it": asset}})
+    sent = base64.b64decode(body["assets"]["it"]["data_base64"], validate=True)
+    assert open_image(sent).tobytes() == photo.tobytes()
+
+
+@pytest.mark.parametrize("source", ["/etc/hostname", "file:///etc/hostname", "http://127.0.0.1/a.png", "http://[::1]/"])
+def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
+    post = serve()
+    part = {"type": "input_image", "image_url": source}
+    for path, body in [
+        ("/v1/chat/completions", chat(image(source))),
+        ("/v1/chat/completions", chat({"type": "image_url", "image_url": source})),
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": [part]}, *chat(TEXT)["messages"]]}),
+        ("/v1/responses", {"input": [part]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [part]}]}),
+        (
+            "/v1/responses",
+            {"input": [{"role": "user", "content": "a"}, {"type": "function_call_output", "output": [part]}]},
+        ),
+        ("/v1/systemone", {"state": "it", "questions": {}, "assets": {"it": {"data_base64": source}}}),
+    ]:
+        message = refusal(post(path, body))
+        assert "is not a public address" in message or "local files are not allowed" in message
+    # transformers takes images from these, too, and other shapes of one
+    for hidden in (
+        {"images": [source]},
+        {"processor_kwargs": {"images": [source]}},
+        {"size": {"shortest_edge": 10**6}},
+        {"images_kwargs": {"do_resize": False}},
+        {"chat_template": "{{ 1 }}"},
+        {"tokenize": False},
+    ):
+        answer = post("/v1/chat/completions", chat(TEXT, chat_template_kwargs=hidden))
+        assert "takes num_visual_tokens" in refusal(answer)
+    assert "takes num_visual_tokens alone" in refusal(
+        post("/v1/chat/completions", chat(TEXT, processor_kwargs={"images": [source]}))
+    )
+    assert "alone, not" in refusal(post("/load_model", {"model": source}))
+    assert post("/load_model", {"model": "here"})[0] == 200
+    for path in ("/v1/audio/transcriptions", "/reset", "/v1/embeddings", "/v1//chat/completions"):
+        assert post(path, {"url": source})[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"{", "The request is no JSON"),
+        (b"[" * 100_000, "The request is no JSON"),
+        (b'{"messages": NaN}', "NaN is no number"),
+        (b'{"temperature": 1e999}', "1e999 is no number"),
+        (b"\xff\xfe", "The request is no JSON"),
+        (b"1" * 5000, "The request is no JSON"),
+        (b"", "The request is no JSON"),
+        ([], "must be a JSON object"),
+        ({}, "messages must be a list"),
+        ({"messages": "hi"}, "messages must be a list"),
+        ({"messages": []}, "messages must be a list"),
+        ({"messages": [5]}, r"messages\[0\] must be a message with a role"),
+        ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be a message with a role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "must be a text or a list of parts"),
+        (chat(5), r"messages\[0\]\.content\[0\] is 5: its type"),
+        (chat({"type": "text"}), "a text part needs a text"),
+        (chat({"type": "text", "text": 5}), "a text part needs a text"),
+        (chat({"type": "image_url"}), "an image part needs an image_url"),
+        (chat({"type": "image_url", "image_url": {}}), "an image part needs an image_url"),
+        (chat({"type": "input_image", "file_id": "a"}), "an image part needs an image_url"),
+        (chat({"type": "video_url", "video_url": {"url": "a"}}), "its type must be one of"),
+        (chat({"type": "audio_url", "audio_url": {"url": "a"}}), "its type must be one of"),
+        (chat({"type": "image", "url": "a"}), "its type must be one of"),
+        (chat({"type": ["text"]}), "its type must be one of"),
+        (chat(image("data:image/png;base64,eHh4")), r"content\[0\]: Cannot read image data:.*: it is no image"),
+        (chat(image("data:image/png;base64,?")), "base64 is broken"),
+        (chat(image("\ud800")), "Cannot read image"),
+        (chat({"type": "text", "text": "\ud800"}), "surrogates"),
+        (chat(TEXT, chat_template_kwargs=5), "chat_template_kwargs must be an object"),
+        (chat(TEXT, processor_kwargs=[1]), "processor_kwargs must be an object"),
+        (chat(TEXT, max_tokens=0), r"max_tokens=0 must be an integer of 1\.\.2048"),
+        (chat(TEXT, max_tokens=10**9), "max_tokens"),
+        (chat(TEXT, max_completion_tokens=True), "max_completion_tokens=True"),
+        (chat(TEXT, temperature="hot"), "temperature='hot' must be a number"),
+        (chat(TEXT, seed=1.5), "seed"),
+        (chat(TEXT, stop=[""]), "stop"),
+        (chat(TEXT, stop=["a"] * 5), "stop"),
+        (chat(TEXT, generation_config='{"num_beams": 100000}'), "num_beams=100000"),
+        (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
+        (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
+        (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
+        (chat({"type": "text", "text": "a" * 10**6}), "a text of 1000003 bytes"),
+    ],
+)
+def test_a_request_of_another_shape_is_refused_in_a_sentence(serve, body, reason):
+    assert re.search(reason, refusal(serve()("/v1/chat/completions", body)))
+
+
+def test_images_of_a_request_have_limits_together(serve):
+    many = data_url(Image.new("L", (8, 8)))
+    answer = serve()("/v1/chat/completions", chat(*[image(many, "high")] * 100))
+    assert "14400 of them for 100 images" in refusal(answer)
+    assert budgets(serve()("/v1/chat/completions", chat(*[image(many, "low")] * 100))) == [16] * 100
+    large = data_url(Image.new("L", (6000, 6000)))
+    assert "at most 50000000 pixels in all" in refusal(
+        serve()("/v1/chat/completions", chat(image(large), image(large)))
+    )
+    bomb = data_url(Image.new("L", (8000, 8000)))
+    assert "it has 8000 x 8000 pixels" in refusal(serve()("/v1/chat/completions", chat(image(bomb))))
+    status, body = serve()("/v1/chat/completions", b" " * (MAX_BODY_BYTES + 1))
+    assert status == 413 and "more than 67108864" in body["error"]["message"]
+
+
+def test_an_address_that_answers_slowly_blocks_nobody(serve, noise):
+    def slow(source):
+        if source.startswith("http"):
+            time.sleep(1)
+            raise ValueError(f"Cannot read image {source}: no whole answer")
+        return open_image(source)
+
+    slow.max_pixels = 10**6
+    post, url = serve(guard=slow), data_url(noise(1)[0])
+
+    async def both():
+        start = time.monotonic()
+        waiting = [post.send("POST", "/v1/chat/completions", chat(image("https://slow.test/a.png"))) for _ in range(20)]
+        waiting = asyncio.gather(*waiting)
+        await asyncio.sleep(0.05)
+        answer = await post.send("POST", "/v1/chat/completions", chat(image(url)))
+        took = time.monotonic() - start
+        return answer, took, await waiting
+
+    answer, took, slow_ones = asyncio.run(both())
+    assert answer[0] == 200 and took < 0.9
+    assert all("no whole answer" in refusal(answer) for answer in slow_ones)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ValueError("the template knows no role tool"), 400, "the template knows no role tool"),
+        (KeyError("arguments"), 400, "'arguments'"),
+        (RuntimeError("at 0x7f: secret"), 500, "The server failed to answer: RuntimeError"),
+    ],
+)
+def test_what_transformers_raises_is_an_answer(serve, error, status, message):
+    async def fails(scope, receive, send):
+        raise error
+
+    found = serve(app=fails)("/v1/chat/completions", chat(TEXT))
+    assert found[0] == status and found[1]["error"]["message"] == message
+
+
+def test_other_messages_and_fields_arrive_as_they_are(serve):
+    post = serve()
+    body = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [TEXT]},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": "4"},
+            {"role": "assistant", "content": "four", "tool_calls": None, "refusal": None},
+            {"role": "user", "content": ""},
+        ],
+        "chat_template_kwargs": {"enable_thinking": True},
+        "stream": True,
+        "temperature": 0.5,
+    }
+    status, found = post("/v1/chat/completions", body)
+    assert status == 200 and found["messages"][1:4] == body["messages"][1:4]
+    assert found["messages"][4] == {"role": "assistant", "content": "four"}
+    assert {name: found[name] for name in ("chat_template_kwargs", "stream", "temperature")} == {
+        name: body[name] for name in ("chat_template_kwargs", "stream", "temperature")
+    }
+    assert post("/v1/completions", {"prompt": "a", "max_tokens": 3})[1] == {"prompt": "a", "max_tokens": 3}
+    assert "use a chat" in refusal(post("/v1/completions", {"prompt": "<image>"}))
+    for given in ([], 5, None, [5], [{"role": "user", "content": "a"}, {"role": 5}]):
+        assert "input" in refusal(post("/v1/responses", {"input": given}))
+    status, found = post("/v1/models", None, method="GET")
+    assert status == 200 and [model["id"] for model in found["data"]] == ["here"]
