@@ -5,8 +5,8 @@
 
 It runs in an environment that has vLLM (`make .venv-vllm/installed`) and needs no checkpoint: vLLM makes random weights
 for a configuration. Both models have the same tower, ours without the layers behind the last one that it reads, and the
-same language model; LLaVA-1.5 is transformers' own. Each has a server, which is started here, and both go through vLLM's
-transformers backend, so that the models are compared and not their implementations.
+same language model; LLaVA-1.5 is transformers' own. Each has a server, which is started here, and both go through
+vLLM's transformers backend, so that the models are compared and not their implementations.
 
 Each of so many clients at a time sends one streamed request after another: a photograph that no other request has, so
 that no cache helps, and text. The engine must count the tokens that were asked for. In a round every contestant takes
