@@ -115,7 +115,8 @@ def test_an_installed_package_is_whole(tmp_path):
     missing = [path for path in data if not (site / "delta_llava" / path.relative_to(source)).is_file()]
     assert data and not missing
     code = (
-        "import delta_llava.demo.run, delta_llava.hub.push_family, delta_llava.train.finetune as it; print(it.__file__)"
+        "import delta_llava.demo.run, delta_llava.hub.push_family, delta_llava.serving.vllm_plugin;"
+        "import delta_llava.train.finetune as it; print(it.__file__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
     command = [sys.executable, "-c", code]
