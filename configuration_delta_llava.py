@@ -107,7 +107,7 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
     Raises:
         ValueError: The smallest budget for each is more than `total`.
     """
-    budgets = sorted(budgets)
+    budgets = sorted(set(budgets))
     left = total - num_images * budgets[0]
     if num_images and left < 0:
         raise ValueError(

@@ -225,7 +225,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             return self.visual_token_budgets
         if self.patch_grid_size is None:
             raise ValueError("To choose budgets, a processor needs visual_token_budgets or patch_grid_size.")
-        return [count for count in valid_visual_token_counts(self.patch_grid_size) if count <= self.num_visual_tokens]
+        valid = valid_visual_token_counts(self.patch_grid_size)
+        return [budget for budget in valid if budget <= self.num_visual_tokens]
 
     def _patch_size(self) -> int:
         """Side of one of the tower's patches, in pixels."""
