@@ -153,7 +153,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         # transformers passes both from a chat, as None
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError(
-                f"{type(self).__name__} takes images and text, neither videos nor audio; of a clip, frames."
+                f"{type(self).__name__} takes images and text, neither videos nor audio: give a clip as its frames."
             )
         kwargs = self._share_total(self._check_arguments(kwargs), images, text)
         if self._begins_with_bos(text) and "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
@@ -386,7 +386,7 @@ def _check_content(number: int, content: Any):
         if kind not in ("text", "image", "image_url"):
             raise ValueError(
                 f"Part {place} of message {number} is {str(part)[:100]}: give {{'type': 'text', 'text': ...}} or"
-                " {'type': 'image', ...}, of a clip one for each frame; other types are not supported."
+                " {'type': 'image', ...}, one for each frame of a clip; other types are not supported."
             )
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")
