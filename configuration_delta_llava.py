@@ -92,8 +92,8 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
     """
     The budgets that `total_visual_tokens` gives the images of one row: as even as the trained ones allow.
 
-    All images start with the smallest budget and go up together, budget by budget. Where what is left does not cover the
-    next one for all of them, the first ones get it.
+    All images start with the smallest budget and go up together, budget by budget. Where what is left does not cover
+    the next one for all of them, the first ones get it.
 
     Args:
         total (`int`): Visual tokens of all images together.
