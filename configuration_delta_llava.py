@@ -92,8 +92,8 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
     """
     The budgets that `total_visual_tokens` gives the images of one row: as even as the trained ones allow.
 
-    All images start with the smallest budget and go up together, budget by budget. Where what is left does not pay the
-    next one for all of them, the first ones get it.
+    All images start with the smallest budget and go up together, budget by budget. Where what is left does not cover
+    the next one for all of them, the first ones get it.
 
     Args:
         total (`int`): Visual tokens of all images together.
@@ -107,7 +107,7 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
     Raises:
         ValueError: The smallest budget for each is more than `total`.
     """
-    budgets = sorted(budgets)
+    budgets = sorted(set(budgets))
     left = total - num_images * budgets[0]
     if num_images and left < 0:
         raise ValueError(

@@ -154,7 +154,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         # transformers passes both from a chat, as None
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError(
-                f"{type(self).__name__} takes images and text, neither videos nor audio; of a clip, frames."
+                f"{type(self).__name__} takes images and text, neither videos nor audio: give a clip as its frames."
             )
         kwargs = self._share_total(self._check_arguments(kwargs), images, text)
         self._check_budgets_for_server(kwargs)
@@ -237,7 +237,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
             return self.visual_token_budgets
         if self.patch_grid_size is None:
             raise ValueError("To choose budgets, a processor needs visual_token_budgets or patch_grid_size.")
-        return [count for count in valid_visual_token_counts(self.patch_grid_size) if count <= self.num_visual_tokens]
+        valid = valid_visual_token_counts(self.patch_grid_size)
+        return [budget for budget in valid if budget <= self.num_visual_tokens]
 
     def _patch_size(self) -> int:
         """Side of one of the tower's patches, in pixels."""
@@ -397,7 +398,7 @@ def _check_content(number: int, content: Any):
         if kind not in ("text", "image", "image_url"):
             raise ValueError(
                 f"Part {place} of message {number} is {str(part)[:100]}: give {{'type': 'text', 'text': ...}} or"
-                " {'type': 'image', ...}, of a clip one for each frame; other types are not supported."
+                " {'type': 'image', ...}, one for each frame of a clip; other types are not supported."
             )
         if kind == "text" and not isinstance(part.get("text"), str):
             raise ValueError(f"Part {place} of message {number} is a text without text: {str(part)[:100]}")

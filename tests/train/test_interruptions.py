@@ -353,10 +353,11 @@ def test_a_resumed_run_notices_other_data_and_another_model(run, data, checkpoin
 def test_changes_that_are_allowed_take_effect_and_are_recorded(run, checkpoints, caplog):
     for step in (8, 9):
         shutil.rmtree(checkpoints / f"checkpoint-{step}")
-    options = {**ELASTIC, "num_visual_tokens": [4, 36], "learning_rate": 0.001, "per_device_train_batch_size": 3}
+    options = {**ELASTIC, "num_visual_tokens": [4, "auto", 36], "learning_rate": 0.001}
+    options["per_device_train_batch_size"] = 3
     resume = ["--resume_from_checkpoint", "latest", "--allow_changes"]
     folder = run(finetune, "run", resume, **options)
-    changes = "learning_rate was 0.01, is 0.001; num_visual_tokens was [1, 4, 16], is [4, 36]"
+    changes = "learning_rate was 0.01, is 0.001; num_visual_tokens was [1, 4, 16], is [4, 36, 'auto']"
     assert f"checkpoint-6 on: {changes}; per_device_train_batch_size was 2, is 3" in caplog.text
     history = json.loads((folder / "checkpoint-9/trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
@@ -368,7 +369,7 @@ def test_changes_that_are_allowed_take_effect_and_are_recorded(run, checkpoints,
     for saved in (folder, folder / "checkpoint-9"):
         assert DeltaLlavaProcessor.from_pretrained(saved).visual_token_budgets == [1, 4, 16, 36]
     recipe = yaml.safe_load((folder / "training/finetune.yaml").read_text())
-    assert recipe["num_visual_tokens"] == [1, 4, 16, 36]
+    assert recipe["num_visual_tokens"] == [1, 4, 16, 36, "auto"]
     assert recipe["learning_rate"] == "0.01, from step 6 on 0.001"
     assert recipe["per_device_train_batch_size"] == "2, from step 6 on 3"
     # What it was changed to is what it goes on with
