@@ -203,8 +203,9 @@ class MeteorProcessor(DeltaLlavaProcessor):
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """[`~DeltaLlavaProcessor.apply_chat_template`], which hands the text before the first answer on."""
         options = {**(kwargs.get("processor_kwargs") or {})}
-        if kwargs.get("tokenize") and len(conversation) and "instruction" not in {**kwargs, **options}:
-            is_batch = not isinstance(conversation, dict) and not isinstance(conversation[0], dict)
+        if kwargs.get("tokenize") and "instruction" not in {**kwargs, **options}:
+            is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+            is_batch = is_list and not isinstance(conversation[0], dict)
             chats = conversation if is_batch else [conversation]
             options["instruction"] = [self._first_question(chat, chat_template, kwargs) for chat in chats]
             kwargs["processor_kwargs"] = options
@@ -213,7 +214,7 @@ class MeteorProcessor(DeltaLlavaProcessor):
     def _first_question(self, chat: Any, chat_template: str | None, kwargs: dict[str, Any]) -> str:
         """What the template makes of the messages before the first answer."""
         messages = getattr(chat, "messages", chat)
-        roles = [message["role"] for message in messages]
+        roles = [message.get("role") for message in messages]
         asked = messages[: roles.index("assistant")] if "assistant" in roles else messages
         if not asked:
             return ""
