@@ -540,6 +540,10 @@ def test_images_encoded_once_give_the_same_answer(meteor, processor, noise):
     )
     for _ in range(2):
         assert torch.equal(model.generate(**inputs, mm_encoder_outputs={"image": encoded}, **options), expected)
+    pixels = torch.zeros(1, 3, 48, 48)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            call(**inputs, pixel_values=pixels, mm_encoder_outputs={"image": encoded})
 
 
 def test_what_is_asked_changes_what_is_answered(meteor, processor, noise):
