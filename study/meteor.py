@@ -14,7 +14,8 @@ model.generate(**processor(images=image, text=prompt, num_visual_tokens=29, retu
 ```
 
 The processor hands the instruction to the model beside the image. It is the text before the first answer: in a chat of
-several turns, the first question decides what is kept of all images, and no answer ever does.
+several turns, the first question decides what is kept of all images, and no answer ever does. The classes of this file
+load saved models: no code travels with them.
 
 What an answer costs at each budget, beside Delta-LLaVA's:
 
@@ -184,19 +185,17 @@ class MeteorProcessor(DeltaLlavaProcessor):
                 for sample, asked in zip(texts, instruction, strict=True)
                 for _ in range(sample.count(self.image_token))
             ]
-        if images_kwargs:
-            kwargs["images_kwargs"] = images_kwargs
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=images, text=text, **{**kwargs, "images_kwargs": images_kwargs})
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """[`~DeltaLlavaProcessor.apply_chat_template`], which hands the text before the first answer on."""
-        options = {**(kwargs.get("processor_kwargs") or {})}
+        options = kwargs.get("processor_kwargs") or {}
         if kwargs.get("tokenize") and "instruction" not in {**kwargs, **options}:
             is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
             is_batch = is_list and not isinstance(conversation[0], dict)
             chats = conversation if is_batch else [conversation]
-            options["instruction"] = [self._first_question(chat, chat_template, kwargs) for chat in chats]
-            kwargs["processor_kwargs"] = options
+            instruction = [self._first_question(chat, chat_template, kwargs) for chat in chats]
+            kwargs["processor_kwargs"] = {**options, "instruction": instruction}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _first_question(self, chat: Any, chat_template: str | None, kwargs: dict[str, Any]) -> str:
@@ -206,9 +205,9 @@ class MeteorProcessor(DeltaLlavaProcessor):
         asked = messages[: roles.index("assistant")] if "assistant" in roles else messages
         if not asked:
             return ""
-        plain = {"tokenize": False, "add_generation_prompt": True, "continue_final_message": False}
-        plain["return_assistant_tokens_mask"] = False
-        return super().apply_chat_template(asked, chat_template, **{**kwargs, **plain})
+        asks = ("tokenize", "continue_final_message", "return_assistant_tokens_mask", "sanitize_control_tokens")
+        kwargs = {name: value for name, value in kwargs.items() if name not in asks}
+        return super().apply_chat_template(asked, chat_template, **{**kwargs, "add_generation_prompt": True})
 
     def _before_answer(self, text: str) -> str:
         """A text up to where the chat template would begin the first answer; all of it if it does so nowhere."""
@@ -276,8 +275,8 @@ class FlashGlobalFusion(nn.Module):
     the reverse order, and both outputs are added to the patches.
 
     The mixer's output projection starts at zero, and fusion as the identity. Half of its heads start with a memory of
-    hundreds of patches; even so, an instruction before them fades within a few, so its mean is also added to every
-    window's summary.
+    hundreds of patches; even so, little is left of an instruction after the first few, so its mean is also added to
+    every window's summary.
 
     Args:
         config ([`MeteorConfig`]): Gives the patch grid, the widths and the scan. The fusion has the tower's width.

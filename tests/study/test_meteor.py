@@ -413,6 +413,10 @@ def test_an_instruction_can_be_given(processor, noise):
     assert len({len(row) for row in inputs["instruction_ids"]}) == 1 and inputs["instruction_ids"][0][0] == -100
     nested = processor(images=images, text=text, images_kwargs={"instruction": "What?"}, padding=True)
     assert nested["instruction_ids"][2] == nested["instruction_ids"][0]
+    assert "instruction_ids" not in processor(text="none", images_kwargs={"instruction": "What?"})
+    asked = chat("What is it?", images=noise(1))
+    given = prompt_of(processor, asked, instruction="What?")["instruction_ids"]
+    assert torch.equal(given, torch.tensor([processor.tokenizer.encode("What?", add_special_tokens=False)]))
     with pytest.raises(ValueError, match="instruction has 2 texts, but there are 3"):
         processor(images=images, text=text, instruction=["What?", "Where?"])
 
