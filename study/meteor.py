@@ -14,7 +14,8 @@ model.generate(**processor(images=image, text=prompt, num_visual_tokens=29, retu
 ```
 
 The processor hands the instruction to the model beside the image. It is the text before the first answer: in a chat of
-several turns, the first question decides what is kept of all images, and no answer ever does.
+several turns, the first question decides what is kept of all images, and no answer ever does. The classes of this file
+load saved models: no code travels with them.
 
 What an answer costs at each budget, beside Delta-LLaVA's:
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BatchFeature, Cache, Mamba2Config
+from transformers import BatchFeature, Mamba2Config
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -166,18 +167,6 @@ class MeteorProcessor(DeltaLlavaProcessor):
     valid_processor_kwargs = MeteorProcessorKwargs
     _auto_class = None  # no code travels with a comparator
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        num_visual_tokens: int = 144,
-        patch_grid_size: int | None = None,
-        chat_template: str | None = None,
-        **kwargs,
-    ):
-        super().__init__(image_processor, tokenizer, num_visual_tokens, patch_grid_size, chat_template, **kwargs)
-        del self.auto_map
-
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Unpack[MeteorProcessorKwargs]
     ) -> BatchFeature:
@@ -196,30 +185,29 @@ class MeteorProcessor(DeltaLlavaProcessor):
                 for sample, asked in zip(texts, instruction, strict=True)
                 for _ in range(sample.count(self.image_token))
             ]
-        if images_kwargs:
-            kwargs["images_kwargs"] = images_kwargs
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=images, text=text, **{**kwargs, "images_kwargs": images_kwargs})
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """[`~DeltaLlavaProcessor.apply_chat_template`], which hands the text before the first answer on."""
-        options = {**(kwargs.get("processor_kwargs") or {})}
-        if kwargs.get("tokenize") and len(conversation) and "instruction" not in {**kwargs, **options}:
-            is_batch = not isinstance(conversation, dict) and not isinstance(conversation[0], dict)
+        options = kwargs.get("processor_kwargs") or {}
+        if kwargs.get("tokenize") and "instruction" not in {**kwargs, **options}:
+            is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
+            is_batch = is_list and not isinstance(conversation[0], dict)
             chats = conversation if is_batch else [conversation]
-            options["instruction"] = [self._first_question(chat, chat_template, kwargs) for chat in chats]
-            kwargs["processor_kwargs"] = options
+            instruction = [self._first_question(chat, chat_template, kwargs) for chat in chats]
+            kwargs["processor_kwargs"] = {**options, "instruction": instruction}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _first_question(self, chat: Any, chat_template: str | None, kwargs: dict[str, Any]) -> str:
         """What the template makes of the messages before the first answer."""
         messages = getattr(chat, "messages", chat)
-        roles = [message["role"] for message in messages]
+        roles = [message.get("role") for message in messages]
         asked = messages[: roles.index("assistant")] if "assistant" in roles else messages
         if not asked:
             return ""
-        plain = {"tokenize": False, "add_generation_prompt": True, "continue_final_message": False}
-        plain["return_assistant_tokens_mask"] = False
-        return super().apply_chat_template(asked, chat_template, **{**kwargs, **plain})
+        asks = ("tokenize", "continue_final_message", "return_assistant_tokens_mask", "sanitize_control_tokens")
+        kwargs = {name: value for name, value in kwargs.items() if name not in asks}
+        return super().apply_chat_template(asked, chat_template, **{**kwargs, "add_generation_prompt": True})
 
     def _before_answer(self, text: str) -> str:
         """A text up to where the chat template would begin the first answer; all of it if it does so nowhere."""
@@ -248,6 +236,9 @@ class MeteorProcessor(DeltaLlavaProcessor):
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "instruction_ids"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "auto_map"}
 
 
 def scan(patches: torch.Tensor, window: int, summary: torch.Tensor | None = None) -> torch.Tensor:
@@ -284,8 +275,8 @@ class FlashGlobalFusion(nn.Module):
     the reverse order, and both outputs are added to the patches.
 
     The mixer's output projection starts at zero, and fusion as the identity. Half of its heads start with a memory of
-    hundreds of patches; even so, an instruction before them fades within a few, so its mean is also added to every
-    window's summary.
+    hundreds of patches; even so, little is left of an instruction after the first few, so its mean is also added to
+    every window's summary.
 
     Args:
         config ([`MeteorConfig`]): Gives the patch grid, the widths and the scan. The fusion has the tower's width.
@@ -561,30 +552,17 @@ class MeteorModel(MeteorPreTrainedModel, DeltaLlavaModel):
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        *args,
         num_visual_tokens: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         instruction_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """[`DeltaLlavaModel.forward`], and `instruction_ids` as [`get_image_features`] takes them."""
-        if pixel_values is not None and (mm_encoder_outputs or {}).get("image") is None:
+        if mm_encoder_outputs is None and pixel_values is not None:
             features = self.get_image_features(pixel_values, num_visual_tokens, instruction_ids, return_dict=True)
-            mm_encoder_outputs, pixel_values = {**(mm_encoder_outputs or {}), "image": features}, None
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            num_visual_tokens=num_visual_tokens,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **kwargs,
-        )
+            pixel_values, mm_encoder_outputs = None, {"image": features}
+        return super().forward(input_ids, pixel_values, *args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
 
 
 def _without_output_attentions(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -615,37 +593,23 @@ class MeteorForConditionalGeneration(MeteorPreTrainedModel, DeltaLlavaForConditi
         """See [`MeteorModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, num_visual_tokens, instruction_ids, **kwargs)
 
-    def forward(
+    @torch.no_grad()
+    def generate(
         self,
-        input_ids: torch.Tensor | None = None,
+        *args,
         pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
         num_visual_tokens: int | torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         instruction_ids: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
     ):
-        """[`DeltaLlavaForConditionalGeneration.forward`], and `instruction_ids` as [`MeteorModel.forward`] has them."""
-        # `generate` passes on what is named here
-        return super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            num_visual_tokens=num_visual_tokens,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            instruction_ids=instruction_ids,
-            **kwargs,
-        )
+        """[`~GenerationMixin.generate`], and `instruction_ids` as [`MeteorModel.get_image_features`] takes them."""
+        if pixel_values is not None:
+            if mm_encoder_outputs is not None:
+                raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+            features = self.get_image_features(pixel_values, num_visual_tokens, instruction_ids, return_dict=True)
+            mm_encoder_outputs = {"image": features}
+        return super().generate(*args, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
 
 
 def meteor_from(model: DeltaLlavaForConditionalGeneration, **fields) -> MeteorForConditionalGeneration:

@@ -90,10 +90,10 @@ METHODS = {
     "resampler": Method("Learnt queries (MQT)", projector=ResamplerProjector),
     "mlp": Method("MLP on all patches (LLaVA-1.5)", projector=MlpProjector, budgets=(ALL_PATCHES,)),
     "meteor": Method("After LLaVA-Meteor's abstract", meteor={}),
-    "meteor-no-instruction": Method("Meteor, no instruction", meteor={"use_instruction": False}),
-    "meteor-no-local-summaries": Method("Meteor, no local summaries", meteor={"scan": "window"}),
-    "meteor-visual-expert": Method("Meteor, visual expert alone", meteor={"experts": "visual"}),
-    "meteor-native-expert": Method("Meteor, native expert alone", meteor={"experts": "native"}),
+    "meteor-no-instruction": Method("After LLaVA-Meteor's abstract, no instruction", meteor={"use_instruction": False}),
+    "meteor-no-local-summaries": Method("After LLaVA-Meteor's abstract, no local summaries", meteor={"scan": "window"}),
+    "meteor-visual-expert": Method("After LLaVA-Meteor's abstract, visual expert alone", meteor={"experts": "visual"}),
+    "meteor-native-expert": Method("After LLaVA-Meteor's abstract, native expert alone", meteor={"experts": "native"}),
     "delta-wide-init": Method("Delta-LLaVA, wider first weights", {"initializer_range": WIDE_INIT}),
     "delta-wide-init-no-drop-path": Method(
         "Delta-LLaVA, wider first weights, no drop path", {"initializer_range": WIDE_INIT, **NO_DROP_PATH}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Dinov2WithRegistersConfig, LlamaConfig
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from delta_llava.costs import FLOP_PARTS, inference_costs, recipe_config
@@ -311,6 +312,21 @@ def test_the_visual_expert_reads_what_an_eager_tower_returns(meteor, siglip, cap
         assert kept[image].tolist() == sorted(received[image].topk(10).indices.tolist())
 
 
+def test_towers_with_other_tokens_before_their_patches_are_read_alike():
+    """CLS comes first, then registers."""
+    tower = Dinov2WithRegistersConfig(
+        hidden_size=SIZE, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=4, num_register_tokens=4
+    )
+    text = LlamaConfig(
+        vocab_size=8, hidden_size=TEXT_SIZE, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = MeteorForConditionalGeneration(MeteorConfig(vision_config=tower, text_config=text, image_token_id=7)).eval()
+    features = model.get_image_features(torch.randn(2, 3, 48, 48), 10, output_attentions=True)
+    (attention,) = features.attentions  # of one layer
+    expected = attention.mean(1)[:, 0, 5:].topk(10).indices.sort().values
+    assert torch.equal(torch.stack(features.kept_patches), expected)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_any_attention_of_the_whole_model_gives_the_same(meteor, implementation):
     model, pixels, ids = meteor(), torch.randn(2, 3, 48, 48), torch.tensor([[5, 6], [7, 8]])
@@ -358,6 +374,21 @@ def test_stage_1_has_no_instruction(meteor, processor, noise):
     assert torch.equal(kept, meteor(experts="visual").get_image_features(batch["pixel_values"], 17).kept_patches[0])
 
 
+def test_rows_without_images_train_beside_others(meteor, processor, noise):
+    rows = [row_of(None, "Who are you?", "nobody"), row_of(noise(1)[0], "What is it?", "a red circle")]
+    rows[0] = {**rows[0], "images": [], "messages": chat("Who are you?", "nobody")}
+    batch = Collator(processor)(rows)
+    assert batch["instruction_ids"].shape[0] == 1 and "What is it?" in processor.decode(batch["instruction_ids"][0])
+    assert meteor()(**batch).loss.isfinite()
+    alone = Collator(processor)(rows[:1])
+    assert "instruction_ids" not in alone and meteor()(**alone).loss.isfinite()
+
+
+def test_a_chat_that_begins_with_an_answer_has_no_instruction(processor, noise):
+    messages = [{"role": "assistant", "content": "Hello."}, *chat("What is it?", images=noise(1))]
+    assert (prompt_of(processor, messages)["instruction_ids"] < 0).all()
+
+
 @pytest.mark.parametrize(
     ("text", "instruction"),
     [
@@ -382,6 +413,10 @@ def test_an_instruction_can_be_given(processor, noise):
     assert len({len(row) for row in inputs["instruction_ids"]}) == 1 and inputs["instruction_ids"][0][0] == -100
     nested = processor(images=images, text=text, images_kwargs={"instruction": "What?"}, padding=True)
     assert nested["instruction_ids"][2] == nested["instruction_ids"][0]
+    assert "instruction_ids" not in processor(text="none", images_kwargs={"instruction": "What?"})
+    asked = chat("What is it?", images=noise(1))
+    given = prompt_of(processor, asked, instruction="What?")["instruction_ids"]
+    assert torch.equal(given, torch.tensor([processor.tokenizer.encode("What?", add_special_tokens=False)]))
     with pytest.raises(ValueError, match="instruction has 2 texts, but there are 3"):
         processor(images=images, text=text, instruction=["What?", "Where?"])
 
@@ -509,6 +544,10 @@ def test_images_encoded_once_give_the_same_answer(meteor, processor, noise):
     )
     for _ in range(2):
         assert torch.equal(model.generate(**inputs, mm_encoder_outputs={"image": encoded}, **options), expected)
+    pixels = torch.zeros(1, 3, 48, 48)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+            call(**inputs, pixel_values=pixels, mm_encoder_outputs={"image": encoded})
 
 
 def test_what_is_asked_changes_what_is_answered(meteor, processor, noise):
@@ -518,6 +557,13 @@ def test_what_is_asked_changes_what_is_answered(meteor, processor, noise):
     with torch.inference_mode():
         one, other = (model(**inputs, instruction_ids=torch.tensor([ids])).logits for ids in ([5, 6], [70, 80]))
     assert (one - other).abs().max() > 1e-2
+
+
+@torch.inference_mode()
+def test_it_answers_in_bfloat16(meteor, processor, noise):
+    inputs = prompt_of(processor, chat("What is it?", images=noise(2)), num_visual_tokens=[5, 29])
+    answer = meteor().to(torch.bfloat16).generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_it_saves_and_loads_by_its_own_classes(meteor, processor, tmp_path):
