@@ -368,6 +368,8 @@ def write_report(rows: list[dict], majority: float, settings: Settings, output_d
                 "FastV computes all tokens in its first layers: with "
                 f"{max(COMPRESSED)} to 1 kept, {kept} is the mean number of visual tokens in a layer. Published models "
                 "have 32 layers and drop tokens after the second.",
+                "What is after LLaVA-Meteor's abstract is our reading of that abstract, no reproduction: its figures "
+                "say nothing of the original.",
                 "The pair with wider first weights was added after the first seed's results were seen, to find their "
                 "reason, and the line without drop path after all others were.",
             )

@@ -158,6 +158,7 @@ def test_the_report_tells_means_and_spreads(tmp_path):
     assert "| Delta-LLaVA, as released | 40.5 ± 0.5 |" in digits
     assert "| MLP on all patches (LLaVA-1.5) | 90.0 |" in everything  # of one seed there is no spread
     assert "most frequent answer of each type would give 26.4" in text
+    assert "LLaVA-Meteor's abstract is our reading of that abstract, no reproduction" in text
     picture = Image.open(tmp_path / "RESULTS.png")
     assert picture.width > 1000 and len(picture.convert("L").getcolors()) > 10
 
