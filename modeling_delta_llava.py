@@ -787,7 +787,19 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         return self.model.get_image_features(pixel_values, num_visual_tokens, **kwargs)
 
     def generate(self, *args, mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None, **kwargs):
-        """[`~GenerationMixin.generate`], except that `mm_encoder_outputs` can be used again afterwards."""
+        """
+        [`~GenerationMixin.generate`], except that `mm_encoder_outputs` can be used again afterwards.
+
+        Raises:
+            ValueError: For `prefill_chunk_size` with images before transformers 5.23, whose chunks lose them.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        has_images = mm_encoder_outputs is not None or kwargs.get("pixel_values") is not None
+        if chunk_size is not None and has_images and RELEASE < (5, 23):
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} loses the images before transformers 5.23: leave it out."
+            )
         if mm_encoder_outputs is not None:
             # Beam search repeats the features in place, once for each beam.
             mm_encoder_outputs = {modality: copy(outputs) for modality, outputs in mm_encoder_outputs.items()}

@@ -766,3 +766,15 @@ def test_deep_copies_are_independent(tiny_model, tiny_processor, noise):
     inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin(**inputs).logits, model(**inputs).logits)
+
+
+def test_prefill_in_chunks_is_one_prefill_or_refused(tiny_model, tiny_processor, noise):
+    model = tiny_model()
+    inputs = tiny_processor()(images=noise(1), text="USER: <image> What?", return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    if RELEASE >= (5, 23):
+        expected = model.generate(**inputs, **options)
+        assert model.generate(**inputs, prefill_chunk_size=8, **options).equal(expected)
+    else:
+        with pytest.raises(ValueError, match="prefill_chunk_size=8 loses the images before transformers 5"):
+            model.generate(**inputs, prefill_chunk_size=8, **options)
