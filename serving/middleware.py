@@ -100,7 +100,7 @@ class RequestGuard:
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
         self.answering = CapacityLimiter(256)
         # Arguments of the processor, and tokens of the chat template, are not a client's to set
-        self.taken_names = {"messages", *processor.known_arguments(), *processor.tokenizer.special_tokens_map}
+        self.taken_names = {"messages", *processor._known_arguments(), *processor.tokenizer.special_tokens_map}
         for call in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__):
             self.taken_names.update(inspect.signature(call).parameters)
         # What the chat template adds to the first message, and to each further one
@@ -308,13 +308,14 @@ class RequestGuard:
         """What chats and responses have in common: the budget of each image, all lengths, and the images."""
         template_kwargs = _object(body, "chat_template_kwargs")
         budget = self._requested_budget(body, template_kwargs)
-        budgets = [self.budget_of_detail[image.detail] for image in images]
-        if budget is not None:
+        if budget is None:
+            budget = budgets = [self.budget_of_detail[image.detail] for image in images]
+        else:
             # A number is right or wrong without images, too
             num_images = max(len(images), 1) if isinstance(budget, int) else len(images)
             counts = self.processor._get_num_multimodal_tokens([(1, 1)] * num_images, num_visual_tokens=budget)
             budgets = counts["num_image_tokens"][: len(images)]
-        body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budgets} if images else template_kwargs
+        body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budget} if images else template_kwargs
         texts.append(json.dumps(template_kwargs))
         overhead = self.first_overhead + (num_messages - 1) * self.next_overhead
         await self._check_lengths(body, budgets, texts, overhead)
