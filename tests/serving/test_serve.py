@@ -303,5 +303,6 @@ def test_what_cannot_be_served_is_said_before_it_is(folder, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="is a llama, not a delta_llava"):
         serve.Server(str(tmp_path))
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "delta_llava.serve")
     with pytest.raises(ImportError, match=r'pip install "delta-llava\[serve\]"'):
         runpy.run_module("delta_llava.serve")
