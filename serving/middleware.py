@@ -276,9 +276,9 @@ class RequestGuard:
             raise _Refusal(f"The request has more parts than the {self.context} tokens that the model's context holds.")
 
     async def _check_completion(self, body: dict[str, Any]):
-        texts = [body.get("prompt") or "", body.get("suffix") or ""]
-        if not all(isinstance(text, str) for text in texts):
-            raise _Refusal("prompt and suffix must be texts.")
+        texts = [body.get("prompt"), body.get("suffix") or ""]
+        if not texts[0] or not all(isinstance(text, str) for text in texts):
+            raise _Refusal("prompt must be a text that is not empty, and suffix a text.")
         if any(self.processor.image_token in text for text in texts):
             raise _Refusal(
                 f"A completion takes no images, but its text holds {self.processor.image_token}: use a chat."

@@ -350,6 +350,8 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
         name: body[name] for name in ("chat_template_kwargs", "stream", "temperature")
     }
     assert post("/v1/completions", {"prompt": "a", "max_tokens": 3})[1] == {"prompt": "a", "max_tokens": 3}
+    for given in ({}, {"prompt": ""}, {"prompt": ["a"]}, {"prompt": "a", "suffix": 5}):
+        assert "prompt must be a text" in refusal(post("/v1/completions", given))
     assert "use a chat" in refusal(post("/v1/completions", {"prompt": "<image>"}))
     for given in ([], 5, None, [5], [{"role": "user", "content": "a"}, {"role": 5}]):
         assert "input" in refusal(post("/v1/responses", {"input": given}))
