@@ -172,6 +172,9 @@ def test_answers_are_transformers_own(client, expected, noise):
     )
     assert ask(client, [second, first], budget=[4, 144]) == expected([second, first], [4, 144])
     assert ask(client, []) == expected([], [])
+    stop = answers[36][2]
+    stopped = ask(client, [first], budget=36, stop=[stop])
+    assert stop in stopped and answers[36].startswith(stopped) and len(stopped) < len(answers[36])
 
 
 def test_sixteen_at_once_get_their_own_answers(client, expected, noise):
