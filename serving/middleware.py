@@ -37,6 +37,9 @@ _RANGES = {
 }
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 _WHOLE = (*_LENGTHS, "seed", "num_beams", "num_return_sequences")
+# They would take memory for nothing
+_INNER_OUTPUTS = ["return_dict_in_generate"]
+_INNER_OUTPUTS += [f"output_{name}" for name in ("attentions", "hidden_states", "logits", "scores")]
 # Requests may be as long and as deep as they like
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -297,8 +300,8 @@ class RequestGuard:
         texts = [json.dumps([body.get("state"), body.get("questions")])]
         await self._check_lengths(body, [self.budget_of_detail[None]] * len(images), texts)
         await self._open(images)
-        for asset in assets.values():  # base64 alone
-            asset["data_base64"] = asset["data_base64"].partition(",")[2]
+        for image in images:  # base64 alone
+            image.owner[image.key] = image.owner[image.key].partition(",")[2]
 
     async def _check_model(self, body: dict[str, Any]):
         if body.get("model") != self.checkpoint:
@@ -356,8 +359,11 @@ class RequestGuard:
                 raise _Refusal(f"{name}={_short.repr(value)} must be {kind} of {low}..{high}.")
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop or []
-        if not isinstance(stops, list) or len(stops) > 4 or not all(text and isinstance(text, str) for text in stops):
-            raise _Refusal(f"stop={_short.repr(stop)} must be a text or a list of up to four, none of them empty.")
+        is_list = isinstance(stops, list) and len(stops) <= 4
+        if not is_list or not all(isinstance(text, str) and 0 < len(text) <= 100 for text in stops):
+            raise _Refusal(f"stop={_short.repr(stop)} must be a text of 1..100 characters, or a list of up to four.")
+        if asked := [name for name in _INNER_OUTPUTS if fields.get(name)]:
+            raise _Refusal(f"generation_config asks for {', '.join(asked)}, which an answer does not hold.")
         num_tokens = sum(budgets) + overhead
         text = "\n".join(texts)
         if (num_bytes := len(text.encode())) <= self.context * _MAX_TOKEN_BYTES:

@@ -242,6 +242,8 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, stop=["a"] * 5), "stop"),
         (chat(TEXT, generation_config='{"num_beams": 100000}'), "num_beams=100000"),
         (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
+        (chat(TEXT, stop="a" * 101), "stop"),
+        (chat(TEXT, generation_config='{"output_attentions": true}'), "asks for output_attentions"),
         (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
         (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
         ({"messages": [{"role": "user", "content": ""}] * 1000}, r"has about \d+ tokens"),
