@@ -19,7 +19,7 @@ ON_CORES := --numprocesses logical --maxprocesses 8 --dist loadfile
 test: .venv/installed .venv/quantization .venv/lowest lint
 	$(BIN)/python -m pytest $(ON_CORES)
 	PYTHONPATH=.venv/quantization $(BIN)/python -m pytest tests/test_modeling.py tests/train/test_lora.py -k "quantiz or QLoRA"
-	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest $(ON_CORES) tests/test_*.py tests/hub \
+	PYTHONPATH=.venv/lowest:.venv/quantization $(BIN)/python -m pytest $(ON_CORES) tests/test_*.py tests/hub tests/serving \
 	    -k "not interrupted and not loopback and not memory"
 
 # What takes minutes: a run killed twenty times, and two processes under DeepSpeed, whose operations g++ compiles.

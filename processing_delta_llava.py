@@ -171,13 +171,12 @@ class DeltaLlavaProcessor(ProcessorMixin):
                 _check_content(number, message.get("content"))
         # Before 5.23 one argument of a call beside a template's would make transformers forget `processor_kwargs`
         templates = inspect.signature(super().apply_chat_template).parameters.keys()
-        own = {name: kwargs.pop(name) for name in (self.known_arguments() & kwargs.keys()) - templates}
+        own = {name: kwargs.pop(name) for name in (self._known_arguments() & kwargs.keys()) - templates}
         if own:
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **own}
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def known_arguments(self) -> set[str]:
-        """The names that a call knows, its parts' and its image processor's arguments among them."""
+    def _known_arguments(self) -> set[str]:
         known = {"common_kwargs", *self.valid_processor_kwargs.__annotations__}
         parts = (
             *self.valid_processor_kwargs.__annotations__.values(),
@@ -187,7 +186,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A copy with budgets as Python's own values, after a look for names that nobody knows."""
-        known = self.known_arguments()
+        known = self._known_arguments()
         kwargs = {name: dict(value) if name == "images_kwargs" else value for name, value in kwargs.items()}
         for arguments in (kwargs, kwargs.get("images_kwargs", {})):
             for name in arguments.keys() - known:

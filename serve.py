@@ -117,6 +117,10 @@ def _serve_class(cache: FeatureCache):
             super().__init__(config)
             cache_image_features(self, cache)
 
+        def generate(self, *args, tokenizer=None, **kwargs):
+            # The server hands over the processor, which stop strings cannot be looked up in
+            return super().generate(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
+
     AutoModelForMultimodalLM.register(DeltaLlavaConfig, CachedDeltaLlava, exist_ok=True)
     # By these names the server tells how to load a model, and whether it takes images
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["delta_llava"] = CachedDeltaLlava.__name__

@@ -37,6 +37,9 @@ _RANGES = {
 }
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
 _WHOLE = (*_LENGTHS, "seed", "num_beams", "num_return_sequences")
+# They would take memory for nothing
+_INNER_OUTPUTS = ["return_dict_in_generate"]
+_INNER_OUTPUTS += [f"output_{name}" for name in ("attentions", "hidden_states", "logits", "scores")]
 # Requests may be as long and as deep as they like
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -100,7 +103,7 @@ class RequestGuard:
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
         self.answering = CapacityLimiter(256)
         # Arguments of the processor, and tokens of the chat template, are not a client's to set
-        self.taken_names = {"messages", *processor.known_arguments(), *processor.tokenizer.special_tokens_map}
+        self.taken_names = {"messages", *processor._known_arguments(), *processor.tokenizer.special_tokens_map}
         for call in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__):
             self.taken_names.update(inspect.signature(call).parameters)
         # What the chat template adds to the first message, and to each further one
@@ -276,9 +279,9 @@ class RequestGuard:
             raise _Refusal(f"The request has more parts than the {self.context} tokens that the model's context holds.")
 
     async def _check_completion(self, body: dict[str, Any]):
-        texts = [body.get("prompt") or "", body.get("suffix") or ""]
-        if not all(isinstance(text, str) for text in texts):
-            raise _Refusal("prompt and suffix must be texts.")
+        texts = [body.get("prompt"), body.get("suffix") or ""]
+        if not texts[0] or not all(isinstance(text, str) for text in texts):
+            raise _Refusal("prompt must be a text that is not empty, and suffix a text.")
         if any(self.processor.image_token in text for text in texts):
             raise _Refusal(
                 f"A completion takes no images, but its text holds {self.processor.image_token}: use a chat."
@@ -297,8 +300,8 @@ class RequestGuard:
         texts = [json.dumps([body.get("state"), body.get("questions")])]
         await self._check_lengths(body, [self.budget_of_detail[None]] * len(images), texts)
         await self._open(images)
-        for asset in assets.values():  # base64 alone
-            asset["data_base64"] = asset["data_base64"].partition(",")[2]
+        for image in images:  # base64 alone
+            image.owner[image.key] = image.owner[image.key].partition(",")[2]
 
     async def _check_model(self, body: dict[str, Any]):
         if body.get("model") != self.checkpoint:
@@ -308,13 +311,14 @@ class RequestGuard:
         """What chats and responses have in common: the budget of each image, all lengths, and the images."""
         template_kwargs = _object(body, "chat_template_kwargs")
         budget = self._requested_budget(body, template_kwargs)
-        budgets = [self.budget_of_detail[image.detail] for image in images]
-        if budget is not None:
+        if budget is None:
+            budget = budgets = [self.budget_of_detail[image.detail] for image in images]
+        else:
             # A number is right or wrong without images, too
             num_images = max(len(images), 1) if isinstance(budget, int) else len(images)
             counts = self.processor._get_num_multimodal_tokens([(1, 1)] * num_images, num_visual_tokens=budget)
             budgets = counts["num_image_tokens"][: len(images)]
-        body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budgets} if images else template_kwargs
+        body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budget} if images else template_kwargs
         texts.append(json.dumps(template_kwargs))
         overhead = self.first_overhead + (num_messages - 1) * self.next_overhead
         await self._check_lengths(body, budgets, texts, overhead)
@@ -355,8 +359,11 @@ class RequestGuard:
                 raise _Refusal(f"{name}={_short.repr(value)} must be {kind} of {low}..{high}.")
         stop = body.get("stop")
         stops = [stop] if isinstance(stop, str) else stop or []
-        if not isinstance(stops, list) or len(stops) > 4 or not all(text and isinstance(text, str) for text in stops):
-            raise _Refusal(f"stop={_short.repr(stop)} must be a text or a list of up to four, none of them empty.")
+        is_list = isinstance(stops, list) and len(stops) <= 4
+        if not is_list or not all(isinstance(text, str) and 0 < len(text) <= 100 for text in stops):
+            raise _Refusal(f"stop={_short.repr(stop)} must be a text of 1..100 characters, or a list of up to four.")
+        if asked := [name for name in _INNER_OUTPUTS if fields.get(name)]:
+            raise _Refusal(f"generation_config asks for {', '.join(asked)}, which an answer does not hold.")
         num_tokens = sum(budgets) + overhead
         text = "\n".join(texts)
         if (num_bytes := len(text.encode())) <= self.context * _MAX_TOKEN_BYTES:

@@ -120,7 +120,7 @@ def test_a_budget_in_a_request_wins_wherever_it_is_named(serve, noise):
         {"chat_template_kwargs": {"num_visual_tokens": [4]}, "processor_kwargs": {"num_visual_tokens": [4]}},
     ):
         status, body = post("/v1/chat/completions", chat(image(url, "high"), TEXT, **fields))
-        assert status == 200 and body["chat_template_kwargs"] in ({"num_visual_tokens": [4]},)
+        assert status == 200 and body["chat_template_kwargs"] in ({"num_visual_tokens": 4}, {"num_visual_tokens": [4]})
         assert "processor_kwargs" not in body
     several = {"chat_template_kwargs": {"num_visual_tokens": 4}, "processor_kwargs": {"num_visual_tokens": 9}}
     assert "several num_visual_tokens: 4 and 9" in refusal(post("/v1/chat/completions", chat(image(url), **several)))
@@ -242,6 +242,8 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, stop=["a"] * 5), "stop"),
         (chat(TEXT, generation_config='{"num_beams": 100000}'), "num_beams=100000"),
         (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
+        (chat(TEXT, stop="a" * 101), "stop"),
+        (chat(TEXT, generation_config='{"output_attentions": true}'), "asks for output_attentions"),
         (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
         (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
         ({"messages": [{"role": "user", "content": ""}] * 1000}, r"has about \d+ tokens"),
@@ -350,6 +352,8 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
         name: body[name] for name in ("chat_template_kwargs", "stream", "temperature")
     }
     assert post("/v1/completions", {"prompt": "a", "max_tokens": 3})[1] == {"prompt": "a", "max_tokens": 3}
+    for given in ({}, {"prompt": ""}, {"prompt": ["a"]}, {"prompt": "a", "suffix": 5}):
+        assert "prompt must be a text" in refusal(post("/v1/completions", given))
     assert "use a chat" in refusal(post("/v1/completions", {"prompt": "<image>"}))
     for given in ([], 5, None, [5], [{"role": "user", "content": "a"}, {"role": 5}]):
         assert "input" in refusal(post("/v1/responses", {"input": given}))

@@ -5,6 +5,7 @@ import inspect
 import io
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import openai
 import pytest
 import torch
 from huggingface_hub.utils import httpx
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.cli.serve import Serve
 from transformers.models.auto import modeling_auto
+from transformers.utils import import_utils
 from typer.testing import CliRunner
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, serve
@@ -100,8 +102,6 @@ def client(server):
 @pytest.fixture(scope="module")
 def expected(folder):
     """`expected(images, budgets)`: transformers' own greedy answer, computed once."""
-    from transformers import AutoProcessor
-
     model = DeltaLlavaForConditionalGeneration.from_pretrained(folder / "demo/out/checkpoint")
     processor, answers = AutoProcessor.from_pretrained(folder / "demo/out/checkpoint"), {}
 
@@ -172,6 +172,9 @@ def test_answers_are_transformers_own(client, expected, noise):
     )
     assert ask(client, [second, first], budget=[4, 144]) == expected([second, first], [4, 144])
     assert ask(client, []) == expected([], [])
+    stop = answers[36][2]
+    stopped = ask(client, [first], budget=36, stop=[stop])
+    assert stop in stopped and answers[36].startswith(stopped) and len(stopped) < len(answers[36])
 
 
 def test_sixteen_at_once_get_their_own_answers(client, expected, noise):
@@ -296,9 +299,13 @@ def test_the_owner_s_options(started, folder, httpserver_url, expected, noise, m
     assert refused.headers["access-control-allow-origin"] and refused.headers["x-request-id"]
 
 
-def test_what_cannot_be_served_is_said_before_it_is(folder, tmp_path):
+def test_what_cannot_be_served_is_said_before_it_is(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"num_visual_tokens=7 .*one of \[1, 4, 9"):
         serve.Server(str(folder / "demo/out/checkpoint"), chat_template_kwargs='{"num_visual_tokens": 7}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="is a llama, not a delta_llava"):
         serve.Server(str(tmp_path))
+    monkeypatch.setattr(import_utils, "is_serve_available", lambda: False)
+    monkeypatch.delitem(sys.modules, "delta_llava.serve")
+    with pytest.raises(ImportError, match=r'pip install "delta-llava\[serve\]"'):
+        runpy.run_module("delta_llava.serve")
