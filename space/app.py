@@ -143,8 +143,9 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
-        # The first pass of a process takes longer than all later ones, and would mislead the first visitor
-        next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), self.config.num_visual_tokens))
+        # The first pass at a budget takes longer than all later ones, and would mislead its first visitor
+        for budget in self.config.visual_token_budgets:
+            next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
         """Of one answer; `None` where `costs` does not know the backbones."""
