@@ -421,13 +421,14 @@ def build(page: Page) -> gr.Blocks:
                     clearing = gr.Button("New chat", size="md", min_width=90)
                 alert = gr.HTML(elem_id="message")
             budgets, pictures, numbers, chats = [], [], [], []
-            for name, budget, text in zip(SIDES, start, describe(start), strict=True):
-                with gr.Column(scale=3, min_width=280, elem_classes="side"):
-                    budgets.append(Budget(budget, page.budgets, name))
-                    with gr.Row(elem_classes="seen"):
-                        pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
-                        numbers.append(gr.HTML(text, min_width=120, scale=1))
-                    chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
+            with gr.Column(scale=6, min_width=576), gr.Row():  # beside each other, or both below
+                for name, budget, text in zip(SIDES, start, describe(start), strict=True):
+                    with gr.Column(min_width=280, elem_classes="side"):
+                        budgets.append(Budget(budget, page.budgets, name))
+                        with gr.Row(elem_classes="seen"):
+                            pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
+                            numbers.append(gr.HTML(text, min_width=120, scale=1))
+                        chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
 
         quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         answering = gr.on(
@@ -464,6 +465,8 @@ def launch(demo: gr.Blocks, **options):
         theme=theme,
         css=CSS,
         footer_links=[],
+        run_history=False,  # would leave images and questions in the browser
+        enable_monitoring=False,
         max_file_size="32mb",
         state_session_capacity=MAX_VISITORS,
         ssr_mode=False,

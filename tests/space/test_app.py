@@ -350,6 +350,15 @@ def test_on_a_phone_columns_stack_and_nothing_overflows(visit):
     page.screenshot(path=SCREENSHOTS / "phone.png", full_page=True)
 
 
+@pytest.mark.parametrize("width", [720, 1024, 1280])
+def test_answers_stand_side_by_side_where_there_is_room(visit, width):
+    page = visit(width=width)
+    first, second = (side.bounding_box() for side in page.locator(".side").all())
+    assert first["y"] == second["y"] and first["x"] + first["width"] < second["x"]
+    assert first["width"] == pytest.approx(second["width"], abs=1)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
 # Of every text that is seen, with the background behind it
 CONTRAST = r"""() => {
     const luminance = colour => colour.slice(0, 3).map(c => c / 255).map(
