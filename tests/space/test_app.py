@@ -229,6 +229,12 @@ def test_a_chat_goes_on_about_the_same_image_without_encoding_it_again(visit, se
     for side, budget in enumerate(budgets):
         assert second[side] == expected(served, file, "And what colour?", budget, [(QUESTION, first[side])])[0]
 
+    for number in (3, 4):
+        ask(page, QUESTION, number)
+    for log in page.get_by_role("log").all():  # the last answer is in sight
+        ends = [box["y"] + box["height"] for box in (log.bounding_box(), log.locator(".answer").last.bounding_box())]
+        assert ends[0] == pytest.approx(ends[1], abs=20)
+
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".answer")).to_have_count(0)
     assert ask(page, QUESTION) == first
