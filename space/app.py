@@ -143,8 +143,9 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
-        # The first pass of a process takes longer than all later ones, and would mislead the first visitor
-        next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), self.config.num_visual_tokens))
+        # The first pass at a budget takes longer than all later ones, and would mislead its first visitor
+        for budget in self.config.visual_token_budgets:
+            next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
         """Of one answer; `None` where `costs` does not know the backbones."""
@@ -282,7 +283,7 @@ CSS = """
     border-radius: 50%; background: var(--color-accent); }
 .budget input::-moz-range-thumb { width: 20px; height: 20px; border: 0; border-radius: 50%;
     background: var(--color-accent); }
-.budget input:focus-visible, button:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+:is(input, button, [role=log]):focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
 .ticks { display: flex; justify-content: space-between; font-size: .8rem; color: var(--body-text-color-subdued); }
 .ticks span { width: 20px; display: flex; justify-content: center; }
 .seen { align-items: start; }
@@ -295,6 +296,8 @@ dt { font-size: .75rem; color: var(--body-text-color-subdued); }
 dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: .2rem; }
 .bar div { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .3s; }
+.chat [role=log] { max-height: 300px; overflow-y: auto; display: flex;
+    flex-direction: column-reverse; } /* shows its end */
 .chat p { margin: .35rem 0; padding: .5rem .75rem; border-radius: var(--radius-lg); overflow-wrap: anywhere;
     white-space: pre-wrap; width: fit-content; max-width: 90%; }
 .chat .question { margin-left: auto; border: 1px solid var(--border-color-primary); }
@@ -310,7 +313,7 @@ def chat(turns: list[dict], side: int) -> str:
         answer = html.escape(turn["answers"][side]) or "…"
         shown += f'<p class="question">{html.escape(turn["question"])}</p>'
         shown += f'<p class="answer">{answer}<small>{count(turn["budgets"][side])}</small></p>'
-    return shown
+    return f'<div role="log" tabindex="0" aria-label="Answers to {SIDES[side]}"><div>{shown}</div></div>'
 
 
 def build(page: Page) -> gr.Blocks:
@@ -420,13 +423,14 @@ def build(page: Page) -> gr.Blocks:
                     clearing = gr.Button("New chat", size="md", min_width=90)
                 alert = gr.HTML(elem_id="message")
             budgets, pictures, numbers, chats = [], [], [], []
-            for name, budget, text in zip(SIDES, start, describe(start), strict=True):
-                with gr.Column(scale=3, min_width=280, elem_classes="side"):
-                    budgets.append(Budget(budget, page.budgets, name))
-                    with gr.Row(elem_classes="seen"):
-                        pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
-                        numbers.append(gr.HTML(text, min_width=120, scale=1))
-                    chats.append(gr.HTML(elem_classes="chat", autoscroll=True, max_height=300))
+            with gr.Column(scale=6, min_width=576), gr.Row():  # beside each other, or both below
+                for name, budget, text in zip(SIDES, start, describe(start), strict=True):
+                    with gr.Column(min_width=280, elem_classes="side"):
+                        budgets.append(Budget(budget, page.budgets, name))
+                        with gr.Row(elem_classes="seen"):
+                            pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
+                            numbers.append(gr.HTML(text, min_width=120, scale=1))
+                        chats.append(gr.HTML(elem_classes="chat"))
 
         quick = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         answering = gr.on(
@@ -463,6 +467,8 @@ def launch(demo: gr.Blocks, **options):
         theme=theme,
         css=CSS,
         footer_links=[],
+        run_history=False,  # would leave images and questions in the browser
+        enable_monitoring=False,
         max_file_size="32mb",
         state_session_capacity=MAX_VISITORS,
         ssr_mode=False,

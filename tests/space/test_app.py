@@ -229,6 +229,12 @@ def test_a_chat_goes_on_about_the_same_image_without_encoding_it_again(visit, se
     for side, budget in enumerate(budgets):
         assert second[side] == expected(served, file, "And what colour?", budget, [(QUESTION, first[side])])[0]
 
+    for number in (3, 4):
+        ask(page, QUESTION, number)
+    for log in page.get_by_role("log").all():  # the last answer is in sight
+        ends = [box["y"] + box["height"] for box in (log.bounding_box(), log.locator(".answer").last.bounding_box())]
+        assert ends[0] == pytest.approx(ends[1], abs=20)
+
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".answer")).to_have_count(0)
     assert ask(page, QUESTION) == first
@@ -348,6 +354,15 @@ def test_on_a_phone_columns_stack_and_nothing_overflows(visit):
     wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 391).length"
     assert (page.evaluate("document.documentElement.scrollWidth"), page.evaluate(wide)) == (390, 0)
     page.screenshot(path=SCREENSHOTS / "phone.png", full_page=True)
+
+
+@pytest.mark.parametrize("width", [720, 1024, 1280])
+def test_answers_stand_side_by_side_where_there_is_room(visit, width):
+    page = visit(width=width)
+    first, second = (side.bounding_box() for side in page.locator(".side").all())
+    assert first["y"] == second["y"] and first["x"] + first["width"] < second["x"]
+    assert first["width"] == pytest.approx(second["width"], abs=1)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 # Of every text that is seen, with the background behind it
