@@ -95,7 +95,7 @@ def test_options_that_documents_name_exist():
         said = re.findall(r"`(--\w.*?)`", text, re.DOTALL)
         named |= set(re.findall(r"--(\w+)(?![\w-])", " ".join(commands + said)))  # with hyphens, they are others'
     assert len(named) > 10
-    assert named - known <= {"machine_rank", "model", "quantization"}  # accelerate's and vLLM's
+    assert named - known <= {"machine_rank", "model", "host", "quantization"}  # accelerate's and vLLM's
 
 
 def test_the_memory_table_is_what_its_command_prints(capsys):
