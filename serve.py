@@ -79,7 +79,7 @@ class Server(Serve):
         processor = AutoProcessor.from_pretrained(name, revision=revision or "main")
         template_kwargs = json.loads(options.get("chat_template_kwargs") or "{}")
         budget = {**template_kwargs.get("processor_kwargs", {}), **template_kwargs}.get("num_visual_tokens")
-        (budget,) = processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=budget)["num_image_tokens"]
+        (num_tokens,) = processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=budget)["num_image_tokens"]
         if "enable_thinking" not in (processor.chat_template or ""):
             options.pop("reasoning", None)  # which no other model minds, but our processor refuses
 
@@ -89,7 +89,7 @@ class Server(Serve):
             checkpoint=checkpoint,
             config=config,
             processor=processor,
-            default_budget=budget,
+            default_budget=budget if budget == "auto" else num_tokens,
             guard=ImageGuard(allow_local_images),
         )
         self._runs_in_thread = non_blocking

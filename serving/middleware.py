@@ -17,7 +17,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..processing_delta_llava import DeltaLlavaProcessor
+from ..processing_delta_llava import MAX_IMAGE_SIDE, DeltaLlavaProcessor
 from .image_guard import ImageGuard
 
 
@@ -74,7 +74,7 @@ class RequestGuard:
         app (`ASGIApp`): The app of `transformers serve`.
         checkpoint (`str`): The one model that is served.
         config (`DeltaLlavaConfig`), processor (`DeltaLlavaProcessor`): Those of the checkpoint.
-        default_budget (`int`): Visual tokens of an image of which a request says nothing.
+        default_budget (`int` or `"auto"`): Budget of an image of which a request says nothing.
         guard (`ImageGuard`): What opens images.
     """
 
@@ -84,7 +84,7 @@ class RequestGuard:
         checkpoint: str,
         config: DeltaLlavaConfig,
         processor: DeltaLlavaProcessor,
-        default_budget: int,
+        default_budget: int | str,
         guard: ImageGuard,
     ):
         self.app = app
@@ -194,6 +194,11 @@ class RequestGuard:
     def _num_tokens(self, text: str) -> int:
         return len(self.processor.tokenizer.tokenize(text))
 
+    def _num_image_tokens(self, budget: Any, num_images: int) -> list[int]:
+        """Of each image; `"auto"` counts as the most that it may be."""
+        sizes = [(MAX_IMAGE_SIDE, MAX_IMAGE_SIDE)] * num_images
+        return self.processor._get_num_multimodal_tokens(sizes, num_visual_tokens=budget)["num_image_tokens"]
+
     async def _check_chat(self, body: dict[str, Any]):
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -298,7 +303,7 @@ class RequestGuard:
             if "data_base64" in asset
         ]
         texts = [json.dumps([body.get("state"), body.get("questions")])]
-        await self._check_lengths(body, [self.budget_of_detail[None]] * len(images), texts)
+        await self._check_lengths(body, self._num_image_tokens(self.budget_of_detail[None], len(images)), texts)
         await self._open(images)
         for image in images:  # base64 alone
             image.owner[image.key] = image.owner[image.key].partition(",")[2]
@@ -312,12 +317,10 @@ class RequestGuard:
         template_kwargs = _object(body, "chat_template_kwargs")
         budget = self._requested_budget(body, template_kwargs)
         if budget is None:
-            budget = budgets = [self.budget_of_detail[image.detail] for image in images]
-        else:
-            # A number is right or wrong without images, too
-            num_images = max(len(images), 1) if isinstance(budget, int) else len(images)
-            counts = self.processor._get_num_multimodal_tokens([(1, 1)] * num_images, num_visual_tokens=budget)
-            budgets = counts["num_image_tokens"][: len(images)]
+            budget = [self.budget_of_detail[image.detail] for image in images]
+        # One for all is right or wrong without images, too
+        num_images = len(images) if isinstance(budget, list) else max(len(images), 1)
+        budgets = self._num_image_tokens(budget, num_images)[: len(images)]
         body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budget} if images else template_kwargs
         texts.append(json.dumps(template_kwargs))
         overhead = self.first_overhead + (num_messages - 1) * self.next_overhead

@@ -65,6 +65,12 @@ class _MultiModalProcessor(MultiModalProcessor):
         # A client that names an image by its id alone sends no pixels
         sizes = [(1, 1) if image is None else images.get_image_size(index) for index, image in enumerate(images)]
         named = self.info.ctx.get_merged_mm_kwargs(named)
+        budgets = named.get("num_visual_tokens")
+        if "auto" in (budgets if isinstance(budgets, list) else [budgets]) and any(image is None for image in images):
+            raise VLLMValidationError(
+                "num_visual_tokens='auto' asks for the size of an image, so send the image itself, not its uuid alone.",
+                parameter="mm_processor_kwargs",
+            )
         try:
             return self.info.get_hf_processor()._get_num_multimodal_tokens(sizes, **named).num_image_tokens
         except ValueError as error:

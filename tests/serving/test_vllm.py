@@ -296,6 +296,11 @@ def test_lists_give_each_image_its_own_budget_cached_repeated_and_swapped(plugin
     assert plugin.expected([first, first], [36, 4]) != plugin.expected([first, first], [4, 36])
 
 
+def test_auto_is_the_budget_of_the_image_s_size(server, noise):
+    for size in ((4, 8), (12, 9), (60, 70)):
+        assert server.ask(noise(1, size), "auto") == server.expected(noise(1, size), "auto"), size
+
+
 def test_an_image_that_a_client_names_by_its_id_is_cached_at_each_budget(plugin, noise):
     (image,) = noise(1)
     for budget in (36, 4, 36):
@@ -305,6 +310,9 @@ def test_an_image_that_a_client_names_by_its_id_is_cached_at_each_budget(plugin,
             answer = plugin.client.chat.completions.create(**request).choices[0].token_ids
             assert answer == plugin.expected([image], budget)
             request["messages"][0]["content"][0]["image_url"] = None  # cached, it need not be sent again
+    request["extra_body"]["mm_processor_kwargs"] = {"num_visual_tokens": "auto"}
+    with pytest.raises(openai.BadRequestError, match="'auto' asks for the size of an image"):
+        plugin.client.chat.completions.create(**request)
 
 
 def test_by_remote_code_a_list_is_refused(remote_code, noise):
