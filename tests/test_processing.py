@@ -498,8 +498,9 @@ def test_budgets_that_do_not_fit_are_refused(tiny_processor, tiny_tokenizer, noi
             processor(images=noise(1), text="<image>", num_visual_tokens=budget)
     with pytest.raises(ValueError, match="names 3 budgets, but there are 2 images"):
         processor(images=noise(2), text="<image><image>", num_visual_tokens=[4, 4, 4])
-    with pytest.raises(ValueError, match=r"num_visual_tokens=7 must be a square"):
-        tiny_processor(num_visual_tokens=7, patch_grid_size=None)
+    for budget in (7, 10**400 + 1):
+        with pytest.raises(ValueError, match=rf"num_visual_tokens={budget} must be a square"):
+            tiny_processor(num_visual_tokens=budget, patch_grid_size=None)
     with pytest.raises(ValueError, match=r"splits '<image>' into \d+ tokens"):
         DeltaLlavaProcessor(processor.image_processor, tiny_tokenizer(image_token=None))
 
