@@ -115,7 +115,7 @@ def test_auto_is_left_to_the_processor_which_sees_the_image(serve, noise):
     url, auto = data_url(noise(1)[0]), {"chat_template_kwargs": {"num_visual_tokens": "auto"}}
     assert budgets(serve()("/v1/chat/completions", chat(image(url, "high"), TEXT, **auto))) == "auto"
     by_default = serve(default_budget="auto")
-    assert budgets(by_default("/v1/chat/completions", chat(image(url), image(url, "low"), TEXT))) == ["auto", 36]
+    assert budgets(by_default("/v1/chat/completions", chat(image(url), image(url, "low"), TEXT))) == ["auto", 16]
     many = chat(*[image(url)] * 60, TEXT)  # of up to 36 tokens
     assert "2160 of them for 60 images" in refusal(by_default("/v1/chat/completions", many))
 
