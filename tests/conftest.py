@@ -1,5 +1,6 @@
 """Tiny backbones of the real architectures, made in place, and what is built from them."""
 
+import sys
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
+import delta_llava
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+
+
+# pytest imports the root's __init__.py by the clone's name, and a second copy of the package would register its own
+# classes with transformers
+sys.modules.setdefault(Path(delta_llava.__file__).parent.name, delta_llava)
 
 
 @pytest.fixture(autouse=True)

@@ -38,16 +38,23 @@ def space(hub):
     return files
 
 
+def locate(module, folder=None):
+    """Where a module would lie; the clone's own folder may have any name."""
+    first, *rest = module.split(".")
+    if folder is not None:
+        return folder.joinpath(first, *rest)
+    return PACKAGE.joinpath(*rest) if first == "delta_llava" else PACKAGE.parent / "not ours"
+
+
 def imports(file):
     """Files of this package that one of them imports, as names in `SOURCES`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
-            folder = file.parents[node.level - 1] if node.level else PACKAGE.parent
-            module = folder.joinpath(*(node.module or "").split("."))
+            module = locate(node.module or "", file.parents[node.level - 1] if node.level else None)
             candidates = [module, *(module / alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
-            candidates = [PACKAGE.parent.joinpath(*alias.name.split(".")) for alias in node.names]
+            candidates = [locate(alias.name) for alias in node.names]
         else:
             continue
         files = [path for c in candidates for path in (c.with_suffix(".py"), c / "__init__.py") if path.is_file()]
