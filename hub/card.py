@@ -160,7 +160,7 @@ def build_card(
         "own_data": [name for name in datasets if not is_repository(name)],
         "results": results,
         "result_rows": _result_rows(results),
-        "costs": _costs(config, num_visual_tokens),
+        "costs": _costs(config),
         "text_tokens": TEXT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "license": license,
@@ -357,7 +357,7 @@ def _result_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _costs(config: DeltaLlavaConfig, num_visual_tokens: int) -> dict[str, Any]:
+def _costs(config: DeltaLlavaConfig) -> dict[str, Any]:
     """Parameters of each part, and FLOPs and bytes of one answer at each trained budget and at all patches."""
     budgets = sorted({*config.visual_token_budgets, config.patch_grid_size**2}, reverse=True)
     try:
@@ -366,15 +366,13 @@ def _costs(config: DeltaLlavaConfig, num_visual_tokens: int) -> dict[str, Any]:
         return {"parameters": None, "unknown": str(error)}
     smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
     flops = next(unit for unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")) if smallest >= unit[0] / 1e3)
-    cache = (2**20, "MiB") if answers[num_visual_tokens]["kv_cache_bytes"] >= 2**20 else (2**10, "KiB")
     return {
         "parameters": costs.parameter_counts(config),
         "flops_unit": flops[1],
-        "kv_cache_unit": cache[1],
         "rows": {
             budget: {
                 "flops": [answer[part] / flops[0] for part in costs.FLOP_PARTS],
-                "kv_cache": answer["kv_cache_bytes"] / cache[0],
+                "kv_cache": answer["kv_cache_bytes"] / 1e6,
             }
             for budget, answer in answers.items()
         },

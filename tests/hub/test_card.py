@@ -127,7 +127,7 @@ def test_costs_are_those_that_the_command_beside_them_prints(checkpoint, backbon
     costs.main(["--config", str(checkpoint), *command.split()])
     printed = capsys.readouterr().out.splitlines()
     if tower == "tiny":
-        assert "GFLOPs | KV cache, KiB" in header
+        assert "GFLOPs | KV cache, MB" in header
         assert not any(float(cell) == 0 for row in rows for cell in row.strip("|").split("|"))
     else:
         assert len(rows) == 3 and {header, rule, *rows} < set(printed)
