@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, cached_file
 
@@ -18,8 +19,8 @@ from .configuration_delta_llava import query_grid_size
 
 CASCADE_NAME = "cascade.json"  # beside the weights, as `delta_llava.evaluation.calibrate` writes it
 # They end, follow or multiply answers of one pass, and there are two. The rest is set here.
-REFUSED = ("streamer", "stopping_criteria", "stop_strings", "num_return_sequences", "mm_encoder_outputs")
-OUTPUTS = {"return_dict_in_generate": True, "output_logits": True}
+REFUSED = ("streamer", "stopping_criteria", "stop_strings", "num_return_sequences", "max_length", "mm_encoder_outputs")
+OUTPUTS = ("return_dict_in_generate", "output_logits")
 
 
 @dataclass
@@ -92,7 +93,7 @@ def generate(
     if refused := sorted({*REFUSED, *OUTPUTS} & kwargs.keys()):
         raise ValueError(f"{', '.join(refused)}: not for a cascade, whose answers may come from a second pass.")
     if budgets is None or threshold is None:
-        calibration = read_calibration(model.config._name_or_path)
+        calibration = read_calibration(model.config._name_or_path, getattr(model.config, "_commit_hash", None))
         budgets = calibration["num_visual_tokens"] if budgets is None else budgets
         if threshold is None and list(budgets) != calibration["num_visual_tokens"]:
             raise ValueError(
@@ -111,16 +112,23 @@ def generate(
             f" {placeholders.tolist()} image tokens."
         )
     num_images = placeholders // small
+    num_pixels = 0 if pixel_values is None else len(pixel_values)
+    if int(num_images.sum()) != num_pixels:
+        raise ValueError(f"The prompts have places for {num_images.tolist()} images, but there are {num_pixels}.")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     features = None if pixel_values is None else model.model._run_vision_tower(pixel_values)[1:]
-    pad = _special_tokens(model, kwargs)[1]
+    config, pad, kwargs = _settings(model, kwargs)
 
     def answer(ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, budget: int):
         encoded = {}
         if features is not None and len(images):
-            visual_tokens = model.model.multi_modal_projector(*(part[images] for part in features), budget)
+            visual_tokens = model.model.multi_modal_projector(
+                *(part[images.to(part.device)] for part in features), budget
+            )
             encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}
-        return generate_scored(model, input_ids=ids, attention_mask=mask, mm_encoder_outputs=encoded, **kwargs)
+        return generate_scored(
+            model, input_ids=ids, attention_mask=mask, mm_encoder_outputs=encoded, generation_config=config, **kwargs
+        )
 
     every = torch.arange(int(num_images.sum()), device=input_ids.device)
     sequences, log_probabilities = answer(input_ids, attention_mask, every, small)
@@ -168,26 +176,34 @@ def generate_scored(
     Raises:
         ValueError: If `generate` is to return several answers of a prompt.
     """
-    ends, pad = _special_tokens(model, kwargs)
-    output = model.generate(input_ids=input_ids, **{**kwargs, "pad_token_id": pad}, **OUTPUTS)
-    if len(output.sequences) != len(input_ids):
-        raise ValueError("num_return_sequences must be 1: a cascade gives one answer to each prompt.")
+    config, _, kwargs = _settings(model, kwargs)
+    output = model.generate(input_ids=input_ids, generation_config=config, **kwargs)
     scores = model.compute_transition_scores(
         output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
     )
     answers = output.sequences[:, -scores.shape[1] :]
-    is_end = torch.isin(answers, torch.tensor(ends, device=answers.device))
+    ends = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, device=answers.device).flatten()
+    is_end = torch.isin(answers, ends)
     is_answer = is_end.cumsum(1) - is_end.long() == 0
     return answers, scores.masked_fill(~is_answer, 0).sum(1) / is_answer.sum(1)
 
 
-def _special_tokens(model: PreTrainedModel, options: dict[str, Any]) -> tuple[list[int], int]:
-    """The tokens that end an answer and the one that follows it, as `generate` finds them."""
-    config = options.get("generation_config") or model.generation_config
-    ends = options.get("eos_token_id", config.eos_token_id)
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    pad = options.get("pad_token_id", config.pad_token_id)
-    return ends, pad if pad is not None else (ends or [0])[0]
+def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[GenerationConfig, int, dict[str, Any]]:
+    """How `generate` is to answer, what follows a row that has ended, and the arguments that are the model's own."""
+    options = {**options, "return_dict_in_generate": True, "output_logits": True}
+    config = deepcopy(options.pop("generation_config", None) or model.generation_config)
+    options = config.update(**options)
+    for name in ("eos_token_id", "pad_token_id"):  # as `generate` does
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(model.generation_config, name))
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = 0 if ends is None else ends[0] if isinstance(ends, list) else ends
+    if (config.num_return_sequences or 1) > 1:
+        raise ValueError("num_return_sequences must be 1: a cascade gives one answer to each prompt.")
+    if config.max_length is not None and config.max_new_tokens is None:
+        raise ValueError(f"max_length={config.max_length} counts the prompt, which grows: name max_new_tokens.")
+    return config, config.pad_token_id, options
 
 
 def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:
@@ -218,12 +234,13 @@ def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, in
     return tuple(budgets)
 
 
-def read_calibration(checkpoint: str | Path) -> dict[str, Any]:
+def read_calibration(checkpoint: str | Path, revision: str | None = None) -> dict[str, Any]:
     """
     What `python -m delta_llava.evaluation.calibrate` has found for a checkpoint.
 
     Args:
         checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
+        revision (`str`, *optional*): Branch or commit of the repository.
 
     Returns:
         `dict`: `num_visual_tokens`, the two budgets, `threshold` in nats, and `validation`, what it was found on.
@@ -232,7 +249,7 @@ def read_calibration(checkpoint: str | Path) -> dict[str, Any]:
         ValueError: If the checkpoint has none, or it is damaged.
     """
     try:
-        file = cached_file(checkpoint, CASCADE_NAME)
+        file = cached_file(checkpoint, CASCADE_NAME, revision=revision)
     except OSError as error:
         raise ValueError(
             f"{checkpoint or 'The model'} has no {CASCADE_NAME}: name budgets and threshold, or run"

@@ -93,6 +93,36 @@ def test_log_probabilities_are_of_the_answer_with_its_end(tiny_model, prompts):
     torch.testing.assert_close(output.log_probabilities[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_what_follows_a_shorter_answer_counts_for_nothing(tiny_model, prompts):
+    model = tiny_model()
+    inputs = prompts(4)
+    plain = {key: value for key, value in GREEDY.items() if key != "pad_token_id"}
+    answers = _answers(model, inputs, **GREEDY)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [answers[0][1], 299], 0
+    never = {"budgets": (4, 36), "threshold": -1e9}
+    expected = generate(model, **inputs, **never, **plain)
+    assert expected.sequences[0, 2:].eq(0).all() and expected.sequences.shape[1] == 5
+    # A configuration of its own has no end token, and generate takes the model's
+    config = GenerationConfig(**plain)
+    output = generate(model, **inputs, **never, generation_config=config)
+    assert output.sequences.equal(expected.sequences) and config.eos_token_id is None
+    torch.testing.assert_close(output.log_probabilities, expected.log_probabilities)
+    alone = generate(model, **prompts(4, [0]), **never, generation_config=config)
+    torch.testing.assert_close(alone.log_probabilities, expected.log_probabilities[:1], atol=1e-4, rtol=1e-4)
+
+
+def test_images_without_a_place_are_an_error(tiny_model, prompts):
+    inputs = prompts(4)
+    for change, found in ((inputs["pixel_values"][:3], 3), (None, 0), (inputs["pixel_values"].repeat(2, 1, 1, 1), 8)):
+        with pytest.raises(ValueError, match=rf"places for \[1, 0, 2, 1\] images, but there are {found}"):
+            generate(
+                tiny_model(),
+                **{**inputs, "pixel_values": change, "num_visual_tokens": None},
+                budgets=(4, 36),
+                threshold=0,
+            )
+
+
 def test_one_token_widens_too_and_sampling_keeps_the_model_s_log_probabilities(tiny_model, prompts):
     model = tiny_model()
     large = _answers(model, prompts(144), **GREEDY)
@@ -116,6 +146,8 @@ def test_one_token_widens_too_and_sampling_keeps_the_model_s_log_probabilities(t
         ({"threshold": float("nan")}, r"threshold=nan must be"),
         ({"streamer": object()}, r"streamer: not for a cascade"),
         ({"num_return_sequences": 2, "num_beams": 2}, r"num_return_sequences: not for"),
+        ({"max_length": 300}, r"max_length: not for a cascade"),
+        ({"generation_config": GenerationConfig(max_length=300)}, r"max_length=300 counts the prompt"),
         ({"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)}, r"num_return_sequences"),
         ({"threshold": None}, r"has no cascade.json: name budgets and threshold, or run"),
     ],
