@@ -212,6 +212,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         totals = [total for total in totals if total is not None]
         if not totals:
             return kwargs
+        if totals != totals[:1] * len(totals):
+            raise ValueError(f"The call names several total_visual_tokens: {totals}.")
         if any(part.pop("num_visual_tokens", None) is not None for part in parts):
             raise ValueError(f"total_visual_tokens={totals[0]} and num_visual_tokens exclude each other: name one.")
         if type(totals[0]) is not int:

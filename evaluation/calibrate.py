@@ -228,6 +228,8 @@ def calibrate(
         ValueError: For questions, budgets or a target that do not fit, or a checkpoint on the Hub, which cannot be
             written.
     """
+    from matplotlib.backend_bases import FigureCanvasBase
+
     if not Path(checkpoint).is_dir():
         raise ValueError(f"{checkpoint} is no folder, into which {CASCADE_NAME} could be written: download it first.")
     folder, _ = locate(checkpoint)
@@ -235,6 +237,11 @@ def calibrate(
     processor = AutoProcessor.from_pretrained(folder)
     check_visual_tokens(model.config, list(budgets))
     budgets = check_budgets(budgets, model.config.patch_grid_size)
+    choose([Cascade(-inf, budgets[0], 0.0, 0.0)], target_tokens)
+    if Path(plot).suffix[1:] not in FigureCanvasBase.filetypes or not Path(plot).parent.is_dir():
+        raise ValueError(
+            f"plot={plot} must be a picture in a folder that exists: {sorted(FigureCanvasBase.filetypes)}."
+        )
     questions = read_questions(json_path, image_folder)
 
     answered = {

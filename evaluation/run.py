@@ -147,14 +147,13 @@ def run(
         results[budget] = kept + new
         if not limit:
             write_results(files[budget], budget, toolkits[budget], commit, weights, results[budget])
-    values = {}
-    for budget, records in results.items():
-        asked = [record for record in records if what(record) in wanted]
-        if budget is None:  # of tasks with images
-            tokens = [record["mean_visual_tokens"] for record in asked if record["mean_visual_tokens"]]
-            budget = fmean(tokens) if tokens else 0.0
-        values[budget] = {record["name"]: record["value"] for record in asked}
-    return table(suite, f"{checkpoint}{pruned}", values)
+    asked = {budget: [r for r in records if what(r) in wanted] for budget, records in results.items()}
+    values = {budget: {record["name"]: record["value"] for record in records} for budget, records in asked.items()}
+    of_cascade = None
+    if calibration:
+        tokens = [record["mean_visual_tokens"] for record in asked[None]]
+        of_cascade = fmean(filter(None, tokens)) if any(tokens) else 0.0, values.pop(None)  # of tasks with images
+    return table(suite, f"{checkpoint}{pruned}", values, of_cascade)
 
 
 def _load(

@@ -87,15 +87,20 @@ def _check(found: Any, expected: dict[str, Any], where: str, optional: set[str] 
             raise ValueError(f"{where}: {name} is {found[name]!r}, but must be of type {kind}, and not empty.")
 
 
-def table(suite: dict[str, Any], model: str, values: dict[float, dict[str, float]]) -> str:
+def table(
+    suite: dict[str, Any],
+    model: str,
+    values: dict[int, dict[str, float]],
+    cascade: tuple[float, dict[str, float]] | None = None,
+) -> str:
     """
     Sets what was measured beside what was published, in Markdown.
 
     Args:
         suite (`dict`): As [`read_suite`] returns it.
         model (`str`): Name of what was measured.
-        values (`dict[float, dict[str, float]]`): By number of visual tokens, the mean of a cascade, and name of the
-            task.
+        values (`dict[int, dict[str, float]]`): By number of visual tokens and name of the task.
+        cascade (`tuple[float, dict[str, float]]`, *optional*): A cascade's mean of visual tokens, and what it reached.
 
     Returns:
         `str`: A row for each number of visual tokens, the largest first, and below it each published row of that number
@@ -103,10 +108,8 @@ def table(suite: dict[str, Any], model: str, values: dict[float, dict[str, float
     """
     entries = suite["tasks"]
     names = [entry["name"] for entry in entries]
-    rows = [
-        (model if isinstance(budget, int) else f"{model}, cascade", "measured", budget, figures)
-        for budget, figures in values.items()
-    ]
+    rows = [(model, "measured", budget, figures) for budget, figures in values.items()]
+    rows += [(f"{model}, cascade", "measured", *cascade)] if cascade else []
     rows += [tuple(row[key] for key in PUBLISHED) for row in suite["published"] if row["values"].keys() & set(names)]
     rows.sort(key=lambda row: row[2], reverse=True)
     lines = [["model", "source", "visual tokens", *names], ["---", "---", *["--:"] * (len(names) + 1)]]

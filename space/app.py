@@ -44,7 +44,7 @@ EXAMPLES = {
 MAX_QUESTION = 1000  # characters
 MAX_SIDE = 1024  # pixels that are kept of an image, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
-MAX_VISITORS = 1000  # whose images and chats are kept
+MAX_VISITORS = 200  # whose images, of up to 3 MiB, and chats are kept
 SIDES = ("Budget A", "Budget B")
 TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
 
