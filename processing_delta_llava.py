@@ -479,13 +479,17 @@ def fetch_image(
     timeout = FETCH_SECONDS if timeout is None else timeout
     deadline = time.monotonic() + timeout
 
-    def check_time(*step: Any):
+    def check_time():
         if time.monotonic() >= deadline:
             raise TimeoutError
 
+    def trace(step: str, info: dict[str, Any]):
+        # Closing the client ends what is open; a slow look-up or redirect must open nothing after that
+        if step.endswith(("connect_tcp.started", "send_request_headers.started")):
+            check_time()
+
     def receive() -> bytes:
-        # Closing the client ends what is open, the trace what a slow look-up or redirect would open after that
-        with client.stream("GET", url, extensions={"trace": check_time}) as response:
+        with client.stream("GET", url, extensions={"trace": trace}) as response:
             response.raise_for_status()
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":  # a few bytes of it may become gigabytes

@@ -57,20 +57,21 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Number:
-    """The values that a field may have."""
+    """The numbers that a field may have."""
 
     low: float
     high: float
     kind: type[float] = float
     or_zero: bool = False
 
-    def check(self, name: str, value: Any):
+    def check(self, name: str, value: Any) -> float:
         is_number = type(value) is self.kind or (self.kind is float and type(value) is int)
         if not is_number or not (self.low <= value <= self.high or (self.or_zero and value == 0)):
             kind = "an integer" if self.kind is int else "a number"
             allowed = f"{'0 or ' if self.or_zero else ''}{kind} of {self.low}..{self.high}"
             allowed = "true or false" if self.kind is bool else allowed
             raise _Refusal(f"{name}={_short.repr(value)} must be {allowed}.")
+        return self.kind(value)  # transformers takes no integers for floats
 
 
 _FLAG = _Number(False, True, bool)
@@ -200,10 +201,8 @@ class RequestGuard:
             elif isinstance(error, _REQUEST_ERRORS):
                 logger.warning("A request was refused:", exc_info=True)
                 status, message = 400, str(error)
-                if not isinstance(error, (ValueError, TemplateError)):  # a sentence of Python's
-                    message = (
-                        f"The request has another shape than transformers expects: {type(error).__name__}: {error}"
-                    )
+                if isinstance(error, UnicodeError) or not isinstance(error, (ValueError, TemplateError)):
+                    message = f"The request is not what transformers expects: {type(error).__name__}: {error}"
             else:
                 logger.exception("A request failed:")
                 status, message = 500, f"The server failed to answer: {type(error).__name__}"
@@ -214,7 +213,7 @@ class RequestGuard:
         if scope["path"] not in self.endpoints:
             raise _Refusal(f"There is no {scope['path']} here: POST to {', '.join(self.endpoints)}", 404)
         data = await _read_body(receive)
-        body = _parse(data, "The request")
+        body = {name: value for name, value in _parse(data, "The request").items() if value is not None}
         check, known = self.endpoints[scope["path"]]
         if unknown := body.keys() - known:
             raise _Refusal(
@@ -225,7 +224,7 @@ class RequestGuard:
             raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body['model'])}.")
         if check:
             await check(body)
-        data = json.dumps(body).encode()
+        data = json.dumps(body, ensure_ascii=False).encode()
         headers = {name: value for name, value in scope["headers"] if name != b"transfer-encoding"}
         headers |= {b"content-length": str(len(data)).encode(), b"content-type": b"application/json"}
         scope = {**scope, "headers": list(headers.items())}
@@ -364,7 +363,7 @@ class RequestGuard:
             raise _Refusal(f"The request has more parts than the {self.context} tokens that the model's context holds.")
 
     async def _check_completion(self, body: dict[str, Any]):
-        texts = [body.get("prompt"), body.get("suffix") or ""]
+        texts = [body.get("prompt"), body.get("suffix", "")]
         if not texts[0] or not all(isinstance(text, str) for text in texts):
             raise _Refusal("prompt must be a text that is not empty, and suffix a text.")
         if any(self.processor.image_token in text for text in texts):
@@ -415,18 +414,23 @@ class RequestGuard:
         if not isinstance(config, str | None):
             raise _Refusal(f"generation_config must be a text of JSON, but is {_short.repr(config)}.")
         config = {} if config is None else _parse(config, "generation_config")
+        config = {name: value for name, value in config.items() if value is not None}
         if unknown := config.keys() - self.generation_fields.keys():
             allowed = ", ".join(self.generation_fields)
             raise _Refusal(f"generation_config takes {allowed} here, not {_short.repr(sorted(unknown))}.")
         for fields, allowed in ((body, self.body_fields), (config, self.generation_fields)):
             for name in allowed.keys() & fields.keys():
                 value = fields[name]
-                is_list = name == "eos_token_id" and isinstance(value, list) and 0 < len(value) <= 16
-                for one in value if is_list else [value]:
-                    if is_list or one is not None:
-                        allowed[name].check(name, one)
-        if body.get("stream") and (config.get("num_beams") or 1) > 1:
+                if name == "eos_token_id" and isinstance(value, list) and 0 < len(value) <= 16:
+                    fields[name] = [allowed[name].check(name, token) for token in value]
+                else:
+                    fields[name] = allowed[name].check(name, value)
+        if body.get("stream") and config.get("num_beams", 1) > 1:
             raise _Refusal(f"num_beams={config['num_beams']} gives no stream: ask with stream=false, or for one beam.")
+        if config.get("temperature") == 0:  # as in the body
+            config |= {"temperature": 1.0, "do_sample": False}
+        if "generation_config" in body:
+            body["generation_config"] = json.dumps(config)
         stops = body.pop("stop", None) or []
         stops = [stops] if isinstance(stops, str) else stops
         is_list = isinstance(stops, list) and len(stops) <= 4
@@ -443,7 +447,7 @@ class RequestGuard:
             found = f"about {num_tokens} tokens, {sum(budgets)} of them for {len(budgets)} images"
         else:
             num_tokens, found = math.inf, f"a text of {num_bytes} bytes"
-        asked = max((fields.get(name) or 1 for fields in (body, config) for name in _LENGTHS), default=1)
+        asked = max(fields.get(name, 1) for fields in (body, config) for name in _LENGTHS)
         if num_tokens + asked > self.context:
             raise _Refusal(
                 f"The request has {found}, and asks for {asked} more, but the model's context holds {self.context}"
@@ -451,17 +455,16 @@ class RequestGuard:
             )
 
     def _bias(self, bias: Any) -> dict[str, float]:
-        """A float for each token: OpenAI has integers, which transformers refuses."""
-        if not isinstance(bias, dict | None) or len(bias or {}) > _MAX_BIASED_TOKENS:
+        if bias is None:
+            return {}
+        if not isinstance(bias, dict) or len(bias) > _MAX_BIASED_TOKENS:
             raise _Refusal(f"logit_bias must be an object of up to {_MAX_BIASED_TOKENS} tokens.")
-        for token, value in (bias or {}).items():
+        for token in bias:
             if not re.fullmatch(r"[0-9]{1,9}", token):
-                raise _Refusal(
-                    f"logit_bias names the token {_short.repr(token)}: a token is the text of its id, as '17'."
-                )
+                raise _Refusal(f"logit_bias names tokens by their numbers, as '17', not {_short.repr(token)}.")
             self.token.check("A token of logit_bias", int(token))
-            _Number(-100, 100).check(f"logit_bias of token {token}", value)
-        return {token: float(value) for token, value in (bias or {}).items()}
+        bound = _Number(-100, 100)
+        return {token: bound.check(f"logit_bias of token {token}", value) for token, value in bias.items()}
 
     async def _open(self, images: list[_Image]):
         """Write each image into the request as a `data:` URL, one after the other, since all of them take memory."""

@@ -46,7 +46,7 @@ def internet(picture, monkeypatch):
                 self.send_header("Location", argument)
                 self.end_headers()
                 return
-            body = {"/gzip": gzip.compress(bytes(10**8)), "/lie": picture * 400}.get(path, picture)
+            body = gzip.compress(bytes(10**8)) if path == "/gzip" else picture * (400 if path == "/lie" else 1)
             self.send_response(200)
             if path == "/gzip":
                 self.send_header("Content-Encoding", "gzip")
@@ -255,7 +255,7 @@ def test_the_owner_of_a_server_may_allow_local_images(picture, tmp_path, httpser
 
 def test_an_answer_has_limits(internet, picture):
     url = f"http://public.test:{internet.server_port}"
-    with pytest.raises(ValueError, match=r"/slow: (no whole answer within 0\.5 s|timed out)"):
+    with pytest.raises(ValueError, match=r"/slow: no whole answer within 0\.5 s"):
         ImageGuard(timeout=0.5)(f"{url}/slow")
     with pytest.raises(ValueError, match=r"/lie: it has more than 100000 bytes"):
         ImageGuard(max_bytes=100_000)(f"{url}/lie")
@@ -268,9 +268,9 @@ def test_an_answer_has_limits(internet, picture):
 def test_nothing_goes_on_after_the_time_out(internet, monkeypatch):
     url, resolve = f"http://public.test:{internet.server_port}", socket.getaddrinfo
 
-    def slow(*args, **kwargs):
-        time.sleep(0.4)
-        return resolve(*args, **kwargs)
+    def slow(host, *args, **kwargs):
+        time.sleep(0.4 if "public.test" in str(host) else 0)
+        return resolve(host, *args, **kwargs)
 
     before = set(threading.enumerate())
     for path, timeout in (("/slow", 0.6), ("/redirect?/slow", 0.6), ("/slow", 0.3)):

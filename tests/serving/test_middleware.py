@@ -261,9 +261,9 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(image("data:image/png;base64,eHh4"), top_k=5), "Unexpected fields .'top_k'."),
         (chat(TEXT, logit_bias=5), "logit_bias must be an object of up to 300 tokens"),
         (chat(TEXT, logit_bias={str(token): 1 for token in range(301)}), "logit_bias must be .* 300 tokens"),
-        (chat(TEXT, logit_bias={"x": 1}), "logit_bias names the token 'x'"),
-        (chat(TEXT, logit_bias={"1" * 5000: 1}), "logit_bias names the token"),
-        (chat(TEXT, logit_bias={"-1": 1}), "logit_bias names the token '-1'"),
+        (chat(TEXT, logit_bias={"x": 1}), "logit_bias names tokens .* not 'x'"),
+        (chat(TEXT, logit_bias={"1" * 5000: 1}), "logit_bias names tokens by their numbers"),
+        (chat(TEXT, logit_bias={"-1": 1}), "logit_bias names tokens .* not '-1'"),
         (chat(TEXT, logit_bias={"999999": 1}), "A token of logit_bias=999999 must be an integer of 0.."),
         (chat(TEXT, logit_bias={"5": "a"}), "logit_bias of token 5='a' must be a number of -100..100"),
         (chat(TEXT, tools=5), "tools must be a list of functions, but are 5"),
@@ -410,7 +410,7 @@ def test_an_app_that_takes_its_time_blocks_nobody(serve):
     ("error", "status", "message"),
     [
         (ValueError("the template knows no role tool"), 400, "the template knows no role tool"),
-        (KeyError("role"), 400, "The request has another shape than transformers expects: KeyError: 'role'"),
+        (KeyError("role"), 400, "The request is not what transformers expects: KeyError: 'role'"),
         (RuntimeError("at 0x7f: secret"), 500, "The server failed to answer: RuntimeError"),
     ],
 )
@@ -447,9 +447,17 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
     assert {name: found[name] for name in ("chat_template_kwargs", "stream", "temperature")} == {
         name: body[name] for name in ("chat_template_kwargs", "stream", "temperature")
     }
-    generation = json.dumps({"do_sample": True, "top_k": 5, "min_p": 0.1, "num_beams": None, "eos_token_id": [1, 2]})
+    generation = json.dumps({"do_sample": True, "top_k": 5, "min_p": 0.1, "eos_token_id": [1, 2]})
     for given, expected in (
         ({"generation_config": generation, "max_tokens": 5}, {"generation_config": generation, "max_tokens": 5}),
+        (
+            {"generation_config": '{"temperature": 2, "num_beams": null}'},
+            {"generation_config": '{"temperature": 2.0}'},
+        ),
+        (
+            {"generation_config": '{"temperature": 0, "do_sample": true}'},
+            {"generation_config": '{"temperature": 1.0, "do_sample": false}'},
+        ),
         ({"logit_bias": {"5": -100, "6": 0.5}}, {"logit_bias": {"5": -100.0, "6": 0.5}}),
         ({"logit_bias": {}, "stop": [], "temperature": 0, "seed": -1}, {"temperature": 0, "seed": -1}),
         ({"stop": "a", "frequency_penalty": -0.9}, {"stop": ["a"], "frequency_penalty": -0.9}),
@@ -478,7 +486,13 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
     ):
         assert refusal(post("/v1/responses", {"input": [items[0], wrong]})).startswith("input[1]")
     assert post("/v1/completions", {"prompt": "a", "max_tokens": 3})[1] == {"prompt": "a", "max_tokens": 3}
-    for given in ({}, {"prompt": ""}, {"prompt": ["a"]}, {"prompt": "a", "suffix": 5}):
+    for given in (
+        {},
+        {"prompt": ""},
+        {"prompt": ["a"]},
+        {"prompt": "a", "suffix": 5},
+        {"prompt": "a", "suffix": False},
+    ):
         assert "prompt must be a text" in refusal(post("/v1/completions", given))
     assert "use a chat" in refusal(post("/v1/completions", {"prompt": "<image>"}))
     for given in ([], 5, None, [5], [{"role": "user", "content": "a"}, {"role": 5}]):
