@@ -260,6 +260,10 @@ def test_what_a_generation_may_be_asked_is_answered(client, noise):
         {"temperature": 0.01, "top_p": 0.0, "extra_body": {"generation_config": '{"do_sample": true}'}},
     ):
         assert isinstance(ask(client, noise(1), **{"max_tokens": 4, **options}), str)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, noise(1), extra_body={"generation_config": '{"stop_strings": ["a"]}'})
+    allowed = re.search("generation_config takes (.*) here, not .'stop_strings'", str(refused.value))[1].split(", ")
+    assert "max_new_tokens" in allowed and all(f"`{name}`" in SECTION for name in allowed)
 
 
 def test_every_option_of_transformers_serve_is_taken():
