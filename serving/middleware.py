@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 MAX_BODY_BYTES = 2**26
 # Of "{", "[" and ",", in texts as well: parsed, 64 MiB of them are gigabytes
-MAX_STRUCTURE = 200_000
+MAX_STRUCTURE = 100_000
 # No tokens are longer on average, so that a text of more need not be tokenized to be too long
 _MAX_TOKEN_BYTES = 32
 _MAX_BIASED_TOKENS = 300  # as OpenAI has it
@@ -449,10 +449,8 @@ class RequestGuard:
             num_tokens, found = math.inf, f"a text of {num_bytes} bytes"
         asked = max(fields.get(name, 1) for fields in (body, config) for name in _LENGTHS)
         if num_tokens + asked > self.context:
-            raise _Refusal(
-                f"The request has {found}, and asks for {asked} more, but the model's context holds {self.context}"
-                " tokens."
-            )
+            more = f", and asks for {asked} more" if asked > 1 else ""
+            raise _Refusal(f"The request has {found}{more}, but the model's context holds {self.context} tokens.")
 
     def _bias(self, bias: Any) -> dict[str, float]:
         if bias is None:

@@ -355,12 +355,12 @@ def test_a_body_of_countless_objects_is_refused_before_it_is_parsed(serve, monke
     monkeypatch.setattr(middleware.json, "loads", lambda *args, **kwargs: 1 / 0)
     for body in bodies:
         with pytest.raises(
-            ValueError, match=r"The request has .* brackets, braces and commas, more than 200000"
+            ValueError, match=r"The request has .* brackets, braces and commas, more than 100000"
         ) as error:
             middleware._parse(body, "The request")
         assert error.value.status == 413
-    with pytest.raises(ValueError, match="generation_config has 200001 brackets"):
-        middleware._parse("[" * 200_001, "generation_config")
+    with pytest.raises(ValueError, match="generation_config has 100001 brackets"):
+        middleware._parse("[" * 100_001, "generation_config")
 
 
 def test_an_address_that_answers_slowly_blocks_nobody(serve, noise):
