@@ -21,6 +21,7 @@ import os
 import re
 import stat
 import sys
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -465,7 +466,8 @@ def fetch_image(
 
     Args:
         url (`str`): The address. Up to `MAX_REDIRECTS` redirects are followed.
-        timeout (`float`, *optional*, defaults to `FETCH_SECONDS`): Seconds for all of it.
+        timeout (`float`, *optional*, defaults to `FETCH_SECONDS`):
+            Seconds for all of it, after which nothing more is looked up, connected to or read.
         max_bytes (`int`, *optional*, defaults to `MAX_IMAGE_BYTES`): The longest answer that is taken.
         transport (`httpx.BaseTransport`, *optional*):
             What sends each request, the redirected ones too. With one, the environment's proxies are not used.
@@ -477,15 +479,26 @@ def fetch_image(
         Exception: The address does not answer in time, or with an error, or with too much, or compressed.
     """
     timeout = FETCH_SECONDS if timeout is None else timeout
+    deadline = time.monotonic() + timeout
+
+    def check_time():
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+
+    def trace(step: str, info: dict[str, Any]):
+        # Closing the client ends what is open; a slow look-up or redirect must open nothing after that
+        if step.endswith(("connect_tcp.started", "send_request_headers.started")):
+            check_time()
 
     def receive() -> bytes:
-        with client.stream("GET", url) as response:
+        with client.stream("GET", url, extensions={"trace": trace}) as response:
             response.raise_for_status()
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":  # a few bytes of it may become gigabytes
                 raise ValueError(f"the server sends it compressed ({encoding}), which was not asked for")
             data = bytearray()
             for part in response.iter_raw():
+                check_time()
                 data += part
                 _check_length(len(data), max_bytes)
             return bytes(data)

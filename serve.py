@@ -117,9 +117,15 @@ def _serve_class(cache: FeatureCache):
             super().__init__(config)
             cache_image_features(self, cache)
 
-        def generate(self, *args, tokenizer=None, **kwargs):
+        def generate(self, *args, generation_config=None, tokenizer=None, **kwargs):
+            context = getattr(self.config.text_config, "max_position_embeddings", None)
+            if context and generation_config and generation_config.max_new_tokens:
+                # A request that names no length gets one of 1024 or more
+                left = context - kwargs["input_ids"].shape[1]
+                generation_config.max_new_tokens = min(generation_config.max_new_tokens, left)
             # The server hands over the processor, which stop strings cannot be looked up in
-            return super().generate(*args, tokenizer=getattr(tokenizer, "tokenizer", tokenizer), **kwargs)
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+            return super().generate(*args, generation_config=generation_config, tokenizer=tokenizer, **kwargs)
 
     AutoModelForMultimodalLM.register(DeltaLlavaConfig, CachedDeltaLlava, exist_ok=True)
     # By these names the server tells how to load a model, and whether it takes images

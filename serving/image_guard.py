@@ -24,8 +24,12 @@ from ..processing_delta_llava import (
 _DECODING = BoundedSemaphore(4)
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Global to Python 3.11, but set aside: relays of 6to4, and documentation
-_SET_ASIDE = (ipaddress.ip_network("192.88.99.0/24"), ipaddress.ip_network("3fff::/20"))
+# Global to Python 3.11, but set aside: protocols (and Oracle's metadata), relays of 6to4, documentation, and the hosts
+# that answer Azure's and Equinix's machines alone
+_SET_ASIDE = [
+    ipaddress.ip_network(name)
+    for name in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "168.63.129.16/32", "192.80.8.124/32")
+]
 
 
 @dataclass(frozen=True)

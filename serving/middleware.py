@@ -5,7 +5,9 @@ import base64
 import inspect
 import json
 import math
-from dataclasses import dataclass
+import re
+import time
+from dataclasses import dataclass, replace
 from reprlib import Repr
 from typing import Any
 
@@ -14,6 +16,9 @@ from jinja2 import TemplateError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import ProcessorMixin
+from transformers.cli.serving.chat_completion import TransformersCompletionCreateParamsStreaming
+from transformers.cli.serving.completion import TransformersTextCompletionCreateParams
+from transformers.cli.serving.response import TransformersResponseCreateParamsStreaming
 from transformers.utils import logging
 
 from ..configuration_delta_llava import DeltaLlavaConfig
@@ -24,22 +29,12 @@ from .image_guard import ImageGuard
 logger = logging.get_logger(__name__)
 
 MAX_BODY_BYTES = 2**26
+# Of "{", "[" and ",", in texts as well: parsed, 64 MiB of them are gigabytes
+MAX_STRUCTURE = 100_000
 # No tokens are longer on average, so that a text of more need not be tokenized to be too long
 _MAX_TOKEN_BYTES = 32
-# Of OpenAI's and transformers' fields, those that would fail deep in a generation, or never end it
-_RANGES = {
-    "temperature": (0, 2),
-    "top_p": (0, 1),
-    "frequency_penalty": (-2, 2),
-    "seed": (-(2**63), 2**63 - 1),
-    "num_beams": (1, 8),
-    "num_return_sequences": (1, 1),
-}
-_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "max_length")
-_WHOLE = (*_LENGTHS, "seed", "num_beams", "num_return_sequences")
-# They would take memory for nothing
-_INNER_OUTPUTS = ["return_dict_in_generate"]
-_INNER_OUTPUTS += [f"output_{name}" for name in ("attentions", "hidden_states", "logits", "scores")]
+_MAX_BIASED_TOKENS = 300  # as OpenAI has it
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
 # Requests may be as long and as deep as they like
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -58,6 +53,30 @@ class _Image:
     source: str
     detail: str | None
     place: str
+
+
+@dataclass(frozen=True)
+class _Number:
+    """The numbers that a field may have."""
+
+    low: float
+    high: float
+    kind: type[float] = float
+    or_zero: bool = False
+
+    def check(self, name: str, value: Any) -> float:
+        is_number = type(value) is self.kind or (self.kind is float and type(value) is int)
+        if not is_number or not (self.low <= value <= self.high or (self.or_zero and value == 0)):
+            kind = "an integer" if self.kind is int else "a number"
+            allowed = f"{'0 or ' if self.or_zero else ''}{kind} of {self.low}..{self.high}"
+            allowed = "true or false" if self.kind is bool else allowed
+            raise _Refusal(f"{name}={_short.repr(value)} must be {allowed}.")
+        return self.kind(value)  # transformers takes no integers for floats
+
+
+_FLAG = _Number(False, True, bool)
+# Colder is as good as 0, and ends in numbers that are none
+_SAMPLING = {"temperature": _Number(0.01, 2, or_zero=True), "top_p": _Number(0, 1)}
 
 
 class RequestGuard:
@@ -99,6 +118,27 @@ class RequestGuard:
             "auto": default_budget,
             None: default_budget,
         }
+        length, self.token = _Number(1, self.context, int), _Number(0, config.text_config.vocab_size - 1, int)
+        self.body_fields = {
+            **_SAMPLING,
+            **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), length),
+            **dict.fromkeys(("stream", "parallel_tool_calls"), _FLAG),
+            "frequency_penalty": _Number(-0.9, 2),  # 1 more is transformers' repetition_penalty
+            "seed": _Number(-(2**63), 2**63 - 1, int),
+        }
+        # Of the rest of a generation's fields, some fail deep in it, some never end, and some take all memory
+        self.generation_fields = {
+            **_SAMPLING,
+            **dict.fromkeys(("max_new_tokens", "max_length"), length),
+            "do_sample": _FLAG,
+            "top_k": _Number(0, 10**6, int),
+            "min_p": _Number(0, 1),
+            "num_beams": _Number(1, 8, int),
+            "repetition_penalty": _Number(0.1, 3),
+            "no_repeat_ngram_size": _Number(2, 100, int, or_zero=True),
+            "eos_token_id": self.token,
+            "pad_token_id": self.token,
+        }
         # Addresses that answer slowly must not keep other images waiting
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
         self.answering = CapacityLimiter(256)
@@ -117,12 +157,20 @@ class RequestGuard:
             for num_messages in (1, 3)
         ]
         self.first_overhead, self.next_overhead = lengths[0], math.ceil((lengths[1] - lengths[0]) / 2)
+        chat, completion, response = (
+            params.__mutable_keys__
+            for params in (
+                TransformersCompletionCreateParamsStreaming,
+                TransformersTextCompletionCreateParams,
+                TransformersResponseCreateParamsStreaming,
+            )
+        )
+        budget = {"chat_template_kwargs", "processor_kwargs"}
         self.endpoints = {
-            "/v1/chat/completions": self._check_chat,
-            "/v1/responses": self._check_response,
-            "/v1/completions": self._check_completion,
-            "/v1/systemone": self._check_decision,
-            "/load_model": self._check_model,
+            "/v1/chat/completions": (self._check_chat, chat | budget),
+            "/v1/responses": (self._check_response, response | budget),
+            "/v1/completions": (self._check_completion, completion),
+            "/load_model": (None, {"model"}),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
@@ -152,7 +200,9 @@ class RequestGuard:
                 status, message = error.status, str(error)
             elif isinstance(error, _REQUEST_ERRORS):
                 logger.warning("A request was refused:", exc_info=True)
-                status, message = 400, str(error) or type(error).__name__
+                status, message = 400, str(error)
+                if isinstance(error, UnicodeError) or not isinstance(error, (ValueError, TemplateError)):
+                    message = f"The request is not what transformers expects: {type(error).__name__}: {error}"
             else:
                 logger.exception("A request failed:")
                 status, message = 500, f"The server failed to answer: {type(error).__name__}"
@@ -163,9 +213,18 @@ class RequestGuard:
         if scope["path"] not in self.endpoints:
             raise _Refusal(f"There is no {scope['path']} here: POST to {', '.join(self.endpoints)}", 404)
         data = await _read_body(receive)
-        body = _parse(data, "The request")
-        await self.endpoints[scope["path"]](body)
-        data = json.dumps(body).encode()
+        body = {name: value for name, value in _parse(data, "The request").items() if value is not None}
+        check, known = self.endpoints[scope["path"]]
+        if unknown := body.keys() - known:
+            raise _Refusal(
+                f"Unexpected fields {_short.repr(sorted(unknown))}: budgets belong in chat_template_kwargs, and"
+                f" {', '.join(self.generation_fields)} in generation_config, as the text of a JSON object."
+            )
+        if body.get("model") not in (None, self.checkpoint):
+            raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body['model'])}.")
+        if check:
+            await check(body)
+        data = json.dumps(body, ensure_ascii=False).encode()
         headers = {name: value for name, value in scope["headers"] if name != b"transfer-encoding"}
         headers |= {b"content-length": str(len(data)).encode(), b"content-type": b"application/json"}
         scope = {**scope, "headers": list(headers.items())}
@@ -203,7 +262,7 @@ class RequestGuard:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise _Refusal("messages must be a list of at least one message.")
-        images, texts = [], [json.dumps(body.get("tools") or "")]
+        images, texts = [], [_tools(body)]
         body["messages"] = [
             self._message(message, f"messages[{number}]", images, texts) for number, message in enumerate(messages)
         ]
@@ -215,7 +274,7 @@ class RequestGuard:
         instructions = body.get("instructions")
         if instructions is not None and not isinstance(instructions, str):
             raise _Refusal(f"instructions must be a text, but are of type {type(instructions).__name__}.")
-        texts += [instructions or "", json.dumps(body.get("tools") or "")]
+        texts += [instructions or "", _tools(body)]
         if isinstance(items, str):
             texts.append(items)
         elif isinstance(items, list) and items and all(isinstance(item, dict) for item in items):
@@ -231,10 +290,25 @@ class RequestGuard:
         await self._check_prompt(body, images, texts, num_messages + (instructions is not None))
 
     def _item(self, item: dict[str, Any], place: str, images: list[_Image], texts: list[str]) -> dict[str, Any]:
-        if "role" in item:
+        kind = item.get("type")
+        found = f"{place} is {_short.repr(item)}"
+        if kind == "reasoning":
+            content = item.get("content") or []
+            if not isinstance(content, list) or not all(
+                isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+            ):
+                raise _Refusal(f"{found}: the content of a reasoning must be a list of parts with a text.")
+        elif "role" in item:
             return self._message(item, place, images, texts)
-        if item.get("type") == "function_call_output":
+        elif kind not in ("function_call", "function_call_output") or not isinstance(item.get("call_id"), str):
+            raise _Refusal(
+                f"{found}: it must be a message with a role, a reasoning, or a function_call or function_call_output"
+                " with a call_id."
+            )
+        elif kind == "function_call_output":
             return {**item, "output": self._parts(item.get("output"), f"{place}.output", images, texts)}
+        else:
+            _check_call(item, place)
         texts.append(json.dumps(item))
         return item
 
@@ -242,9 +316,14 @@ class RequestGuard:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _Refusal(f"{place} must be a message with a role, but is {_short.repr(message)}.")
         message = {name: value for name, value in message.items() if value is not None}
-        if "tool_calls" in message:  # transformers takes them instead of the content
-            texts.append(json.dumps(message["tool_calls"]))
-            message["content"] = None
+        if calls := message.pop("tool_calls", None):  # transformers takes them instead of the content
+            if not isinstance(calls, list):
+                raise _Refusal(f"{place}.tool_calls must be a list, but is {_short.repr(calls)}.")
+            for number, call in enumerate(calls):
+                function = call.get("function") if isinstance(call, dict) else None
+                _check_call(function or call, f"{place}.tool_calls[{number}]")
+            texts.append(json.dumps(calls))
+            message |= {"tool_calls": calls, "content": None}
         return {**message, "content": self._parts(message.get("content"), f"{place}.content", images, texts)}
 
     def _parts(self, content: Any, place: str, images: list[_Image], texts: list[str]) -> Any:
@@ -284,33 +363,14 @@ class RequestGuard:
             raise _Refusal(f"The request has more parts than the {self.context} tokens that the model's context holds.")
 
     async def _check_completion(self, body: dict[str, Any]):
-        texts = [body.get("prompt"), body.get("suffix") or ""]
+        texts = [body.get("prompt"), body.get("suffix", "")]
         if not texts[0] or not all(isinstance(text, str) for text in texts):
             raise _Refusal("prompt must be a text that is not empty, and suffix a text.")
         if any(self.processor.image_token in text for text in texts):
             raise _Refusal(
                 f"A completion takes no images, but its text holds {self.processor.image_token}: use a chat."
             )
-        await self._check_lengths(body, [], texts)
-
-    async def _check_decision(self, body: dict[str, Any]):
-        assets = body.get("assets") or {}
-        if not isinstance(assets, dict) or not all(isinstance(asset, dict) for asset in assets.values()):
-            raise _Refusal('assets must map names to images, as {"data_base64": ...}.')
-        images = [
-            _Image(asset, "data_base64", asset["data_base64"], None, f"assets[{name!r}]")
-            for name, asset in assets.items()
-            if "data_base64" in asset
-        ]
-        texts = [json.dumps([body.get("state"), body.get("questions")])]
-        await self._check_lengths(body, self._num_image_tokens(self.budget_of_detail[None], len(images)), texts)
-        await self._open(images)
-        for image in images:  # base64 alone
-            image.owner[image.key] = image.owner[image.key].partition(",")[2]
-
-    async def _check_model(self, body: dict[str, Any]):
-        if body.get("model") != self.checkpoint:
-            raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body.get('model'))}.")
+        await self._check_fields(body, [], texts)
 
     async def _check_prompt(self, body: dict[str, Any], images: list[_Image], texts: list[str], num_messages: int):
         """What chats and responses have in common: the budget of each image, all lengths, and the images."""
@@ -324,7 +384,7 @@ class RequestGuard:
         body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budget} if images else template_kwargs
         texts.append(json.dumps(template_kwargs))
         overhead = self.first_overhead + (num_messages - 1) * self.next_overhead
-        await self._check_lengths(body, budgets, texts, overhead)
+        await self._check_fields(body, budgets, texts, overhead)
         await self._open(images)
 
     def _requested_budget(self, body: dict[str, Any], template_kwargs: dict[str, Any]) -> Any:
@@ -349,24 +409,37 @@ class RequestGuard:
             raise _Refusal(f"The request names several num_visual_tokens: {' and '.join(map(str, found))}.")
         return found[0] if found else None
 
-    async def _check_lengths(self, body: dict[str, Any], budgets: list[int], texts: list[str], overhead: int = 0):
-        fields = dict(body)
-        if isinstance(body.get("generation_config"), str):
-            fields |= _parse(body["generation_config"], "generation_config")
-        ranges = _RANGES | dict.fromkeys(_LENGTHS, (1, self.context))
-        for name in ranges.keys() & fields.keys():
-            (low, high), value = ranges[name], fields[name]
-            kinds = {int} if name in _WHOLE else {int, float}
-            if value is not None and (type(value) not in kinds or not low <= value <= high):
-                kind = "an integer" if name in _WHOLE else "a number"
-                raise _Refusal(f"{name}={_short.repr(value)} must be {kind} of {low}..{high}.")
-        stop = body.get("stop")
-        stops = [stop] if isinstance(stop, str) else stop or []
+    async def _check_fields(self, body: dict[str, Any], budgets: list[int], texts: list[str], overhead: int = 0):
+        config = body.get("generation_config")
+        if not isinstance(config, str | None):
+            raise _Refusal(f"generation_config must be a text of JSON, but is {_short.repr(config)}.")
+        config = {} if config is None else _parse(config, "generation_config")
+        config = {name: value for name, value in config.items() if value is not None}
+        if unknown := config.keys() - self.generation_fields.keys():
+            allowed = ", ".join(self.generation_fields)
+            raise _Refusal(f"generation_config takes {allowed} here, not {_short.repr(sorted(unknown))}.")
+        for fields, allowed in ((body, self.body_fields), (config, self.generation_fields)):
+            for name in allowed.keys() & fields.keys():
+                value = fields[name]
+                if name == "eos_token_id" and isinstance(value, list) and 0 < len(value) <= 16:
+                    fields[name] = [allowed[name].check(name, token) for token in value]
+                else:
+                    fields[name] = allowed[name].check(name, value)
+        if body.get("stream") and config.get("num_beams", 1) > 1:
+            raise _Refusal(f"num_beams={config['num_beams']} gives no stream: ask with stream=false, or for one beam.")
+        if config.get("temperature") == 0:  # as in the body
+            config |= {"temperature": 1.0, "do_sample": False}
+        if "generation_config" in body:
+            body["generation_config"] = json.dumps(config)
+        stops = body.pop("stop", None) or []
+        stops = [stops] if isinstance(stops, str) else stops
         is_list = isinstance(stops, list) and len(stops) <= 4
         if not is_list or not all(isinstance(text, str) and 0 < len(text) <= 100 for text in stops):
-            raise _Refusal(f"stop={_short.repr(stop)} must be a text of 1..100 characters, or a list of up to four.")
-        if asked := [name for name in _INNER_OUTPUTS if fields.get(name)]:
-            raise _Refusal(f"generation_config asks for {', '.join(asked)}, which an answer does not hold.")
+            raise _Refusal(f"stop={_short.repr(stops)} must be a text of 1..100 characters, or a list of up to four.")
+        if stops:
+            body["stop"] = stops
+        if bias := self._bias(body.pop("logit_bias", None)):
+            body["logit_bias"] = bias
         num_tokens = sum(budgets) + overhead
         text = "\n".join(texts)
         if (num_bytes := len(text.encode())) <= self.context * _MAX_TOKEN_BYTES:
@@ -374,19 +447,37 @@ class RequestGuard:
             found = f"about {num_tokens} tokens, {sum(budgets)} of them for {len(budgets)} images"
         else:
             num_tokens, found = math.inf, f"a text of {num_bytes} bytes"
-        if num_tokens >= self.context:
-            raise _Refusal(f"The request has {found}, but the model's context holds {self.context} tokens.")
+        asked = max(fields.get(name, 1) for fields in (body, config) for name in _LENGTHS)
+        if num_tokens + asked > self.context:
+            more = f", and asks for {asked} more" if asked > 1 else ""
+            raise _Refusal(f"The request has {found}{more}, but the model's context holds {self.context} tokens.")
+
+    def _bias(self, bias: Any) -> dict[str, float]:
+        if bias is None:
+            return {}
+        if not isinstance(bias, dict) or len(bias) > _MAX_BIASED_TOKENS:
+            raise _Refusal(f"logit_bias must be an object of up to {_MAX_BIASED_TOKENS} tokens.")
+        for token in bias:
+            if not re.fullmatch(r"[0-9]{1,9}", token):
+                raise _Refusal(f"logit_bias names tokens by their numbers, as '17', not {_short.repr(token)}.")
+            self.token.check("A token of logit_bias", int(token))
+        bound = _Number(-100, 100)
+        return {token: bound.check(f"logit_bias of token {token}", value) for token, value in bias.items()}
 
     async def _open(self, images: list[_Image]):
         """Write each image into the request as a `data:` URL, one after the other, since all of them take memory."""
-        num_pixels = 0
+        guard = self.guard
 
         def data_url(image: _Image) -> str:
-            nonlocal num_pixels
-            data, opened = self.guard.check(image.source)
-            num_pixels += opened.width * opened.height
-            if num_pixels > self.guard.max_pixels:
-                raise ValueError(f"the images of a request have at most {self.guard.max_pixels} pixels in all")
+            nonlocal guard
+            start = time.monotonic()
+            data, opened = guard.check(image.source)
+            guard = replace(
+                guard,
+                max_bytes=guard.max_bytes - len(data),
+                max_pixels=guard.max_pixels - opened.width * opened.height,
+                timeout=max(guard.timeout - (time.monotonic() - start), 0.0),
+            )
             return f"data:image/{opened.info['format'].lower()};base64,{base64.b64encode(data).decode()}"
 
         for image in images:
@@ -395,7 +486,11 @@ class RequestGuard:
             try:
                 image.owner[image.key] = await to_thread.run_sync(data_url, image, limiter=limiter)
             except ValueError as error:
-                raise _Refusal(f"{image.place}: {error}") from error
+                of_all = (
+                    f" (the images of a request have at most {self.guard.max_bytes} bytes, {self.guard.max_pixels}"
+                    f" pixels and {self.guard.timeout:g} s together)"
+                )
+                raise _Refusal(f"{image.place}: {error}{'' if guard is self.guard else of_all}") from error
 
 
 def openai_error(message: str, status: int) -> JSONResponse:
@@ -428,12 +523,47 @@ async def _read_body(receive: Receive) -> bytes:
     return bytes(data)
 
 
+def _tools(body: dict[str, Any]) -> str:
+    """The text of a request's tools."""
+    tools = body.get("tools")
+    if not isinstance(tools, list | None):
+        raise _Refusal(f"tools must be a list of functions, but are {_short.repr(tools)}.")
+    for number, tool in enumerate(tools or []):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not isinstance(function.get("parameters"), dict | None)
+        ):
+            raise _Refusal(
+                f"tools[{number}] must be a function with a name, and an object as its parameters, but is"
+                f" {_short.repr(tool)}."
+            )
+    if not isinstance(body.get("tool_choice"), str | dict | None):
+        raise _Refusal(f"tool_choice={_short.repr(body['tool_choice'])} must be a text or an object.")
+    return json.dumps(tools or "")
+
+
+def _check_call(function: Any, place: str):
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if isinstance(arguments, str):
+        arguments = _parse(arguments, f"{place}: arguments")
+    if not isinstance(arguments, dict) or not isinstance(function.get("name"), str):
+        raise _Refusal(
+            f"{place} must call a function by its name, with arguments that are an object or the JSON of one, but is"
+            f" {_short.repr(function)}."
+        )
+
+
 def _parse(data: bytes | str, name: str) -> dict[str, Any]:
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):
             raise ValueError(f"{number} is no number")
         return value
 
+    raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
+    if (size := len(raw) - len(raw.translate(None, b"{[,"))) > MAX_STRUCTURE:
+        raise _Refusal(f"{name} has {size} brackets, braces and commas, more than {MAX_STRUCTURE}.", 413)
     try:
         body = json.loads(data, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from starlette.responses import JSONResponse
 
 from delta_llava.processing_delta_llava import open_image
+from delta_llava.serving import middleware
 from delta_llava.serving.image_guard import ImageGuard
 from delta_llava.serving.middleware import MAX_BODY_BYTES, RequestGuard
 
@@ -162,10 +164,6 @@ def test_images_arrive_as_data_urls(serve, noise):
         sent = body["messages"][0]["content"][0]["image_url"]
         assert sent.startswith("data:image/")
         assert open_image(sent).tobytes() == open_image(given).tobytes()
-    asset = {"data_base64": data_url(photo).partition(",")[2]}
-    _, body = post("/v1/systemone", {"state": "it", "questions": {}, "assets": {"it": asset}})
-    sent = base64.b64decode(body["assets"]["it"]["data_base64"], validate=True)
-    assert open_image(sent).tobytes() == photo.tobytes()
 
 
 @pytest.mark.parametrize("source", ["/etc/hostname", "file:///etc/hostname", "http://127.0.0.1/a.png", "http://[::1]/"])
@@ -180,9 +178,13 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         ("/v1/responses", {"input": [{"role": "user", "content": [part]}]}),
         (
             "/v1/responses",
-            {"input": [{"role": "user", "content": "a"}, {"type": "function_call_output", "output": [part]}]},
+            {
+                "input": [
+                    {"role": "user", "content": "a"},
+                    {"type": "function_call_output", "call_id": "1", "output": [part]},
+                ]
+            },
         ),
-        ("/v1/systemone", {"state": "it", "questions": {}, "assets": {"it": {"data_base64": source}}}),
     ]:
         message = refusal(post(path, body))
         assert "is not a public address" in message or "local files are not allowed" in message
@@ -204,7 +206,7 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
     )
     assert "alone, not" in refusal(post("/load_model", {"model": source}))
     assert post("/load_model", {"model": "here"})[0] == 200
-    for path in ("/v1/audio/transcriptions", "/reset", "/v1/embeddings", "/v1//chat/completions"):
+    for path in ("/v1/audio/transcriptions", "/reset", "/v1/embeddings", "/v1/systemone", "/v1//chat/completions"):
         assert post(path, {"url": source})[0] == 404
 
 
@@ -245,19 +247,67 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, max_tokens=0), r"max_tokens=0 must be an integer of 1\.\.2048"),
         (chat(TEXT, max_tokens=10**9), "max_tokens"),
         (chat(TEXT, max_completion_tokens=True), "max_completion_tokens=True"),
-        (chat(TEXT, temperature="hot"), "temperature='hot' must be a number"),
+        (chat(TEXT, temperature="hot"), "temperature='hot' must be 0 or a number of 0.01..2"),
         (chat(TEXT, seed=1.5), "seed"),
+        (chat(TEXT, temperature=1e-300), r"temperature=1e-300 must be 0 or a number of 0\.01\.\.2"),
+        (chat(TEXT, frequency_penalty=-1), r"frequency_penalty=-1 must be a number of -0\.9\.\.2"),
+        (chat(TEXT, stream="x"), "stream='x' must be true or false"),
+        (chat(TEXT, max_tokens=2045), r"has about \d+ tokens, .* asks for 2045 more, .* context holds 2048 tokens"),
+        (chat(TEXT, model="another"), "serves here alone, not 'another'"),
+        (
+            chat(TEXT, num_visual_tokens=36),
+            "Unexpected fields .'num_visual_tokens'.: budgets belong in chat_template_kw",
+        ),
+        (chat(image("data:image/png;base64,eHh4"), top_k=5), "Unexpected fields .'top_k'."),
+        (chat(TEXT, logit_bias=5), "logit_bias must be an object of up to 300 tokens"),
+        (chat(TEXT, logit_bias={str(token): 1 for token in range(301)}), "logit_bias must be .* 300 tokens"),
+        (chat(TEXT, logit_bias={"x": 1}), "logit_bias names tokens .* not 'x'"),
+        (chat(TEXT, logit_bias={"1" * 5000: 1}), "logit_bias names tokens by their numbers"),
+        (chat(TEXT, logit_bias={"-1": 1}), "logit_bias names tokens .* not '-1'"),
+        (chat(TEXT, logit_bias={"999999": 1}), "A token of logit_bias=999999 must be an integer of 0.."),
+        (chat(TEXT, logit_bias={"5": "a"}), "logit_bias of token 5='a' must be a number of -100..100"),
+        (chat(TEXT, tools=5), "tools must be a list of functions, but are 5"),
+        (chat(TEXT, tools=[5]), r"tools\[0\] must be a function with a name"),
+        (chat(TEXT, tools=[{"type": "function", "function": {"name": 5}}]), r"tools\[0\] must be a function"),
+        (chat(TEXT, tools=[{"type": "function", "function": {"name": "f", "parameters": 5}}]), r"tools\[0\] must be"),
+        (chat(TEXT, tool_choice=5), "tool_choice=5 must be a text or an object"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}]}, r"messages\[0\]\.tool_calls must be a list, but is 5"),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, r"tool_calls\[0\] must call a function by its name"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "with arguments that are"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            r"tool_calls\[0\]: arguments is no JSON",
+        ),
         (chat(TEXT, stop=[""]), "stop"),
         (chat(TEXT, stop=["a"] * 5), "stop"),
         (chat(TEXT, generation_config='{"num_beams": 100000}'), "num_beams=100000"),
         (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
         (chat(TEXT, stop="a" * 101), "stop"),
-        (chat(TEXT, generation_config='{"output_attentions": true}'), "asks for output_attentions"),
+        (
+            chat(TEXT, generation_config='{"output_attentions": true}'),
+            r"generation_config takes .*max_new_tokens.*, not \['output_attentions'\]",
+        ),
+        (chat(TEXT, max_tokens=10**9, generation_config='{"max_new_tokens": 1}'), "max_tokens=1000000000"),
+        (chat(TEXT, max_tokens=1, generation_config='{"max_tokens": 1}'), r"takes .*, not \['max_tokens'\]"),
+        (chat(TEXT, seed=10**30, generation_config='{"do_sample": true}'), "seed=1000000000000000000"),
+        (chat(TEXT, generation_config='{"max_new_tokens": 1000000000}'), "max_new_tokens=1000000000"),
+        (chat(TEXT, generation_config='{"stop_strings": ["a"]}'), r"takes .*, not \['stop_strings'\]"),
+        (chat(TEXT, generation_config='{"sequence_bias": []}'), r"takes .*, not \['sequence_bias'\]"),
+        (chat(TEXT, generation_config='{"cache_implementation": "quantized"}'), r"not \['cache_implementation'\]"),
+        (chat(TEXT, generation_config='{"prefill_chunk_size": 0}'), r"not \['prefill_chunk_size'\]"),
+        (chat(TEXT, generation_config='{"do_sample": 1}'), "do_sample=1 must be true or false"),
+        (chat(TEXT, generation_config='{"repetition_penalty": 0}'), "repetition_penalty=0"),
+        (chat(TEXT, generation_config='{"eos_token_id": [1, "x"]}'), "eos_token_id='x' must be an integer of 0.."),
+        (chat(TEXT, generation_config='{"eos_token_id": []}'), r"eos_token_id=\[\] must be"),
+        (chat(TEXT, generation_config='{"pad_token_id": -5}'), "pad_token_id=-5"),
+        (chat(TEXT, generation_config='{"num_beams": 2}', stream=True), "num_beams=2 gives no stream"),
+        (chat(TEXT, generation_config={"num_beams": 2}), "generation_config must be a text of JSON"),
+        (chat(TEXT, generation_config="5"), "generation_config must be a JSON object, but is 5"),
         (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
         (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
         ({"messages": [{"role": "user", "content": ""}] * 1000}, r"has about \d+ tokens"),
-        ({"messages": [{"role": "user", "content": ""}] * 10**5}, "has more parts than the 2048 tokens"),
-        (chat(*[{"type": "text", "text": ""}] * 10**5), "has more parts than the 2048 tokens"),
+        ({"messages": [{"role": "user", "content": ""}] * 10**4}, "has more parts than the 2048 tokens"),
+        (chat(*[{"type": "text", "text": ""}] * 10**4), "has more parts than the 2048 tokens"),
         (chat({"type": "text", "text": "a" * 10**6}), r"a text of 10000\d\d bytes"),
     ],
 )
@@ -271,13 +321,46 @@ def test_images_of_a_request_have_limits_together(serve):
     assert "14400 of them for 100 images" in refusal(answer)
     assert budgets(serve()("/v1/chat/completions", chat(*[image(many, "low")] * 100))) == [16] * 100
     large = data_url(Image.new("L", (6000, 6000)))
-    assert "at most 50000000 pixels in all" in refusal(
+    assert "at most 33554432 bytes, 50000000 pixels and 20 s together" in refusal(
         serve()("/v1/chat/completions", chat(image(large), image(large)))
     )
+    num_bytes = len(base64.b64decode(large.partition(",")[2]))
+    of_bytes = serve(guard=ImageGuard(max_bytes=2 * num_bytes - 1, max_pixels=10**9))
+    assert of_bytes("/v1/chat/completions", chat(image(large)))[0] == 200
+    assert re.search(
+        rf"content\[1\]: .* more than {num_bytes - 1} bytes \(the images of a request .* {2 * num_bytes - 1} bytes",
+        refusal(of_bytes("/v1/chat/completions", chat(image(large), image(large)))),
+    )
+
+    class Slow(ImageGuard):
+        def check(self, source):
+            asked.append(self.timeout)
+            time.sleep(0.05)
+            return super().check(source)
+
+    asked = []
+    serve(guard=Slow(timeout=1.0))("/v1/chat/completions", chat(*[image(many)] * 3))
+    assert asked[0] == 1 and asked[1] <= 0.95 and asked[2] <= 0.9
     bomb = data_url(Image.new("L", (8000, 8000)))
     assert "it has 8000 x 8000 pixels" in refusal(serve()("/v1/chat/completions", chat(image(bomb))))
     status, body = serve()("/v1/chat/completions", b" " * (MAX_BODY_BYTES + 1))
     assert status == 413 and "more than 67108864" in body["error"]["message"]
+
+
+def test_a_body_of_countless_objects_is_refused_before_it_is_parsed(serve, monkeypatch):
+    post = serve()
+    text = "one, two, {three} [four] " * 1000  # as a long text may be
+    assert "about" in refusal(post("/v1/chat/completions", chat({"type": "text", "text": text})))
+    bodies = [b'{"messages": [' + piece * 10**6 + b"{}]}" for piece in (b"{},", b"0,", b"[],", b'"a",')]
+    monkeypatch.setattr(middleware.json, "loads", lambda *args, **kwargs: 1 / 0)
+    for body in bodies:
+        with pytest.raises(
+            ValueError, match=r"The request has .* brackets, braces and commas, more than 100000"
+        ) as error:
+            middleware._parse(body, "The request")
+        assert error.value.status == 413
+    with pytest.raises(ValueError, match="generation_config has 100001 brackets"):
+        middleware._parse("[" * 100_001, "generation_config")
 
 
 def test_an_address_that_answers_slowly_blocks_nobody(serve, noise):
@@ -327,7 +410,7 @@ def test_an_app_that_takes_its_time_blocks_nobody(serve):
     ("error", "status", "message"),
     [
         (ValueError("the template knows no role tool"), 400, "the template knows no role tool"),
-        (KeyError("arguments"), 400, "'arguments'"),
+        (KeyError("role"), 400, "The request is not what transformers expects: KeyError: 'role'"),
         (RuntimeError("at 0x7f: secret"), 500, "The server failed to answer: RuntimeError"),
     ],
 )
@@ -345,7 +428,11 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
         "messages": [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": [TEXT]},
-            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+            },
             {"role": "tool", "tool_call_id": "1", "content": "4"},
             {"role": "assistant", "content": "four", "tool_calls": None, "refusal": None},
             {"role": "user", "content": ""},
@@ -360,8 +447,52 @@ def test_other_messages_and_fields_arrive_as_they_are(serve):
     assert {name: found[name] for name in ("chat_template_kwargs", "stream", "temperature")} == {
         name: body[name] for name in ("chat_template_kwargs", "stream", "temperature")
     }
+    generation = json.dumps({"do_sample": True, "top_k": 5, "min_p": 0.1, "eos_token_id": [1, 2]})
+    for given, expected in (
+        ({"generation_config": generation, "max_tokens": 5}, {"generation_config": generation, "max_tokens": 5}),
+        (
+            {"generation_config": '{"temperature": 2, "num_beams": null}'},
+            {"generation_config": '{"temperature": 2.0}'},
+        ),
+        (
+            {"generation_config": '{"temperature": 0, "do_sample": true}'},
+            {"generation_config": '{"temperature": 1.0, "do_sample": false}'},
+        ),
+        ({"logit_bias": {"5": -100, "6": 0.5}}, {"logit_bias": {"5": -100.0, "6": 0.5}}),
+        ({"logit_bias": {}, "stop": [], "temperature": 0, "seed": -1}, {"temperature": 0, "seed": -1}),
+        ({"stop": "a", "frequency_penalty": -0.9}, {"stop": ["a"], "frequency_penalty": -0.9}),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"},) * 2,
+    ):
+        _, found = post("/v1/chat/completions", chat(TEXT, **given))
+        assert found == chat(TEXT, **expected, chat_template_kwargs={})
+    _, found = post("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a", "tool_calls": []}]})
+    assert found["messages"] == [{"role": "assistant", "content": "a"}]
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+    items = [
+        {"role": "user", "content": "a"},
+        {"type": "reasoning", "content": [{"text": "so"}]},
+        call,
+        {"type": "function_call_output", "call_id": "1", "output": "4"},
+    ]
+    assert post("/v1/responses", {"input": items, "tools": [{"type": "function", "name": "f"}]})[1]["input"] == items
+    for wrong in (
+        {"type": "reasoning", "content": "so"},
+        {"type": "reasoning", "content": [{}]},
+        {**call, "call_id": 5},
+        {**call, "name": None},
+        {**call, "arguments": "["},
+        {"type": "function_call_output", "output": "4"},
+        {"type": "item_reference", "id": "1"},
+    ):
+        assert refusal(post("/v1/responses", {"input": [items[0], wrong]})).startswith("input[1]")
     assert post("/v1/completions", {"prompt": "a", "max_tokens": 3})[1] == {"prompt": "a", "max_tokens": 3}
-    for given in ({}, {"prompt": ""}, {"prompt": ["a"]}, {"prompt": "a", "suffix": 5}):
+    for given in (
+        {},
+        {"prompt": ""},
+        {"prompt": ["a"]},
+        {"prompt": "a", "suffix": 5},
+        {"prompt": "a", "suffix": False},
+    ):
         assert "prompt must be a text" in refusal(post("/v1/completions", given))
     assert "use a chat" in refusal(post("/v1/completions", {"prompt": "<image>"}))
     for given in ([], 5, None, [5], [{"role": "user", "content": "a"}, {"role": 5}]):

@@ -3,6 +3,7 @@
 import base64
 import inspect
 import io
+import json
 import os
 import re
 import runpy
@@ -228,9 +229,9 @@ def test_what_a_client_may_not_name_is_a_bad_request(client, folder, server):
 
 
 def test_what_transformers_refuses_is_in_openai_s_form(client, noise):
-    with pytest.raises(openai.UnprocessableEntityError, match=r"Unexpected fields .*num_visual_tokens"):
+    with pytest.raises(openai.BadRequestError, match=r"Unexpected fields .*num_visual_tokens"):
         ask(client, noise(1), extra_body={"num_visual_tokens": 36})
-    with pytest.raises(openai.BadRequestError, match="pinned"):
+    with pytest.raises(openai.BadRequestError, match="alone, not 'another'"):
         client.chat.completions.create(model="another", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.BadRequestError, match="did you mean num_visual_tokens"):
         ask(client, noise(1), extra_body={"chat_template_kwargs": {"num_visual_token": 36}})
@@ -239,6 +240,30 @@ def test_what_transformers_refuses_is_in_openai_s_form(client, noise):
             model="demo/out/checkpoint", messages=[{"role": "user", "content": "What is <image>?"}]
         )
     assert [model.id for model in client.models.list()] == ["demo/out/checkpoint"]
+
+
+def test_an_answer_ends_where_the_context_does(client):
+    prompt = "a " * 1950
+    answer = client.completions.create(model="demo/out/checkpoint", prompt=prompt, temperature=0)
+    assert answer.choices[0].finish_reason == "length" and 1900 < answer.usage.prompt_tokens < 2048
+    assert answer.usage.total_tokens == 2048
+    with pytest.raises(openai.BadRequestError, match="asks for 500 more, but the model's context holds 2048 tokens"):
+        client.completions.create(model="demo/out/checkpoint", prompt=prompt, max_tokens=500)
+
+
+def test_what_a_generation_may_be_asked_is_answered(client, noise):
+    generation = {"max_new_tokens": 4, "do_sample": True, "top_k": 5, "min_p": 0.1, "no_repeat_ngram_size": 2}
+    for options in (
+        {"extra_body": {"generation_config": json.dumps(generation)}, "seed": 1},
+        {"extra_body": {"generation_config": json.dumps({"num_beams": 2, "do_sample": False, "eos_token_id": [2, 3]})}},
+        {"logit_bias": {"5": -100}, "stop": [], "frequency_penalty": -0.9},
+        {"temperature": 0.01, "top_p": 0.0, "extra_body": {"generation_config": '{"do_sample": true}'}},
+    ):
+        assert isinstance(ask(client, noise(1), **{"max_tokens": 4, **options}), str)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, noise(1), extra_body={"generation_config": '{"stop_strings": ["a"]}'})
+    allowed = re.search("generation_config takes (.*) here, not .'stop_strings'", str(refused.value))[1].split(", ")
+    assert "max_new_tokens" in allowed and all(f"`{name}`" in SECTION for name in allowed)
 
 
 def test_every_option_of_transformers_serve_is_taken():
