@@ -30,6 +30,7 @@ state = PartialState()
 facts = {"num_processes": state.num_processes, "distributed_type": state.distributed_type.value, "sizes": sizes}
 if state.is_main_process:
     open(sys.argv[1], "w").write(json.dumps(facts))
+state.destroy_process_group()  # else gloo's threads may abort a process that ends
 """
 
 
@@ -106,6 +107,7 @@ def test_two_processes_train_what_one_does_with_the_doubled_batch(run, launch, s
 
 REFUSED = """
 import json, os, sys
+from accelerate import PartialState
 from delta_llava.train import finetune
 
 try:
@@ -113,6 +115,7 @@ try:
 except ValueError as error:  # in both processes, or this would not end
     if os.environ["RANK"] == "1":
         open(sys.argv[1], "w").write(json.dumps(str(error)))
+PartialState().destroy_process_group()
 """
 
 
