@@ -18,6 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import ModelConfig, SFTConfig
 
 from ..llava import pad_to_square
@@ -101,3 +102,4 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # else its threads may abort a process whose work is done

@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import ModelConfig, SFTConfig
 
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -99,3 +100,4 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # else its threads may abort a process whose work is done
