@@ -117,7 +117,8 @@ def generate(
         raise ValueError(f"The prompts have places for {num_images.tolist()} images, but there are {num_pixels}.")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     features = None if pixel_values is None else model.model._run_vision_tower(pixel_values)[1:]
-    config, pad, kwargs = _settings(model, kwargs)
+    config, kwargs = _settings(model, kwargs)
+    pad = config.pad_token_id
 
     def answer(ids: torch.Tensor, mask: torch.Tensor, images: torch.Tensor, budget: int):
         encoded = {}
@@ -176,7 +177,7 @@ def generate_scored(
     Raises:
         ValueError: If `generate` is to return several answers of a prompt.
     """
-    config, _, kwargs = _settings(model, kwargs)
+    config, kwargs = _settings(model, kwargs)
     output = model.generate(input_ids=input_ids, generation_config=config, **kwargs)
     scores = model.compute_transition_scores(
         output.sequences, output.logits, output.get("beam_indices"), normalize_logits=True
@@ -188,9 +189,9 @@ def generate_scored(
     return answers, scores.masked_fill(~is_answer, 0).sum(1) / is_answer.sum(1)
 
 
-def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[GenerationConfig, int, dict[str, Any]]:
-    """How `generate` is to answer, what follows a row that has ended, and the arguments that are the model's own."""
-    options = {**options, "return_dict_in_generate": True, "output_logits": True}
+def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """How `generate` is to answer, and the arguments that are the model's own."""
+    options = {**options, **dict.fromkeys(OUTPUTS, True)}
     config = deepcopy(options.pop("generation_config", None) or model.generation_config)
     options = config.update(**options)
     for name in ("eos_token_id", "pad_token_id"):  # as `generate` does
@@ -203,7 +204,7 @@ def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Generati
         raise ValueError("num_return_sequences must be 1: a cascade gives one answer to each prompt.")
     if config.max_length is not None and config.max_new_tokens is None:
         raise ValueError(f"max_length={config.max_length} counts the prompt, which grows: name max_new_tokens.")
-    return config, config.pad_token_id, options
+    return config, options
 
 
 def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:

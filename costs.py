@@ -620,8 +620,20 @@ def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:
 
 def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
     """In which the largest total has digits before the point, as FLOPs and by name."""
-    largest = max(map(_total_flops, costs.values()))
-    return next(((size, name) for size, name in UNITS.items() if largest >= size), (1.0, "FLOPs"))
+    return flops_unit(max(map(_total_flops, costs.values())))
+
+
+def flops_unit(flops: float) -> tuple[float, str]:
+    """
+    The unit in which a figure has digits before the point.
+
+    Args:
+        flops (`float`): The figure, in FLOPs.
+
+    Returns:
+        `tuple[float, str]`: The unit's size in FLOPs, and its name.
+    """
+    return next(((size, name) for size, name in UNITS.items() if flops >= size), (1.0, "FLOPs"))
 
 
 def _table(costs: dict[int, dict[str, int]], title: str) -> str:

@@ -14,7 +14,9 @@ together, the one with the highest accuracy goes into the checkpoint's `cascade.
 
 import argparse
 import json
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from math import inf
 from pathlib import Path
 from statistics import fmean
@@ -140,14 +142,16 @@ def cascades(
     Returns:
         `list[Cascade]`: From the one that never asks again on; one that asks again whatever is not certain comes last.
     """
+    least_sure_first = sorted(zip(small[1], small[0], large, num_images, strict=True))
+    scores = [score for score, *_ in least_sure_first]
+    # After asking the 0, 1, 2, ... least sure again
+    right = list(accumulate((after - before for _, before, after, _ in least_sure_first), initial=sum(small[0])))
+    images = list(accumulate((images for *_, images in least_sure_first), initial=0))
     found = []
-    for threshold in (-inf, *sorted({score for score in small[1] if score < 0}), 0.0):
-        again = [score < threshold for score in small[1]]
-        tokens = sum(
-            images * (budgets[0] + asked * budgets[1]) for images, asked in zip(num_images, again, strict=True)
-        )
-        right = [second if asked else first for asked, first, second in zip(again, small[0], large, strict=True)]
-        found.append(Cascade(threshold, tokens / sum(num_images), fmean(right), fmean(again)))
+    for threshold in (-inf, *sorted({score for score in scores if score < 0}), 0.0):
+        asked = bisect_left(scores, threshold)
+        tokens = images[-1] * budgets[0] + images[asked] * budgets[1]
+        found.append(Cascade(threshold, tokens / images[-1], right[asked] / len(scores), asked / len(scores)))
     return found
 
 

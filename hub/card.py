@@ -365,13 +365,13 @@ def _costs(config: DeltaLlavaConfig) -> dict[str, Any]:
     except ValueError as error:  # a kind of backbone that it does not know
         return {"parameters": None, "unknown": str(error)}
     smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
-    flops = next(unit for unit in ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs")) if smallest >= unit[0] / 1e3)
+    size, unit = costs.flops_unit(1e3 * smallest)  # with three digits after the point, none is zero
     return {
         "parameters": costs.parameter_counts(config),
-        "flops_unit": flops[1],
+        "flops_unit": unit,
         "rows": {
             budget: {
-                "flops": [answer[part] / flops[0] for part in costs.FLOP_PARTS],
+                "flops": [answer[part] / size for part in costs.FLOP_PARTS],
                 "kv_cache": answer["kv_cache_bytes"] / 1e6,
             }
             for budget, answer in answers.items()

@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from delta_llava.costs import UNITS, inference_costs
+from delta_llava.costs import flops_unit, inference_costs
 from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, encode_chat, seen_image, token_relevance
 from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
 from delta_llava.serving.image_guard import ImageGuard
@@ -244,7 +244,7 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
 
 def figures(budget: int, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
     """Visual tokens, FLOPs, time to first token and speed of one side."""
-    size, unit = next(((size, name) for size, name in UNITS.items() if (flops or 0) >= size), (1, "FLOPs"))
+    size, unit = flops_unit(flops or 0)
     bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>' if flops else ""
     entries = {
         "Visual tokens": budget,
