@@ -13,10 +13,12 @@ import functools
 import json
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from PIL import Image, ImageFilter
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -28,14 +30,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from . import scenes
+from . import atlases, scenes
 
 
 FOLDER = Path(__file__).parent / "backbones"
 PATCH_GRID = 12
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-# How a scene is told to the language model: in a sentence, or as a mosaic of so many rows and columns.
-FORMS, FORM_WEIGHTS = ("words", 2, 3, 4, 6, 12), (0.35, 0.2, 0.15, 0.15, 0.1, 0.05)
+# How a scene is told to the language model: in words (0), or as a mosaic of so many rows and columns.
+FORMS = (0, 12, 6, 4, 3, 2, 1)
+SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.1, 0.25, 0.08, 0.08, 0.04), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
 
 
 def train(name, module, step_loss, steps, learning_rate):
@@ -73,18 +76,27 @@ def train(name, module, step_loss, steps, learning_rate):
 def build_tokenizer():
     """A byte-level BPE tokenizer that has every word of the demo's world as one token and can write any text."""
     rng = np.random.default_rng(0)
-    layouts = [scenes.random_layout(rng, held_out=False) for _ in range(2000)]
-    corpus = [SYSTEM.replace("<|im_start|>", ""), "user\n", "assistant\n", scenes.DESCRIBE]
-    for layout in layouts:
-        corpus += [scenes.tell(layout, rng), *(cell_words(layout, place) for place in range(4))]
+    corpus = [SYSTEM.replace("<|im_start|>", ""), "user\n", "assistant\n", scenes.DESCRIBE] * 4000
+    for _ in range(4000):
+        layout = scenes.random_layout(rng, held_out=False)
+        corpus += [scenes.tell(layout), *(f" {text}" for text in scenes.tell(layout).split(", "))]
         corpus += [text for turn in scenes.conversation(layout, rng, scenes.QUESTION_TYPES) for text in turn]
+    # Words that occur in no drawn scene, or seldom, are tokens all the same.
+    words = (*scenes.PLACES, *scenes.THINGS, *scenes.GROUPS, *scenes.COUNTS, "big", "small", "nothing", "yes", "no")
+    corpus += [text for word in words for text in (word, f" {word}")] * 500
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # Letters and the digit of a place stay together, so that " c2" is one token.
+            pre_tokenizers.Split(Regex(r" ?[A-Za-z]+[0-9]?|\s+|[^\sA-Za-z]+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        corpus * 2, trainers.BpeTrainer(vocab_size=1024, special_tokens=special_tokens, initial_alphabet=alphabet)
+        corpus, trainers.BpeTrainer(vocab_size=1024, special_tokens=special_tokens, initial_alphabet=alphabet)
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -96,116 +108,122 @@ def build_tokenizer():
     )
 
 
-def cell_words(layout, place):
-    """The four words of one cell of a mosaic, e.g. " top left red circle"."""
-    colour, name = layout[place] or ("no", "thing")
-    return f" {scenes.PLACES[place]} {colour} {name}"
+class Batch(NamedTuple):
+    """What the language model reads: `mosaic` positions from `start` on show the scene; the rest is text."""
+
+    ids: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T), -100 where the loss does not count
+    cells: torch.Tensor  # (B, 16, 3), the words of each place: where, how large, what
+    start: int
+    grid: int  # the mosaic has grid * grid positions; 0: the scene is told in words
 
 
 class Storyteller:
-    """Writes what the language model reads: scenes told in words, then a caption or questions with answers.
+    """Writes what the language model reads: a scene, then a caption or questions with answers.
 
-    A told scene stands where an image will stand. A sentence has one word per position, as text does. In a mosaic
-    each position holds the four words of a cell at once, their embeddings added: the place and the thing of one
-    cell as one vector, which is the form that a projector can learn to write into a frozen model most easily.
+    The scene is where an image will be. In words it is text. In a mosaic each position holds the mean of the words of
+    the patches that it covers, of 12 x 12: the place and the thing as one vector, which is the form that a projector
+    can learn to write into a frozen model most easily.
     """
 
     def __init__(self, tokenizer):
         self.encode = functools.cache(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
-    def _told(self, layout, form, rng):
-        """A told scene: a list of positions, each a list of token ids."""
-        if form == "words":
-            return [[token] for token in self.encode(scenes.tell(layout, rng))]
-        # Where a border between places would cut cells in two, they go to either side.
-        rows, columns = (np.arange(form) >= rng.integers(form // 2, (form + 1) // 2 + 1) for _ in range(2))
-        return [self.encode(cell_words(layout, 2 * row + column)) for row in rows for column in columns]
+    def word(self, text):
+        """The token of a word."""
+        (token,) = self.encode(f" {text}")
+        return token
 
-    def _segments(self, layout, form, rng, questions, plain):
-        """A sequence in pieces `(positions, whether the loss counts)`: a chat, or the plain form of stage 1."""
-        told = self._told(layout, form, rng)
+    def cells(self, layout):
+        """The words of the 16 places, a list of (place, big or small, thing or nothing)."""
+        at = scenes.covered(layout)
+        return [
+            [
+                self.word(place),
+                self.word("big" if place in at and at[place].big else "small"),
+                self.word(at[place].thing if place in at else "nothing"),
+            ]
+            for place in scenes.PLACES
+        ]
+
+    def _text(self, layout, questions, plain):
+        """The text after the scene, in pieces `(tokens, whether the loss counts)`."""
         if questions is None:
-            return [(told, False), (self.encode(scenes.tell(layout, rng) + "\n"), True)]
-        if plain:
-            pieces = [((f"\n{question}", False), (f" {answer}.", True)) for question, answer in questions]
-            return [(told, False), *((self.encode(text), counts) for piece in pieces for text, counts in piece)]
-        segments = [(self.encode(SYSTEM + "<|im_start|>user\n"), False), (told, False)]
+            return [(self.encode("\n"), False), (self.encode(scenes.tell(layout) + "\n"), True)]
+        pieces = []
         for index, (question, answer) in enumerate(questions):
+            if plain:
+                pieces += [(self.encode(f"\n{question}"), False), (self.encode(f" {answer}."), True)]
+                continue
             opening = "\n" if index == 0 else "\n<|im_start|>user\n"
             asked = f"{opening}{question}<|im_end|>\n<|im_start|>assistant\n"
-            segments += [(self.encode(asked), False), (self.encode(answer + "<|im_end|>"), True)]
-        return segments
+            pieces += [(self.encode(asked), False), (self.encode(f"{answer}<|im_end|>"), True)]
+        return pieces
 
-    def batch(self, layouts, form, rng, conversations, plain=False):
-        """Collate sequences.
+    def batch(self, layouts, grid, conversations, plain=False):
+        """Collate a [`Batch`].
 
         Args:
             layouts (`list`): one scene per sequence.
-            form (`str` or `int`): one of `FORMS`.
+            grid (`int`): of the mosaic, or 0 for words.
             conversations (`list`): per sequence a list of (question, answer), or `None` for a caption.
             plain (`bool`): whether questions follow the scene line by line instead of in the turns of a chat.
-
-        Returns:
-            ids `(B, T, 4)` with -1 where a position holds fewer words, labels `(B, T)` with -100 where the loss
-            does not count, and told `(B, T)`, true where the scene is told in a mosaic.
         """
-        sequences = [
-            self._segments(layout, form, rng, questions, plain)
-            for layout, questions in zip(layouts, conversations, strict=True)
-        ]
-        length = max(sum(len(positions) for positions, _ in sequence) for sequence in sequences)
-        ids = np.full((len(layouts), length, 4), -1)
-        ids[:, :, 0] = 0
+        opening = [] if plain else self.encode(SYSTEM + "<|im_start|>user\n")
+        sequences = []
+        for layout, questions in zip(layouts, conversations, strict=True):
+            scene = [0] * grid**2 if grid else self.encode(scenes.tell(layout))
+            sequences.append([(opening, False), (scene, False), *self._text(layout, questions, plain)])
+        length = max(sum(len(tokens) for tokens, _ in sequence) for sequence in sequences)
+        ids = np.zeros((len(layouts), length), int)
         labels = np.full((len(layouts), length), -100)
         for row, sequence in enumerate(sequences):
             at = 0
-            for positions, counts in sequence:
-                for position in positions:
-                    words = position if isinstance(position, list) else [position]
-                    ids[row, at, : len(words)] = words
-                    labels[row, at] = words[0] if counts else -100
-                    at += 1
-        ids = torch.from_numpy(ids)
-        return ids, torch.from_numpy(labels), ids[:, :, 1] >= 0
+            for tokens, counts in sequence:
+                ids[row, at : at + len(tokens)] = tokens
+                if counts:
+                    labels[row, at : at + len(tokens)] = tokens
+                at += len(tokens)
+        cells = torch.tensor([self.cells(layout) for layout in layouts])
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), cells, len(opening), grid)
 
 
-def language_model_logits(model, ids, labels, told, noise=0.0):
+def language_model_logits(model, batch, noise=0.0):
     """Logits and targets at the labelled positions, `(n, vocabulary)` and `(n,)`."""
-    embeddings = (model.get_input_embeddings()(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)).sum(2)
-    if noise:
-        embeddings = embeddings + noise * torch.randn_like(embeddings) * told.unsqueeze(-1)
+    embed = model.get_input_embeddings()
+    embeddings = embed(batch.ids)
+    if batch.grid:
+        places = embed(batch.cells).sum(2).unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        patches = F.interpolate(places, size=(PATCH_GRID, PATCH_GRID))
+        mosaic = F.adaptive_avg_pool2d(patches, batch.grid).flatten(2).mT
+        mosaic = mosaic + noise * torch.randn_like(mosaic)
+        end = batch.start + batch.grid**2
+        embeddings = torch.cat([embeddings[:, : batch.start], mosaic, embeddings[:, end:]], 1)
     hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    answers = labels[:, 1:] != -100
-    return model.lm_head(hidden[:, :-1][answers]), labels[:, 1:][answers]
+    answers = batch.labels[:, 1:] != -100
+    return model.lm_head(hidden[:, :-1][answers]), batch.labels[:, 1:][answers]
 
 
 @torch.no_grad()
 def language_model_skill(model, storyteller, number=200):
-    """Share of questions about unseen told scenes answered exactly, by form and type of question."""
+    """Share of questions about unseen scenes answered exactly, by the form of the scene and the type of question."""
     skill = {}
-    for form in FORMS:
+    for grid in FORMS:
         rng = np.random.default_rng(1)
         for question_type in scenes.QUESTION_TYPES:
             drawn = []
             while len(drawn) < number:
                 layout = scenes.random_layout(rng, held_out=True)
                 question = scenes.ask(layout, rng, question_type)
-                drawn += [(layout, [question])] if question else []
-            batch = storyteller.batch([row[0] for row in drawn], form, rng, [row[1] for row in drawn])
-            logits, targets = language_model_logits(model, *batch)
-            row_of = torch.nonzero(batch[1][:, 1:] != -100)[:, 0]
+                drawn += [(layout, [(question.question, question.answer)])] if question else []
+            batch = storyteller.batch([row[0] for row in drawn], grid, [row[1] for row in drawn])
+            logits, targets = language_model_logits(model, batch)
+            row_of = torch.nonzero(batch.labels[:, 1:] != -100)[:, 0]
             wrong = torch.zeros(number).index_add_(0, row_of, (logits.argmax(-1) != targets).float())
-            skill.setdefault("words" if form == "words" else f"mosaic {form}x{form}", {})[question_type] = (
+            skill.setdefault(f"mosaic {grid}x{grid}" if grid else "words", {})[question_type] = (
                 (wrong == 0).float().mean().item()
             )
     return skill
-
-
-def _chat(layout, rng):
-    """The turns of a chat about a scene, in a third of the cases with a description first; in a sixth a caption."""
-    turns = scenes.conversation(layout, rng, ("kind", "colour", "digit", "place", "place", "number", "number"))
-    described = [(scenes.DESCRIBE, scenes.tell(layout, rng))]
-    return None if rng.random() < 1 / 6 else described * int(rng.integers(3) == 0) + turns
 
 
 def pretrain_language_model(steps, batch_size=32):
@@ -215,7 +233,7 @@ def pretrain_language_model(steps, batch_size=32):
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -229,19 +247,20 @@ def pretrain_language_model(steps, batch_size=32):
     storyteller, rng = Storyteller(tokenizer), np.random.default_rng(0)
 
     def step_loss(step):
-        # Skills are learnt first and fastest in short sequences, in turn: telling a scene again in another order,
-        # finding a thing, counting.
-        short = step <= 0.45 * steps
-        form = FORMS[rng.integers(4) if short else rng.choice(len(FORMS), p=FORM_WEIGHTS)]
+        # Skills are learnt first and fastest in short sequences of two types of question each.
+        short = step <= 0.6 * steps
+        grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS if short else FORM_WEIGHTS))
         layouts = [scenes.random_layout(rng, held_out=False) for _ in range(2 * batch_size if short else batch_size)]
-        if short:
-            types = (None, ["place"] * 4, ["number"] * 4)[step % 3]
-            conversations = [types and scenes.conversation(layout, rng, types) for layout in layouts]
-        else:
-            conversations = [_chat(layout, rng) for layout in layouts]
-        batch = storyteller.batch(layouts, form, rng, conversations, plain=short)
-        logits, targets = language_model_logits(model, *batch, noise=0.02)
-        if step % 500 == 0:
+        conversations = []
+        for layout in layouts:
+            types = rng.choice(scenes.QUESTION_TYPES, 2, replace=False) if short else scenes.QUESTION_TYPES
+            turns = scenes.conversation(layout, rng, np.resize(types, 6 if short else 9))
+            if not short and rng.random() < 0.2:
+                turns = [(scenes.DESCRIBE, scenes.tell(layout)), *turns]
+            conversations.append(None if rng.random() < 0.15 else turns)
+        batch = storyteller.batch(layouts, grid, conversations, plain=short)
+        logits, targets = language_model_logits(model, batch, noise=0.02)
+        if step % 250 == 0:
             skill = language_model_skill(model.eval(), storyteller)
             model.train()
             for told, by_type in skill.items():
@@ -254,65 +273,106 @@ def pretrain_language_model(steps, batch_size=32):
     return language_model_skill(model.eval(), storyteller)
 
 
-CONTENTS = ("nothing", *scenes.SHAPES, *scenes.DIGITS)
-COLOURS = ("none", *scenes.COLOURS)
+CONTENTS = ("nothing", *scenes.THINGS)
+SIZES = ("none", "small", "big")
 
 
-def picture_batch(rng, size, held_out):
-    """Pictures `(B, 48, 48, 3)` uint8 and the class of contents and of colour at each place, both `(B, 4)`."""
+@functools.cache
+def inked(design, thing):
+    """A thing as a line drawing: few colours, dark edges; `(64, 64, 4)` uint8, RGBA."""
+    drawing = Image.fromarray(atlases.crops(design)[scenes.THINGS.index(thing)])
+    flat = Image.new("RGB", drawing.size, "white")
+    flat.paste(drawing, mask=drawing.getchannel("A"))
+    flat = np.asarray(flat.filter(ImageFilter.MedianFilter(5)).quantize(6).convert("RGB")).astype(float)
+    alpha = np.asarray(drawing.getchannel("A")) / 255
+    steps = [np.abs(np.diff(flat, axis=axis, prepend=255)).sum(-1) for axis in (0, 1)]
+    outline = [np.abs(np.diff(alpha > 0.5, axis=axis, prepend=False)) for axis in (0, 1)]
+    edges = Image.fromarray(255 * ((sum(steps) > 90) | outline[0] | outline[1]).astype(np.uint8))
+    edges = np.asarray(edges.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.GaussianBlur(0.7)))[..., None] / 255
+    colours = flat * (1 - edges) + 20 * edges
+    return np.dstack([colours, 255 * np.maximum(alpha, edges[..., 0])]).astype(np.uint8)
+
+
+def varied_crop(rng):
+    """A stand-in for `atlases.crop` that draws each thing in a random training design, inked, recoloured or mirrored."""
+
+    def crop(design, thing, size):
+        design = str(rng.choice(scenes.TRAIN_DESIGNS))
+        drawing = atlases.crop(design, thing, size, inked if rng.random() < 0.3 else None)
+        if rng.random() < 0.5:
+            drawing = drawing[:, ::-1]
+        if rng.random() < 0.7:
+            mixing = np.eye(3) + rng.normal(0, 0.12, (3, 3))
+            colours = drawing[..., :3] @ mixing * rng.uniform(0.7, 1.3)
+            drawing = np.concatenate([colours.clip(0, drawing[..., 3:]), drawing[..., 3:]], -1)
+        return drawing
+
+    return crop
+
+
+def picture_batch(rng, size, held_out, designs=scenes.TRAIN_DESIGNS, varied=False):
+    """Pictures `(B, 96, 96, 3)` uint8 and the class of contents and of size at each place, both `(B, 16)`."""
     layouts = [scenes.random_layout(rng, held_out) for _ in range(size)]
-    pictures = np.stack([scenes.render(layout, rng, held_out)[0] for layout in layouts])
-    contents = [[CONTENTS.index("nothing" if thing is None else thing[1]) for thing in layout] for layout in layouts]
-    colours = [[COLOURS.index("none" if thing is None else thing[0]) for thing in layout] for layout in layouts]
-    return pictures, torch.tensor(contents), torch.tensor(colours)
+    crop = varied_crop(rng) if varied else atlases.crop
+    pictures = np.stack([scenes.render(layout, rng, str(rng.choice(designs)), crop) for layout in layouts])
+    contents, sizes = np.zeros((2, size, len(scenes.PLACES)), int)
+    for row, layout in enumerate(layouts):
+        for place, placed in scenes.covered(layout).items():
+            contents[row, scenes.PLACES.index(place)] = CONTENTS.index(placed.thing)
+            sizes[row, scenes.PLACES.index(place)] = 1 + placed.big
+    return pictures, torch.from_numpy(contents), torch.from_numpy(sizes)
 
 
 def to_pixels(pictures, processor):
-    """What the image processor does to 48x48 pictures, for a whole batch at once: `(B, 3, 48, 48)` float."""
+    """What the image processor does to 96x96 pictures, for a whole batch at once: `(B, 3, 96, 96)` float."""
     scaled = (pictures / 255 - np.array(processor.image_mean)) / np.array(processor.image_std)
     return torch.from_numpy(scaled).float().permute(0, 3, 1, 2)
 
 
 class PlaceHeads(nn.Module):
-    """Says of every patch what stands at its place and which place that is; thrown away after training."""
+    """Says of every patch what is at its place, how large it is and which place that is; thrown away after training."""
 
     def __init__(self, width):
         super().__init__()
+        self.classes = [len(CONTENTS), len(SIZES), len(scenes.PLACES)]
         self.norm = nn.LayerNorm(width)
-        self.classify = nn.Linear(width, len(CONTENTS) + len(COLOURS) + 4)
+        self.classify = nn.Linear(width, sum(self.classes))
 
     def forward(self, hidden_state):
-        """`(B, 1 + 144, width)` to logits of contents, colour and place, each `(B, 144, classes)`."""
-        return self.classify(self.norm(hidden_state[:, 1:])).split([len(CONTENTS), len(COLOURS), 4], dim=-1)
+        """`(B, 1 + 144, width)` to logits of contents, size and place, each `(B, 144, classes)`."""
+        return self.classify(self.norm(hidden_state[:, 1:])).split(self.classes, dim=-1)
 
 
 def place_of_patch():
-    """The place (0 to 3) that each of the 144 patches lies in."""
-    half = torch.arange(PATCH_GRID) // (PATCH_GRID // 2)
-    return (2 * half[:, None] + half[None, :]).flatten()
+    """The place (0 to 15) that each of the 144 patches lies in."""
+    quarter = torch.arange(PATCH_GRID) // (PATCH_GRID // 4)
+    return (4 * quarter[:, None] + quarter[None, :]).flatten()
 
 
 @torch.no_grad()
-def vision_tower_skill(model, heads, processor, batches=16):
-    """Share of held-out places read rightly from the last-but-one hidden state, averaged over a place's patches."""
-    rng, right, of_digits = np.random.default_rng(1), [], []
+def vision_tower_skill(model, heads, processor, batches=8):
+    """Share of things in held-out layouts read rightly from the last-but-one hidden state, averaged over a place."""
     where = F.one_hot(place_of_patch()).float()
-    for _ in range(batches):
-        pictures, contents, colours = picture_batch(rng, 64, held_out=True)
-        hidden = model(to_pixels(pictures, processor), output_hidden_states=True).hidden_states[-2]
-        read = [torch.einsum("bpc,pq->bqc", logits, where).argmax(-1) for logits in heads(hidden)[:2]]
-        right.append(torch.stack([read[0] == contents, read[1] == colours]))
-        of_digits.append((read[0] == contents)[contents >= CONTENTS.index("0")])
-    content, colour = torch.cat(right, 1).float().mean((1, 2)).tolist()
-    return {"shape or digit": content, "colour": colour, "digits alone": torch.cat(of_digits).float().mean().item()}
+    skill = {}
+    for name, designs in (("known designs", scenes.TRAIN_DESIGNS), ("held-out design", (atlases.HELD_OUT_DESIGN,))):
+        rng, right, sizes = np.random.default_rng(1), [], []
+        for _ in range(batches):
+            pictures, contents, size = picture_batch(rng, 64, True, designs)
+            hidden = model(to_pixels(pictures, processor), output_hidden_states=True).hidden_states[-2]
+            read = torch.einsum("bpc,pq->bqc", heads(hidden)[0], where).argmax(-1)
+            right.append(read == contents)
+            sizes.append(size)
+        right, sizes = torch.cat(right), torch.cat(sizes)
+        skill[name] = {label: right[sizes == index].float().mean().item() for index, label in enumerate(SIZES)}
+    return skill
 
 
 def pretrain_vision_tower(steps, batch_size=32):
-    """Train and save the vision tower; returns its skill on held-out layouts and scans."""
+    """Train and save the vision tower; returns its skill on held-out layouts, in known and in held-out designs."""
     config = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=5,
+        num_hidden_layers=6,
         num_attention_heads=4,
         image_size=scenes.IMAGE_SIZE,
         patch_size=scenes.IMAGE_SIZE // PATCH_GRID,
@@ -332,15 +392,13 @@ def pretrain_vision_tower(steps, batch_size=32):
     where = place_of_patch()
 
     def step_loss(step):
-        pictures, contents, colours = picture_batch(rng, batch_size, held_out=False)
+        pictures, contents, sizes = picture_batch(rng, batch_size, held_out=False, varied=True)
         hidden_states = model(to_pixels(pictures, processor), output_hidden_states=True).hidden_states
-        targets = (contents[:, where], colours[:, where], where.expand(batch_size, -1))
-        if step % 500 == 0:
-            print(
-                "  "
-                + ", ".join(f"{k} {v:.1%}" for k, v in vision_tower_skill(model.eval(), heads, processor, 4).items()),
-                flush=True,
-            )
+        targets = (contents[:, where], sizes[:, where], where.expand(batch_size, -1))
+        if step % 250 == 0:
+            skill = vision_tower_skill(model.eval(), heads, processor, 2)
+            for name, by_size in skill.items():
+                print(f"  {name}: " + ", ".join(f"{k} {v:.1%}" for k, v in by_size.items()), flush=True)
             model.train()
         # A projector reads the inner layers and never the last one's output, so the inner ones must carry it all.
         return (

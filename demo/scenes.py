@@ -1,163 +1,228 @@
-"""The world of the demo: 48x48 pictures with up to four coloured things, in LLaVA's JSON format.
+"""The world of the demo: pictures of 96x96 pixels with emoji on a lattice of 4x4 places, in LLaVA's JSON format.
 
     python -m delta_llava.demo.scenes --output_dir demo/out/scenes
 
-A scene has four places; each is empty or holds a circle, a square, a triangle or a handwritten digit, in
-one of four colours. The digits are the 1,797 scans of 8x8 pixels that scikit-learn ships
-(`sklearn.datasets.load_digits`: Alpaydin & Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
-Learning Repository, licence CC BY 4.0), so the model also reads what nobody drew by rule.
+Columns are a to d, rows 1 to 4. A thing is small and fills one place, or big and fills a quadrant of two by two
+places, which is named by its top left place (a1, c1, a3 or c3). A scene holds each thing at most once, in one of the
+designs of `atlases.py`. So a scene of big things needs few visual tokens, and one of small things needs many.
 
-Training and held-out scenes share neither a layout (what stands where) nor a scan: fixed rules decide for
-every layout and every scan to which side it belongs, so whatever is trained here never meets the other side.
+Held-out scenes share no layout with training: a fixed rule decides for every layout to which side it belongs. One
+design, OpenMoji, is held out whole: no training ever sees it.
 """
 
 import argparse
-import functools
 import json
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
-from sklearn.datasets import load_digits
+from PIL import Image
+
+from . import atlases
 
 
-IMAGE_SIZE = 48
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-SHAPES = ("circle", "square", "triangle")
-DIGITS = tuple("0123456789")
-COLOURS = {"red": (225, 45, 45), "green": (40, 185, 60), "blue": (60, 95, 245), "yellow": (240, 215, 50)}
-COUNTS = ("zero", "one", "two", "three", "four")
-KINDS = ("nothing", *SHAPES, "digit")
-QUESTION_TYPES = ("kind", "colour", "digit", "place", "number")
+IMAGE_SIZE = 96
+PLACE_SIZE = 24
+COLUMNS, ROWS = "abcd", "1234"
+PLACES = tuple(column + row for row in ROWS for column in COLUMNS)
+QUADRANTS = ("a1", "c1", "a3", "c3")
+GROUPS = atlases.GROUPS
+GROUP_OF = {thing: group for group, things in GROUPS.items() for thing in things}
+THINGS = tuple(GROUP_OF)
+TRAIN_DESIGNS = tuple(design for design in atlases.DESIGNS if design != atlases.HELD_OUT_DESIGN)
+COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+QUESTION_TYPES = ("thing", "place", "beside", "number", "group", "presence")
 DESCRIBE = "Describe the picture."
 
 
-def kind(thing):
-    """The kind (one of `KINDS`) of a place's content, which is `None` or a pair of colour and shape or digit."""
-    if thing is None:
-        return "nothing"
-    return "digit" if thing[1] in DIGITS else thing[1]
+class Placed(NamedTuple):
+    """A thing in a scene: its place (of a big thing the top left one), its name and whether it is big."""
+
+    place: str
+    thing: str
+    big: bool = False
+
+    def places(self):
+        """All places that it covers."""
+        return quadrant(self.place) if self.big else (self.place,)
+
+    def __str__(self):
+        return f"{self.place} {'big ' * self.big}{self.thing}"
+
+
+def beside(place, step):
+    """The place so many columns and rows on, or `None` outside the picture."""
+    column, row = COLUMNS.index(place[0]) + step[0], ROWS.index(place[1]) + step[1]
+    return COLUMNS[column] + ROWS[row] if 0 <= column < 4 and 0 <= row < 4 else None
+
+
+def quadrant(place):
+    """The four places of the quadrant whose top left place is given."""
+    return tuple(beside(place, step) for step in ((0, 0), (1, 0), (0, 1), (1, 1)))
+
+
+def covered(layout):
+    """`{place: Placed}` of the places that are not empty."""
+    return {place: placed for placed in layout for place in placed.places()}
 
 
 def is_held_out(layout):
-    """Whether a layout (the contents of the four places, in the order of `PLACES`) is kept from all training."""
-    return zlib.crc32(repr(tuple(layout)).encode()) % 10 == 0
+    """Whether a layout, a tuple of [`Placed`] in the order of `PLACES`, is kept from all training."""
+    return zlib.crc32(tell(layout).encode()) % 10 == 0
 
 
 def random_layout(rng, held_out):
-    """Draw the contents of the four places, each `None` or `(colour, shape or digit)`, of the wanted side."""
+    """Draw a layout of the wanted side: a tuple of [`Placed`] in the order of `PLACES`."""
     while True:
-        layout = []
-        for drawn in rng.choice(KINDS, size=4, p=(0.19, 0.17, 0.17, 0.17, 0.30)):
-            name = str(rng.choice(DIGITS)) if drawn == "digit" else str(drawn)
-            layout.append(None if drawn == "nothing" else (str(rng.choice(list(COLOURS))), name))
-        if is_held_out(layout) == held_out:
-            return tuple(layout)
-
-
-@functools.cache
-def digit_scans(held_out):
-    """Indices into `load_digits()` by digit, `{"0": array, …}`; every seventh scan is held out."""
-    labels = load_digits().target
-    of_this_side = (np.arange(len(labels)) % 7 == 0) == held_out
-    return {digit: np.flatnonzero((labels == int(digit)) & of_this_side) for digit in DIGITS}
-
-
-@functools.cache
-def _scan_images():
-    return (load_digits().images * (255 / 16)).astype(np.uint8)
+        places = []
+        filled = rng.uniform(0.4, 0.9)
+        for corner in QUADRANTS:
+            if rng.random() < 0.4:
+                places += [(corner, True)] * (rng.random() < 0.9)
+            else:
+                places += [(place, False) for place in quadrant(corner) if rng.random() < filled]
+        # Few groups in a scene, so that there is something to count.
+        groups = rng.choice(list(GROUPS), size=rng.integers(2, len(GROUPS) + 1), replace=False)
+        at_hand = [thing for group in groups for thing in GROUPS[group]]
+        things = rng.choice(at_hand, size=len(places), replace=False)
+        drawn = [Placed(place, str(thing), big) for (place, big), thing in zip(places, things, strict=True)]
+        layout = tuple(sorted(drawn, key=lambda placed: PLACES.index(placed.place)))
+        if layout and is_held_out(layout) == held_out:
+            return layout
 
 
 def _background(rng):
-    """A dim grey ground, `(48, 48, 3)` floats: plain, or with a gradient, in any case a little tinted and noisy."""
+    """A soft ground, `(96, 96, 3)` floats: tinted a little, often with a gradient, and slightly noisy."""
     steps = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     slopes = rng.uniform(-50, 50, 2) * (rng.random() < 0.6)
-    grey = rng.uniform(35, 105) + slopes[0] * steps[:, None] + slopes[1] * steps[None, :]
-    ground = grey[:, :, None] + rng.uniform(-12, 12, 3)
-    return ground + rng.normal(0, rng.uniform(0, 9), ground.shape)
+    grey = rng.uniform(60, 220) + slopes[0] * steps[:, None] + slopes[1] * steps[None, :]
+    ground = grey[:, :, None] + rng.uniform(-20, 20, 3)
+    return ground + rng.normal(0, rng.uniform(0, 5), ground.shape)
 
 
-def _thing_mask(rng, name, held_out):
-    """A jittered 24x24 mask (`L` image) of a shape or of a scan of a digit, and the scan's index or `None`."""
-    size = rng.integers(17, 22) if name in DIGITS else rng.integers(14, 21)
-    left, top = rng.integers(1, 24 - size, size=2)
-    if name in DIGITS:
-        scan = int(rng.choice(digit_scans(held_out)[name]))
-        mask = Image.new("L", (24, 24))
-        enlarged = Image.fromarray(_scan_images()[scan]).resize((size, size), Image.Resampling.BICUBIC)
-        mask.paste(enlarged.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR), (left, top))
-        return mask, scan
-    # Drawn four times too large and reduced, which smooths the edges.
-    mask = Image.new("L", (96, 96))
-    draw = ImageDraw.Draw(mask)
-    box = [4 * left, 4 * top, 4 * (left + size) - 1, 4 * (top + size) - 1]
-    if name == "circle":
-        draw.ellipse(box, fill=255)
-    elif name == "square":
-        inset = size // 4
-        draw.rectangle([box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset], fill=255)
-    else:
-        draw.polygon([((box[0] + box[2]) / 2, box[1]), (box[0], box[3]), (box[2], box[3])], fill=255)
-    return mask.resize((24, 24), Image.Resampling.BOX), None
+def render(layout, rng, design, crop=atlases.crop):
+    """Render a layout in one design, with random background, sizes and positions.
 
-
-def render(layout, rng, held_out):
-    """Render a layout with random background, sizes, positions and scans.
+    Args:
+        crop (`Callable`): draws a thing, as `atlases.crop` does; training of the tower varies its drawings.
 
     Returns:
-        The picture, `(48, 48, 3)` uint8, and the list of the scans' indices that occur in it.
+        The picture, `(96, 96, 3)` uint8.
     """
-    picture, scans = _background(rng), []
-    for place, thing in enumerate(layout):
-        if thing is None:
-            continue
-        mask, scan = _thing_mask(rng, thing[1], held_out)
-        scans += [] if scan is None else [scan]
-        rows, columns = (slice(24 * half, 24 * half + 24) for half in divmod(place, 2))
-        alpha = np.asarray(mask, dtype=float)[:, :, None] / 255
-        colour = np.array(COLOURS[thing[0]]) * rng.uniform(0.85, 1.1)
-        picture[rows, columns] = (1 - alpha) * picture[rows, columns] + alpha * colour
-    return picture.clip(0, 255).astype(np.uint8), scans
+    picture = _background(rng)
+    for placed in layout:
+        room = PLACE_SIZE * (2 if placed.big else 1)
+        size = int(rng.integers(round(0.8 * room), room + 1))
+        left, top = (int(rng.integers(0, room - size + 1)) for _ in range(2))
+        left += PLACE_SIZE * COLUMNS.index(placed.place[0])
+        top += PLACE_SIZE * ROWS.index(placed.place[1])
+        drawing = crop(design, placed.thing, size)
+        part = picture[top : top + size, left : left + size]
+        part[:] = drawing[..., :3] + (1 - drawing[..., 3:] / 255) * part
+    return picture.clip(0, 255).astype(np.uint8)
 
 
-def tell(layout, rng):
-    """The scene in words, one clause per place, in a random order."""
-    things = ["nothing" if thing is None else f"a {thing[0]} {thing[1]}" for thing in layout]
-    return ", ".join(f"{PLACES[place]}: {things[place]}" for place in rng.permutation(4))
+def tell(layout):
+    """The scene in words, e.g. "a1 cat, c1 big bus, b2 pear", in the order of `PLACES`; "nothing" if it is empty."""
+    return ", ".join(map(str, layout)) or "nothing"
+
+
+def parse(text):
+    """The layout that [`tell`] writes so.
+
+    Raises:
+        ValueError: if a clause is not understood, names an unknown place or thing, or a place or thing occurs twice.
+    """
+    layout = []
+    for clause in text.split(","):
+        words = clause.split()
+        big = words[1:2] == ["big"]
+        if len(words) != 2 + big:
+            raise ValueError(f"{clause.strip()!r} is no thing at a place: write, for example, 'a1 cat' or 'c3 big bus'")
+        place, thing = words[0], words[-1]
+        if place not in PLACES:
+            raise ValueError(f"{clause.strip()!r}: there is no place {place!r}; columns are a to d, rows 1 to 4")
+        if big and place not in QUADRANTS:
+            raise ValueError(f"{clause.strip()!r}: a big thing is at one of {', '.join(QUADRANTS)}")
+        if thing not in GROUP_OF:
+            raise ValueError(f"{clause.strip()!r}: there is no {thing!r}; things are {', '.join(THINGS)}")
+        placed = Placed(place, thing, big)
+        for other in layout:
+            if other.thing == thing:
+                raise ValueError(f"{thing} occurs twice; a scene holds each thing at most once")
+            shared = [place for place in placed.places() if place in other.places()]
+            if shared:
+                raise ValueError(f"'{placed}' and '{other}' are both at {', '.join(shared)}")
+        layout.append(placed)
+    return tuple(sorted(layout, key=lambda placed: PLACES.index(placed.place)))
+
+
+class Question(NamedTuple):
+    """A question, its answer and the size of the thing it is about: "small", "big" or `None`."""
+
+    question: str
+    answer: str
+    size: str | None = None
+
+
+def _article(thing):
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
 
 
 def ask(layout, rng, question_type):
-    """Draw one question of a type about a layout.
+    """Draw one [`Question`] of a type about a layout, or `None` where the scene allows none."""
+    at = covered(layout)
 
-    Returns:
-        The question and its answer, or `None` where the scene allows no question of this type.
-    """
+    def pick(choices):
+        return choices[rng.integers(len(choices))] if choices else None
+
+    def size(placed):
+        return "big" if placed.big else "small"
+
+    if question_type == "thing":
+        # A quarter of the answers is "nothing", where places are empty.
+        empty = [place for place in PLACES if place not in at]
+        place = pick(empty if empty and rng.random() < 0.25 or not at else list(at))
+        question = f"What is at {place}?"
+        return Question(question, at[place].thing, size(at[place])) if place in at else Question(question, "nothing")
     if question_type == "number":
-        subjects = [("things", sum(thing is not None for thing in layout))]
-        subjects += [(f"{colour} things", sum(t is not None and t[0] == colour for t in layout)) for colour in COLOURS]
+        counts = {group: sum(GROUP_OF[placed.thing] == group for placed in layout) for group in GROUPS}
         # Weights by the answer, so that "zero" and "one" do not drown the rest.
-        weights = np.array([(0.35, 0.6, 1.5, 2.5, 3)[count] for _, count in subjects])
-        subject, count = subjects[rng.choice(len(subjects), p=weights / weights.sum())]
-        return f"How many {subject} are there?", COUNTS[count]
-    colours = [None if thing is None else thing[0] for thing in layout]
-    allowed = {
-        "kind": lambda place: True,
-        "colour": lambda place: layout[place] is not None,
-        "digit": lambda place: kind(layout[place]) == "digit",
-        "place": lambda place: layout[place] is not None and colours.count(colours[place]) == 1,
-    }[question_type]
-    places = [place for place in range(4) if allowed(place)]
-    if not places:
+        weights = np.array([(0.25, 0.6, 1, 1.4, 1.8)[min(count, 4)] for count in counts.values()])
+        group = str(rng.choice(list(counts), p=weights / weights.sum()))
+        return Question(f"How many {group} are there?", COUNTS[min(counts[group], 8)])
+    if question_type == "presence":
+        if rng.random() < 0.5 and layout:
+            placed = pick(layout)
+            return Question(f"Is there {_article(placed.thing)}?", "yes", size(placed))
+        # Half of the absent things are of a group that is there.
+        here = {placed.thing for placed in layout}
+        groups = {GROUP_OF[thing] for thing in here} if here and rng.random() < 0.5 else set(GROUPS)
+        absent = pick([thing for thing in THINGS if thing not in here and GROUP_OF[thing] in groups])
+        return Question(f"Is there {_article(absent)}?", "no")
+    if question_type == "beside":
+        around = [
+            (placed, side, beside(placed.place, step))
+            for placed in layout
+            if not placed.big
+            for side, step in SIDES.items()
+            if beside(placed.place, step)
+        ]
+        full = [choice for choice in around if choice[2] in at]
+        drawn = pick(full if full and rng.random() < 0.75 else around)
+        if drawn is None:
+            return None
+        placed, side, place = drawn
+        return Question(f"What is {side} the {placed.thing}?", at[place].thing if place in at else "nothing", "small")
+    placed = pick(layout)
+    if placed is None:
         return None
-    place = int(rng.choice(places))
-    thing, where = layout[place], PLACES[place]
-    return {
-        "kind": lambda: (f"What is at the {where}?", kind(thing)),
-        "colour": lambda: (f"What colour is the thing at the {where}?", thing[0]),
-        "digit": lambda: (f"Which digit is at the {where}?", thing[1]),
-        "place": lambda: (f"Where is the {thing[0]} thing?", where),
-    }[question_type]()
+    if question_type == "place":
+        return Question(f"Where is the {placed.thing}?", placed.place, size(placed))
+    place = pick(placed.places())
+    return Question(f"Which group does the thing at {place} belong to?", GROUP_OF[placed.thing], size(placed))
 
 
 def conversation(layout, rng, question_types):
@@ -167,11 +232,11 @@ def conversation(layout, rng, question_types):
         A list of `(question, answer)`.
     """
     drawn = [ask(layout, rng, str(question_type)) for question_type in rng.permutation(question_types)]
-    return [turn for turn in dict.fromkeys(drawn) if turn]
+    return list(dict.fromkeys((turn.question, turn.answer) for turn in drawn if turn))
 
 
 def _turns(pairs):
-    """LLaVA's `conversations` of (question, answer) pairs, the image standing in the first question."""
+    """LLaVA's `conversations` of (question, answer) pairs, with the image in the first question."""
     turns = []
     for index, (question, answer) in enumerate(pairs):
         turns.append({"from": "human", "value": ("<image>\n" if index == 0 else "") + question})
@@ -183,35 +248,40 @@ def write_scenes(output_dir, train_scenes=6000, held_out_scenes=160, seed=0, que
     """Render scenes to PNG files and write the data of both stages and the held-out questions.
 
     Args:
-        output_dir (`str`): receives `images/`, `pretrain.json` (captions), `finetune.json` (conversations) and
-            `held_out.json` (a list of `{id, image, type, question, answer, scans}`).
-        train_scenes (`int`), held_out_scenes (`int`): how many scenes of each side.
+        output_dir (`str`): receives `images/`, `pretrain.json` (captions), `finetune.json` (conversations),
+            `held_out.json` (new layouts in known designs) and `held_out_design.json` (new layouts in the held-out
+            design); the last two are lists of `{id, image, design, type, question, answer, size}`.
+        train_scenes (`int`), held_out_scenes (`int`): how many scenes of each kind.
         seed (`int`): fixes every file bit by bit.
         questions_per_scene (`int`): the length of a training conversation; held-out scenes get one per type.
     """
     folder = Path(output_dir)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    captions, conversations, held_out_questions = [], [], []
-    for held_out, number in ((False, train_scenes), (True, held_out_scenes)):
+    files = {"pretrain": [], "finetune": [], "held_out": [], "held_out_design": []}
+    for side, (name, number, designs) in enumerate(
+        (
+            ("train", train_scenes, TRAIN_DESIGNS),
+            ("held_out", held_out_scenes, TRAIN_DESIGNS),
+            ("held_out_design", held_out_scenes, (atlases.HELD_OUT_DESIGN,)),
+        )
+    ):
         for index in range(number):
-            rng = np.random.default_rng((seed, held_out, index))
-            layout = random_layout(rng, held_out)
-            picture, scans = render(layout, rng, held_out)
-            record = {"id": f"{'held_out' if held_out else 'train'}-{index:05d}"}
-            record["image"] = record["id"] + ".png"
-            Image.fromarray(picture).save(folder / "images" / record["image"])
-            if held_out:
-                for question_type in QUESTION_TYPES:
-                    drawn = ask(layout, rng, question_type)
-                    if drawn:
-                        question = {"type": question_type, "question": drawn[0], "answer": drawn[1], "scans": scans}
-                        held_out_questions.append({**record, **question})
+            rng = np.random.default_rng((seed, side, index))
+            layout = random_layout(rng, held_out=name != "train")
+            design = designs[index % len(designs)]
+            record = {"id": f"{name}-{index:05d}", "image": f"{name}-{index:05d}.png"}
+            Image.fromarray(render(layout, rng, design)).save(folder / "images" / record["image"])
+            if name == "train":
+                caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": tell(layout)}]
+                files["pretrain"].append({**record, "conversations": caption})
+                turns = conversation(layout, rng, np.resize(QUESTION_TYPES, questions_per_scene))
+                files["finetune"].append({**record, "conversations": _turns(turns)})
                 continue
-            caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": tell(layout, rng)}]
-            captions.append({**record, "conversations": caption})
-            turns = conversation(layout, rng, np.resize(QUESTION_TYPES, questions_per_scene))
-            conversations.append({**record, "conversations": _turns(turns)})
-    for name, rows in (("pretrain", captions), ("finetune", conversations), ("held_out", held_out_questions)):
+            for question_type in QUESTION_TYPES:
+                drawn = ask(layout, rng, question_type)
+                if drawn:
+                    files[name].append({**record, "design": design, "type": question_type, **drawn._asdict()})
+    for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
