@@ -1,8 +1,8 @@
 """Asks the checkpoint that the demo left about any image file.
 
-python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "Which digit is at the top left?"
-python -m delta_llava.demo.ask picture.png "How many things are there?" --num_visual_tokens 4
-python -m delta_llava.demo.ask icon.png "How many things are there?" --num_visual_tokens auto
+python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "What is at b2?"
+python -m delta_llava.demo.ask picture.png "How many animals are there?" --num_visual_tokens 4
+python -m delta_llava.demo.ask icon.png "How many animals are there?" --num_visual_tokens auto
 """
 
 import argparse

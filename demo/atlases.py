@@ -1,4 +1,4 @@
-"""The things of the demo's world, each drawn by artists in six designs, and the script that collects the drawings.
+"""The things of the demo's world, each drawn by artists in eight designs, and the script that collects the drawings.
 
     python -m delta_llava.demo.atlases --output_dir demo/atlases      # needs npm, and `pip install resvg_py`
 
@@ -6,8 +6,8 @@ An atlas is one WebP file for each design: 12 crops of 64x64 pixels in a row, in
 pinned npm packages. Whose drawings they are and under which licences is in `atlases/LICENSES.md`.
 
 The things are those of 118 common emoji that are in all designs, have a plain English name in the singular, and that a
-small convolutional network, trained on four of the five training designs, names rightly in the fifth in at least 75 %
-of its crops of 18 to 24 pixels, on the mean over the five. OpenMoji, which is held out, had no say in it.
+small convolutional network, trained on all training designs but those of one author, names rightly in that author's in
+at least 75 % of its crops of 18 to 24 pixels, on the mean over five authors. OpenMoji, which is held out, had no say.
 """
 
 import argparse
@@ -64,6 +64,8 @@ DESIGNS = {
     "emojitwo": "@iconify-json/emojione@1.2.3",
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",
+    "fluent-flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "noto-2016": "@iconify-json/noto-v1@1.2.5",
     "openmoji": "@iconify-json/openmoji@1.2.29",
 }
 HELD_OUT_DESIGN = "openmoji"
@@ -114,7 +116,7 @@ def _draw_icon(icons, name):
     """Draw an icon of an Iconify package at 256 pixels."""
     import resvg_py
 
-    name = icons["icons"].keys() & {name} and name or icons["aliases"][name]["parent"]
+    name = (icons["icons"].keys() & {name} and name) or icons["aliases"][name]["parent"]
     icon = {"left": 0, "top": 0, "width": icons.get("width", 16), "height": icons.get("height", 16)}
     icon |= icons["icons"][name]
     svg = (

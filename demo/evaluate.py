@@ -18,6 +18,23 @@ from .ask import answer, load, prepare
 BATCH_SIZE = 100
 
 
+def answer_rows(model, processor, rows, scenes, num_visual_tokens):
+    """Answers, a list of strings, to the questions of `held_out.json` or `held_out_design.json`.
+
+    Args:
+        rows (`list[dict]`): the questions.
+        scenes (`Path`): the folder with the pictures.
+        num_visual_tokens (`int` or `"auto"`, *optional*): the budget of each picture.
+    """
+    answers = []
+    for first in range(0, len(rows), BATCH_SIZE):
+        part = rows[first : first + BATCH_SIZE]
+        images = [scenes / "images" / row["image"] for row in part]
+        # No right answer is longer than two tokens.
+        answers += answer(model, processor, images, [row["question"] for row in part], num_visual_tokens, 4)
+    return answers
+
+
 @torch.inference_mode()
 def count_flops(model, processor, image, question, num_visual_tokens):
     """FLOPs of tower, projector and prefill for one question, as torch counts them in the forward that runs."""
@@ -28,29 +45,26 @@ def count_flops(model, processor, image, question, num_visual_tokens):
 
 
 def main():
-    """Write `{budget: {"answers": […], "flops": …}}`, the answers in the order of `held_out.json`."""
+    """Write `{budget: {"held_out": [answers…], "held_out_design": [answers…], "flops": …}}`, in the files' order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--scenes", required=True, help="folder that delta_llava.demo.scenes has written")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--scenes", type=Path, required=True, help="folder that delta_llava.demo.scenes has written")
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num_visual_tokens", type=int, nargs="+", required=True)
     options = parser.parse_args()
 
-    rows = json.loads((Path(options.scenes) / "held_out.json").read_text(encoding="utf-8"))
-    images = [Path(options.scenes) / "images" / row["image"] for row in rows]
-    questions = [row["question"] for row in rows]
     model, processor = load(options.checkpoint)
     results = {}
     for budget in options.num_visual_tokens:
-        started, answers = time.time(), []
-        for first in range(0, len(rows), BATCH_SIZE):
-            part = slice(first, first + BATCH_SIZE)
-            # No right answer is longer than four tokens.
-            answers += answer(model, processor, images[part], questions[part], budget, max_new_tokens=6)
-        flops = count_flops(model, processor, images[0], questions[0], budget)
-        results[budget] = {"answers": answers, "flops": flops}
-        print(f"{len(rows)} questions at {budget} visual tokens: {time.time() - started:.0f} s", flush=True)
-    Path(options.output).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        results[budget] = {}
+        for name in ("held_out", "held_out_design"):
+            rows = json.loads((options.scenes / f"{name}.json").read_text(encoding="utf-8"))
+            started = time.time()
+            results[budget][name] = answer_rows(model, processor, rows, options.scenes, budget)
+            print(f"{name}, {len(rows)} questions at {budget} visual tokens: {time.time() - started:.0f} s", flush=True)
+        image = options.scenes / "images" / rows[0]["image"]
+        results[budget]["flops"] = count_flops(model, processor, image, rows[0]["question"], budget)
+    options.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

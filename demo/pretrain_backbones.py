@@ -38,7 +38,9 @@ PATCH_GRID = 12
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 # How a scene is told to the language model: in words (0), or as a mosaic of so many rows and columns.
 FORMS = (0, 12, 6, 4, 3, 2, 1)
-SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.1, 0.25, 0.08, 0.08, 0.04), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
+SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.1, 0.33, 0.04, 0.06, 0.02), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
+
+SHORT_TYPES = (0.1, 0.35, 0.2, 0.1, 0.05, 0.2)  # of scenes.QUESTION_TYPES
 
 
 def train(name, module, step_loss, steps, learning_rate):
@@ -205,10 +207,10 @@ def language_model_logits(model, batch, noise=0.0):
 
 
 @torch.no_grad()
-def language_model_skill(model, storyteller, number=200):
+def language_model_skill(model, storyteller, number=200, forms=FORMS, plain=False):
     """Share of questions about unseen scenes answered exactly, by the form of the scene and the type of question."""
     skill = {}
-    for grid in FORMS:
+    for grid in forms:
         rng = np.random.default_rng(1)
         for question_type in scenes.QUESTION_TYPES:
             drawn = []
@@ -216,7 +218,7 @@ def language_model_skill(model, storyteller, number=200):
                 layout = scenes.random_layout(rng, held_out=True)
                 question = scenes.ask(layout, rng, question_type)
                 drawn += [(layout, [(question.question, question.answer)])] if question else []
-            batch = storyteller.batch([row[0] for row in drawn], grid, [row[1] for row in drawn])
+            batch = storyteller.batch([row[0] for row in drawn], grid, [row[1] for row in drawn], plain)
             logits, targets = language_model_logits(model, batch)
             row_of = torch.nonzero(batch.labels[:, 1:] != -100)[:, 0]
             wrong = torch.zeros(number).index_add_(0, row_of, (logits.argmax(-1) != targets).float())
@@ -247,21 +249,22 @@ def pretrain_language_model(steps, batch_size=32):
     storyteller, rng = Storyteller(tokenizer), np.random.default_rng(0)
 
     def step_loss(step):
-        # Skills are learnt first and fastest in short sequences of two types of question each.
-        short = step <= 0.6 * steps
+        # Skills are learnt first and fastest in short sequences of one type of question each, and finding a thing by its
+        # name, on which three types rest, takes longest.
+        short = step <= 0.65 * steps
         grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS if short else FORM_WEIGHTS))
         layouts = [scenes.random_layout(rng, held_out=False) for _ in range(2 * batch_size if short else batch_size)]
         conversations = []
         for layout in layouts:
-            types = rng.choice(scenes.QUESTION_TYPES, 2, replace=False) if short else scenes.QUESTION_TYPES
+            types = [rng.choice(scenes.QUESTION_TYPES, p=SHORT_TYPES)] if short else scenes.QUESTION_TYPES
             turns = scenes.conversation(layout, rng, np.resize(types, 6 if short else 9))
             if not short and rng.random() < 0.2:
                 turns = [(scenes.DESCRIBE, scenes.tell(layout)), *turns]
-            conversations.append(None if rng.random() < 0.15 else turns)
+            conversations.append(None if rng.random() < 0.1 else turns)
         batch = storyteller.batch(layouts, grid, conversations, plain=short)
         logits, targets = language_model_logits(model, batch, noise=0.02)
         if step % 250 == 0:
-            skill = language_model_skill(model.eval(), storyteller)
+            skill = language_model_skill(model.eval(), storyteller, 100, (0, 6, 4, 2), short)
             model.train()
             for told, by_type in skill.items():
                 print(f"  {told}: " + ", ".join(f"{name} {share:.1%}" for name, share in by_type.items()), flush=True)
@@ -294,18 +297,25 @@ def inked(design, thing):
 
 
 def varied_crop(rng):
-    """A stand-in for `atlases.crop` that draws each thing in a random training design, inked, recoloured or mirrored."""
+    """A stand-in for `atlases.crop` that draws each thing in any training design, and never twice alike."""
 
     def crop(design, thing, size):
         design = str(rng.choice(scenes.TRAIN_DESIGNS))
-        drawing = atlases.crop(design, thing, size, inked if rng.random() < 0.3 else None)
+        drawing = atlases.crop(design, thing, atlases.CROP_SIZE, inked if rng.random() < 0.35 else None)
         if rng.random() < 0.5:
             drawing = drawing[:, ::-1]
-        if rng.random() < 0.7:
+        if rng.random() < 0.75:
             mixing = np.eye(3) + rng.normal(0, 0.12, (3, 3))
-            colours = drawing[..., :3] @ mixing * rng.uniform(0.7, 1.3)
+            if rng.random() < 0.2:
+                mixing = mixing[:, rng.permutation(3)]
+            if rng.random() < 0.2:
+                mixing = 0.25 * mixing + 0.25
+            colours = drawing[..., :3] @ mixing * rng.uniform(0.7, 1.4)
             drawing = np.concatenate([colours.clip(0, drawing[..., 3:]), drawing[..., 3:]], -1)
-        return drawing
+        image = Image.fromarray(drawing.astype(np.uint8))
+        if rng.random() < 0.6:
+            image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR)
+        return np.asarray(image.resize((size, size), Image.Resampling.BOX)).astype(np.float32)
 
     return crop
 
@@ -377,6 +387,7 @@ def pretrain_vision_tower(steps, batch_size=32):
         image_size=scenes.IMAGE_SIZE,
         patch_size=scenes.IMAGE_SIZE // PATCH_GRID,
         projection_dim=128,
+        attention_dropout=0.1,
     )
     torch.manual_seed(0)
     model, rng = CLIPVisionModel(config), np.random.default_rng(0)
@@ -403,7 +414,7 @@ def pretrain_vision_tower(steps, batch_size=32):
         # A projector reads the inner layers and never the last one's output, so the inner ones must carry it all.
         return (
             sum(
-                F.cross_entropy(logits.flatten(0, 1), target.flatten())
+                F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.05)
                 for hidden_state in hidden_states[-3:]
                 for logits, target in zip(heads(hidden_state), targets, strict=True)
             )

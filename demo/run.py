@@ -37,12 +37,18 @@ def run_module(name, *arguments, **options):
 
 
 def score(questions, answers):
-    """Exact match over all questions and by type: `{"accuracy": …, "by_type": {…}}`."""
-    right, total = Counter(), Counter(question["type"] for question in questions)
-    for question, given in zip(questions, answers, strict=True):
-        right[question["type"]] += given == question["answer"]
-    by_type = {name: right[name] / total[name] for name in scenes.QUESTION_TYPES}
-    return {"accuracy": right.total() / total.total(), "by_type": by_type}
+    """Exact match, `{"accuracy": …, "by_type": {type: …}, "by_size": {"small": …, "big": …}}`."""
+    right = [given == question["answer"] for question, given in zip(questions, answers, strict=True)]
+
+    def share(key, value):
+        of_value = [got for question, got in zip(questions, right, strict=True) if question[key] == value]
+        return sum(of_value) / len(of_value)
+
+    return {
+        "accuracy": sum(right) / len(right),
+        "by_type": {name: share("type", name) for name in scenes.QUESTION_TYPES},
+        "by_size": {size: share("size", size) for size in ("small", "big")},
+    }
 
 
 def majority_answers(questions):
@@ -53,59 +59,86 @@ def majority_answers(questions):
     return [counts[row["type"]].most_common(1)[0][0] for row in questions]
 
 
-def table(report, flops):
+def table(report):
     """The report as lines of text."""
-    names = scenes.QUESTION_TYPES
-    lines = ["visual tokens     all" + "".join(f"{name:>9}" for name in names) + "   MFLOPs"]
+    columns = ["all", *scenes.QUESTION_TYPES, "small", "big", "new design", "MFLOPs"]
+    lines = [f"{'visual tokens':<22}" + "".join(f"{name:>11}" for name in columns)]
 
-    def line(label, scores, end=""):
-        cells = [scores["accuracy"], *(scores["by_type"][name] for name in names)]
-        lines.append(f"{label:<13}" + "".join(f"{cell:>9.1%}" for cell in cells).replace("  ", " ", 1) + end)
+    def line(label, scores, new_design=None, flops=None):
+        shares = [scores["accuracy"], *scores["by_type"].values(), *scores["by_size"].values()]
+        shares += [] if new_design is None else [new_design["accuracy"]]
+        cells = [f"{share:.1%}" for share in shares] + ([] if flops is None else [f"{flops / 1e6:.0f}"])
+        lines.append(f"{label:<22}" + "".join(f"{cell:>11}" for cell in cells))
 
-    for budget, scores in report["budgets"].items():
-        line(budget, scores, f"{flops[budget] / 1e6:>9.0f}")
-    digits = ", ".join(f"{scores['by_type']['digit']:.1%} at {budget}" for budget, scores in report["budgets"].items())
-    lines.append(f"handwritten digits, scans never seen: {digits}")
-    lines.append(f"most frequent answer of each type: {report['majority_baseline']:.1%}")
-    lines.append(f"untrained projector (as assembled, before stage 1): {report['untrained_projector']:.1%}")
+    for budget, of_budget in report["budgets"].items():
+        line(budget, of_budget["held_out"], of_budget["held_out_design"], of_budget["flops"])
+    line("most frequent answer", report["majority_baseline"])
+    line("untrained projector", report["untrained_projector"])
+    lines.append(
+        "small, big: questions about a thing of one place, of a quadrant; new design: OpenMoji, never trained on"
+    )
     return "\n".join(lines)
 
 
-def draw(report, flops, questions, answers, folder):
-    """Write `report.png`: scenes with answers at three budgets, and accuracy and FLOPs against visual tokens."""
-    import matplotlib
+def shown_questions(questions, answers):
+    """The first question about a small thing, and about a big one, of several types that one visual token gets wrong.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(14, 8), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
+    Returns:
+        Indices of `questions`, each of another scene; where one token gets all right, of the first question.
+    """
     chosen = []
-    for name in scenes.QUESTION_TYPES:
-        shown = {questions[index]["image"] for index in chosen}
-        of_type = (i for i, row in enumerate(questions) if row["type"] == name and row["image"] not in shown)
-        chosen.append(next(of_type))
+    for name, size in (("thing", "small"), ("place", "small"), ("beside", "small"), ("thing", "big"), ("place", "big")):
+        rows = [
+            index
+            for index, row in enumerate(questions)
+            if (row["type"], row["size"]) == (name, size)
+            and row["image"] not in {questions[other]["image"] for other in chosen}
+        ]
+        wrong = [index for index in rows if answers[min(answers, key=int)][index] != questions[index]["answer"]]
+        chosen += (wrong or rows)[:1]
+    return chosen
+
+
+def draw(report, questions, answers, folder):
+    """Write `report.png`: one question about each of some scenes at four budgets; accuracy and FLOPs against tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 8.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1))
+    chosen = shown_questions(questions, answers)
+    upper.suptitle("The same question at four budgets (questions that one visual token gets wrong)", fontsize=11)
     for axis, index in zip(upper.subplots(1, len(chosen)), chosen, strict=True):
         row = questions[index]
         axis.imshow(Image.open(folder / "scenes" / "images" / row["image"]))
         axis.set_axis_off()
-        axis.set_title(row["question"], fontsize=9)
-        said = [f"{budget} visual tokens: {answers[str(budget)][index]}" for budget in (144, 9)]
-        said.append(f"1 visual token: {answers['1'][index]}")
-        axis.text(0.5, -0.04, "\n".join(said), transform=axis.transAxes, ha="center", va="top", fontsize=9)
-    budgets = [int(budget) for budget in report["budgets"]]
-    left, right = lower.subplots(1, 2)
-    for name in scenes.QUESTION_TYPES:
-        left.plot(budgets, [report["budgets"][str(b)]["by_type"][name] for b in budgets], alpha=0.5, label=name)
-    left.plot(budgets, [report["budgets"][str(b)]["accuracy"] for b in budgets], "ko-", label="all")
-    left.axhline(report["majority_baseline"], color="grey", linestyle=":", label="most frequent answer")
-    left.set(xscale="log", ylim=(0, 1.02), ylabel="exact match on held-out questions")
-    left.legend(fontsize=8)
-    right.plot(budgets, [flops[str(b)] / 1e6 for b in budgets], "ko-")
-    right.set(xscale="log", ylim=(0, 1.05 * max(flops.values()) / 1e6), ylabel="MFLOPs: tower, projector, prefill")
+        axis.set_title(row["question"], fontsize=10)
+        for line, budget in enumerate(("144", "16", "4", "1")):
+            given = answers[budget][index]
+            right = given == row["answer"]
+            text = f"{budget:>3} token{'s' * (budget != '1')}: {given} {'✓' if right else '✗'}"
+            place = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 10}
+            axis.text(0.5, -0.03 - 0.105 * line, text, color="#1a7f37" if right else "#cf222e", **place)
+    budgets = list(report["budgets"])
+    ticks = range(len(budgets))
+    left, right = lower.subplots(1, 2, width_ratios=(1.6, 1))
+    lines = {
+        "all questions": ("ko-", lambda of_budget: of_budget["held_out"]["accuracy"]),
+        "about small things": ("C0s-", lambda of_budget: of_budget["held_out"]["by_size"]["small"]),
+        "about big things": ("C1D-", lambda of_budget: of_budget["held_out"]["by_size"]["big"]),
+        "all, in a design never seen": ("k^:", lambda of_budget: of_budget["held_out_design"]["accuracy"]),
+    }
+    for label, (style, share) in lines.items():
+        left.plot(ticks, [100 * share(report["budgets"][budget]) for budget in budgets], style, label=label)
+    majority = 100 * report["majority_baseline"]["accuracy"]
+    left.axhline(majority, color="grey", linestyle="--", linewidth=1, label="most frequent answer")
+    left.set(ylim=(0, 103), ylabel="answered exactly, %", title="What a budget buys")
+    left.legend(fontsize=9, loc="lower left")
+    flops = [report["budgets"][budget]["flops"] / 1e6 for budget in budgets]
+    bars = right.bar(ticks, flops, color="C2")
+    right.bar_label(bars, [f"{value:.0f}" for value in flops], fontsize=9)
+    right.set(title="What it costs", ylabel="MFLOPs: tower, projector, prefill")
     for axis in (left, right):
-        axis.set(xlabel="visual tokens", xticks=budgets, xticklabels=budgets)
-        axis.minorticks_off()
+        axis.set(xlabel="visual tokens", xticks=ticks, xticklabels=budgets)
     figure.savefig(folder / "report.png", dpi=100)
 
 
@@ -139,28 +172,33 @@ def main():
         paths = {"checkpoint": folder / model, "scenes": data, "output": folder / f"answers_{model}.json"}
         timed("evaluate", "demo.evaluate", **paths, num_visual_tokens=budgets)
 
-    questions = json.loads((data / "held_out.json").read_text(encoding="utf-8"))
     results = {
         model: json.loads((folder / f"answers_{model}.json").read_text(encoding="utf-8"))
         for model in ("untrained", "checkpoint")
     }
-    flops = {budget: result["flops"] for budget, result in results["checkpoint"].items()}
-    answers = {budget: result["answers"] for budget, result in results["checkpoint"].items()}
+    questions = {
+        name: json.loads((data / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("held_out", "held_out_design")
+    }
+    known, answers = questions["held_out"], {b: result["held_out"] for b, result in results["checkpoint"].items()}
     report = {
-        "budgets": {budget: score(questions, given) for budget, given in answers.items()},
-        "majority_baseline": score(questions, majority_answers(questions))["accuracy"],
+        "budgets": {
+            budget: {**{name: score(rows, result[name]) for name, rows in questions.items()}, "flops": result["flops"]}
+            for budget, result in results["checkpoint"].items()
+        },
+        "majority_baseline": score(known, majority_answers(known)),
         # The better of two budgets, so that the comparison with the baseline is not too kind.
         "untrained_projector": max(
-            score(questions, result["answers"])["accuracy"] for result in results["untrained"].values()
+            (score(known, result["held_out"]) for result in results["untrained"].values()),
+            key=lambda scores: scores["accuracy"],
         ),
-        "flops": flops,
     }
-    draw(report, flops, questions, answers, folder)
+    draw(report, known, answers, folder)
     report["seconds"] = {**seconds, "total": round(time.time() - started, 1)}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print("\n" + table(report, flops))
+    print("\n" + table(report))
     print(
-        f"{len(questions)} held-out questions; {report['seconds']['total']:.0f} s: "
+        f"{len(known)} held-out questions; {report['seconds']['total']:.0f} s: "
         + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
     )
     print(f"written: {folder / 'report.json'} and {folder / 'report.png'}")

@@ -184,7 +184,7 @@ def ask(layout, rng, question_type):
     if question_type == "thing":
         # A quarter of the answers is "nothing", where places are empty.
         empty = [place for place in PLACES if place not in at]
-        place = pick(empty if empty and rng.random() < 0.25 or not at else list(at))
+        place = pick(empty if (empty and rng.random() < 0.25) or not at else list(at))
         question = f"What is at {place}?"
         return Question(question, at[place].thing, size(at[place])) if place in at else Question(question, "nothing")
     if question_type == "number":

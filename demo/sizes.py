@@ -14,10 +14,8 @@ from PIL import Image
 
 from . import scenes
 from .ask import CHECKPOINT, answer, load
+from .evaluate import BATCH_SIZE
 from .run import score
-
-
-BATCH_SIZE = 100
 
 
 def ask(model, processor, questions, images, budget):
@@ -31,7 +29,7 @@ def ask(model, processor, questions, images, budget):
     asked, answers = [row["question"] for row in questions], []
     for first in range(0, len(asked), BATCH_SIZE):
         part = slice(first, first + BATCH_SIZE)
-        answers += answer(model, processor, images[part], asked[part], budget, max_new_tokens=6)
+        answers += answer(model, processor, images[part], asked[part], budget, max_new_tokens=4)
     return sum(tokens) / len(tokens), score(questions, answers)["accuracy"]
 
 
@@ -40,7 +38,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="by default the one that the demo left")
     parser.add_argument("--scenes", default=CHECKPOINT.parent / "scenes", help="by default the demo's")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[48, 36, 24, 20, 16, 12, 8, 4], help="sides in pixels")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 72, 48, 40, 32, 24, 16, 8], help="sides in pixels")
     options = parser.parse_args(arguments)
     questions = json.loads((Path(options.scenes) / "held_out.json").read_text(encoding="utf-8"))
     model, processor = load(options.checkpoint)

@@ -1,4 +1,4 @@
-"""The demo's world: the same files every time, held-out scenes and scans kept apart, answers that are true."""
+"""The demo's world: the same files every time, held-out scenes kept apart, answers that are true."""
 
 import json
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delta_llava.demo import scenes
+from delta_llava.demo import atlases, draw, scenes
 from delta_llava.train.data import load_llava_json
 
 
-LAYOUT = (("red", "circle"), None, ("blue", "7"), ("red", "triangle"))
+LAYOUT = scenes.parse("c1 big bus, a1 cat, b2 pear, d4 airplane, d3 panda")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,21 @@ def read(folder, name):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def test_every_design_draws_every_thing_its_own_way():
+    for design in atlases.DESIGNS:
+        crops = atlases.crops(design)
+        assert crops.shape == (len(scenes.THINGS), 64, 64, 4)
+        assert (crops[..., 3].reshape(len(crops), -1) > 128).mean(1).min() > 0.05
+        assert f"`{design}.webp`" in (atlases.FOLDER / "LICENSES.md").read_text(encoding="utf-8")
+    flat = np.stack([atlases.crops(design) for design in atlases.DESIGNS]).reshape(len(atlases.DESIGNS), -1)
+    assert len(np.unique(flat, axis=0)) == len(atlases.DESIGNS)
+    assert sum(path.stat().st_size for path in atlases.FOLDER.iterdir()) < 3e6
+    assert len(scenes.THINGS) == len(set(scenes.THINGS))
+
+
 def test_the_same_seed_writes_the_same_files(written):
     files = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")} for folder in written]
-    assert len(files[0]) == 150 + 50 + 3
+    assert len(files[0]) == 150 + 2 * 50 + 4
     assert files[0] == files[1]
 
 
@@ -41,40 +53,52 @@ def test_training_data_passes_the_checks_of_the_training_stages(written, tmp_pat
         assert max(len(messages) for messages in dataset["messages"]) >= turns
 
 
-def test_held_out_layouts_and_scans_occur_in_no_training_scene():
-    for seed in range(300):
-        rng = np.random.default_rng(seed)
-        layouts = {held_out: scenes.random_layout(rng, held_out) for held_out in (False, True)}
-        for held_out, layout in layouts.items():
-            assert scenes.is_held_out(layout) == held_out
-            allowed = np.concatenate(list(scenes.digit_scans(held_out).values()))
-            assert set(scenes.render(layout, rng, held_out)[1]) <= set(allowed.tolist())
-    sides = [set(np.concatenate(list(scenes.digit_scans(held_out).values()))) for held_out in (False, True)]
-    assert not sides[0] & sides[1]
-    assert len(sides[0] | sides[1]) == 1797
+def test_neither_held_out_layouts_nor_the_held_out_design_are_trained_on(written, monkeypatch):
+    captions = [row["conversations"][1]["value"] for row in read(written[0], "pretrain")]
+    assert not any(scenes.is_held_out(scenes.parse(caption)) for caption in captions)
+    assert {row["design"] for row in read(written[0], "held_out")} == set(scenes.TRAIN_DESIGNS)
+    assert {row["design"] for row in read(written[0], "held_out_design")} == {"openmoji"}
+    drawn = []
+    render = scenes.render
+    monkeypatch.setattr(
+        scenes, "render", lambda layout, rng, design: drawn.append(design) or render(layout, rng, design)
+    )
+    scenes.write_scenes(written[1], train_scenes=20, held_out_scenes=0)
+    assert set(drawn) == set(scenes.TRAIN_DESIGNS) == set(atlases.DESIGNS) - {"openmoji"}
+    for seed in range(100):
+        for held_out in (False, True):
+            layout = scenes.random_layout(np.random.default_rng(seed), held_out)
+            assert scenes.is_held_out(layout) == held_out and scenes.parse(scenes.tell(layout)) == layout
 
 
 def test_answers_agree_with_the_layout():
     rng = np.random.default_rng(0)
-    asked = {scenes.ask(LAYOUT, rng, name) for name in scenes.QUESTION_TYPES for _ in range(200)}
+    asked = {scenes.ask(LAYOUT, rng, name) for name in scenes.QUESTION_TYPES for _ in range(400)}
     assert asked >= {
-        ("What is at the top right?", "nothing"),
-        ("What is at the bottom left?", "digit"),
-        ("What colour is the thing at the bottom right?", "red"),
-        ("Which digit is at the bottom left?", "7"),
-        ("Where is the blue thing?", "bottom left"),
-        ("How many things are there?", "three"),
-        ("How many red things are there?", "two"),
-        ("How many green things are there?", "zero"),
+        ("What is at d2?", "bus", "big"),
+        ("What is at a1?", "cat", "small"),
+        ("What is at a4?", "nothing", None),
+        ("Where is the bus?", "c1", "big"),
+        ("Where is the airplane?", "d4", "small"),
+        ("What is right of the pear?", "bus", "small"),
+        ("What is above the airplane?", "panda", "small"),
+        ("What is left of the airplane?", "nothing", "small"),
+        ("How many animals are there?", "two", None),
+        ("How many vehicles are there?", "two", None),
+        ("How many tools are there?", "zero", None),
+        ("Which group does the thing at c2 belong to?", "vehicles", "big"),
+        ("Is there an airplane?", "yes", "small"),
+        ("Is there a tiger?", "no", None),
     }
-    assert len({question for question, _ in asked}) == len(asked), "a question has two answers"
+    assert len({question for question, *_ in asked}) == len(asked), "a question has two answers"
+    assert not any(question.startswith("What is above the bus") for question, *_ in asked)  # of big things it is open
 
 
 def test_a_question_that_a_scene_does_not_allow_is_not_asked():
-    twins = (("red", "circle"), ("red", "square"), None, None)
     rng = np.random.default_rng(0)
-    assert scenes.ask(twins, rng, "digit") is None
-    assert scenes.ask(twins, rng, "place") is None
+    only_big = scenes.parse("a1 big cat")
+    assert scenes.ask(only_big, rng, "beside") is None
+    assert scenes.ask((), rng, "place") is None and scenes.ask((), rng, "group") is None
 
 
 def test_blind_guessing_stays_below_45_percent(written):
@@ -87,9 +111,36 @@ def test_blind_guessing_stays_below_45_percent(written):
     assert frequent / len(questions) < 0.45
 
 
-def test_things_are_drawn_at_their_places_in_their_colours(written):
-    picture = scenes.render(LAYOUT, np.random.default_rng(0), held_out=False)[0].astype(int)
-    spread = [np.ptp(picture[r : r + 24, c : c + 24], axis=-1).max() for r in (0, 24) for c in (0, 24)]
-    assert min(spread[0], spread[2], spread[3]) > 100 > spread[1]
-    assert picture[:24, :24, 0].max() > picture[:24, :24, 2].max() + 80  # the circle is red
-    assert Image.open(written[0] / "images" / "train-00000.png").mode == "RGB"
+def test_things_are_drawn_at_their_places(written):
+    picture = scenes.render(LAYOUT, np.random.default_rng(0), "noto").astype(float)
+    places = picture.reshape(4, 24, 4, 24, 3).std((1, 3)).sum(-1)
+    filled = [[scenes.COLUMNS[c] + scenes.ROWS[r] in scenes.covered(LAYOUT) for c in range(4)] for r in range(4)]
+    assert places[np.array(filled)].min() > 3 * places[~np.array(filled)].max()
+    assert Image.open(written[0] / "images" / "train-00000.png").size == (96, 96)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a1 cat, e2 bus", r"'e2 bus': there is no place 'e2'; columns are a to d, rows 1 to 4"),
+        ("a1 dragon", r"'a1 dragon': there is no 'dragon'; things are panda, mouse"),
+        ("b1 big cat", r"a big thing is at one of a1, c1, a3, c3"),
+        ("a1 cat, c1 cat", r"cat occurs twice"),
+        ("a1 big cat, b2 bus", r"'b2 bus' and 'a1 big cat' are both at b2"),
+        ("cat", r"'cat' is no thing at a place: write, for example, 'a1 cat'"),
+        ("a1 cat,", r"'' is no thing at a place"),
+    ],
+)
+def test_a_scene_that_cannot_be_drawn_is_refused_by_name(text, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        draw.main([text, "--output", str(tmp_path / "scene.png")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scene_of_one_s_own_is_drawn_in_the_design_asked_for(tmp_path, capsys):
+    pictures = {}
+    for design in ("noto", "openmoji"):
+        draw.main(["a1 cat, c3 big bus", "--output", str(tmp_path / f"{design}.png"), "--design", design])
+        pictures[design] = Image.open(tmp_path / f"{design}.png")
+        assert pictures[design].size == (96, 96) and f"written: {tmp_path}" in capsys.readouterr().out
+    assert pictures["noto"].tobytes() != pictures["openmoji"].tobytes()

@@ -14,10 +14,10 @@ def test_each_size_is_asked_about_at_both_budgets(checkpoint, tmp_path, monkeypa
         return ["nothing" if budget else "one"] * len(questions)
 
     monkeypatch.setattr(sizes, "answer", answer)
-    sizes.main(["--checkpoint", str(checkpoint), "--scenes", str(tmp_path / "scenes"), "--sizes", "48", "9"])
-    assert asked == [((48, 48), None), ((48, 48), "auto"), ((9, 9), None), ((9, 9), "auto")]
+    sizes.main(["--checkpoint", str(checkpoint), "--scenes", str(tmp_path / "scenes"), "--sizes", "96", "9"])
+    assert asked == [((96, 96), None), ((96, 96), "auto"), ((9, 9), None), ((9, 9), "auto")]
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
-    assert [row[:3] for row in rows] == [["48", "36", "36"], ["9", "36", "9"]]
+    assert [row[:3] for row in rows] == [["96", "36", "36"], ["9", "36", "9"]]
     for *_, default, auto, difference in rows:
         assert default != auto
         assert float(difference) == round(float(auto.rstrip("%")) - float(default.rstrip("%")), 1)
