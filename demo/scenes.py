@@ -73,8 +73,8 @@ def is_held_out(layout):
     return zlib.crc32(tell(layout).encode()) % 10 == 0
 
 
-def random_layout(rng, held_out):
-    """Draw a layout of the wanted side: a tuple of [`Placed`] in the order of `PLACES`."""
+def random_layout(rng, held_out, things=THINGS):
+    """Draw a layout of the wanted side, of these things: a tuple of [`Placed`] in the order of `PLACES`."""
     while True:
         places = []
         filled = rng.uniform(0.4, 0.9)
@@ -85,9 +85,9 @@ def random_layout(rng, held_out):
                 places += [(place, False) for place in quadrant(corner) if rng.random() < filled]
         # Few groups in a scene, so that there is something to count.
         groups = rng.choice(list(GROUPS), size=rng.integers(2, len(GROUPS) + 1), replace=False)
-        at_hand = [thing for group in groups for thing in GROUPS[group]]
-        things = rng.choice(at_hand, size=len(places), replace=False)
-        drawn = [Placed(place, str(thing), big) for (place, big), thing in zip(places, things, strict=True)]
+        at_hand = rng.permutation([thing for thing in things if GROUP_OF[thing] in groups])
+        places = [places[index] for index in rng.permutation(len(places))[: len(at_hand)]]
+        drawn = [Placed(place, str(thing), big) for (place, big), thing in zip(places, at_hand, strict=False)]
         layout = tuple(sorted(drawn, key=lambda placed: PLACES.index(placed.place)))
         if layout and is_held_out(layout) == held_out:
             return layout
