@@ -37,12 +37,18 @@ def run_module(name, *arguments, **options):
 
 
 def score(questions, answers):
-    """Exact match over all questions and by type: `{"accuracy": …, "by_type": {…}}`."""
-    right, total = Counter(), Counter(question["type"] for question in questions)
-    for question, given in zip(questions, answers, strict=True):
-        right[question["type"]] += given == question["answer"]
-    by_type = {name: right[name] / total[name] for name in scenes.QUESTION_TYPES}
-    return {"accuracy": right.total() / total.total(), "by_type": by_type}
+    """Exact match, `{"accuracy": …, "by_type": {type: …}, "by_size": {"small": …, "big": …}}`."""
+    right = [given == question["answer"] for question, given in zip(questions, answers, strict=True)]
+
+    def share(key, value):
+        of_value = [got for question, got in zip(questions, right, strict=True) if question[key] == value]
+        return sum(of_value) / len(of_value)
+
+    return {
+        "accuracy": sum(right) / len(right),
+        "by_type": {name: share("type", name) for name in scenes.QUESTION_TYPES},
+        "by_size": {size: share("size", size) for size in ("small", "big")},
+    }
 
 
 def majority_answers(questions):
