@@ -174,10 +174,10 @@ class Questions:
 
     def answer(self, model, processor, num_visual_tokens: int) -> tuple[list[str], list[float]]:
         """Greedy answers, and their mean log-probabilities in nats."""
-        length = self._answer_length(processor, self.rows)
+        length = self.answer_length(processor, self.rows)
         answers, log_probabilities = [], []
         for first in range(0, len(self.rows), 100):
-            inputs = self._inputs(processor, self.rows[first : first + 100], num_visual_tokens)
+            inputs = self.inputs(processor, self.rows[first : first + 100], num_visual_tokens)
             tokens, scores = generate_scored(model, **inputs, do_sample=False, max_new_tokens=length)
             answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
             log_probabilities += scores.tolist()
@@ -190,20 +190,21 @@ class Questions:
     def count_flops(self, model, processor, num_visual_tokens: int) -> int:
         """FLOPs of an answer as long as the right one to the first question, as torch counts them in what runs."""
         rows = self.rows[:1]
-        length = self._answer_length(processor, rows)
-        inputs = self._inputs(processor, rows, num_visual_tokens)
+        length = self.answer_length(processor, rows)
+        inputs = self.inputs(processor, rows, num_visual_tokens)
         # Of attention, torch counts matrix products, but no fused kernel of a CPU
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model.generate(**inputs, do_sample=False, min_new_tokens=length, max_new_tokens=length)
         return counter.get_total_flops()
 
-    def _inputs(self, processor, rows: list[dict], num_visual_tokens: int):
+    def inputs(self, processor, rows: list[dict], num_visual_tokens: int):
+        """What the model reads of some of the rows."""
         images = [self.images / row["image"] for row in rows]
         return prepare(processor, images, [row["question"] for row in rows], num_visual_tokens)
 
     @staticmethod
-    def _answer_length(processor, rows: list[dict]) -> int:
-        """Tokens of the longest right answer, with the one that ends it."""
+    def answer_length(processor, rows: list[dict]) -> int:
+        """Tokens of the longest right answer, the one that ends it included."""
         answers = processor.tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
         return 1 + max(map(len, answers))
 

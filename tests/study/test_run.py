@@ -175,7 +175,7 @@ def test_flops_are_those_of_the_whole_answer(untrained, scenes):
     questions = Questions(scenes / "held_out.json")
     row = questions.rows[0]
     new_tokens = len(processor.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) + 1
-    prompt = questions._inputs(processor, [row], 36)["input_ids"].shape[1]
+    prompt = questions.inputs(processor, [row], 36)["input_ids"].shape[1]
     costs = inference_costs(model.config, 36, prompt - 36, new_tokens)
     expected = sum(costs[part] for part in FLOP_PARTS)
     assert questions.count_flops(model, processor, 36) == pytest.approx(expected, rel=0.01)
@@ -194,8 +194,8 @@ def test_a_cascade_is_measured_as_the_package_runs_it(untrained, scenes, monkeyp
         questions.rows[place]["answer"] = (small if index >= 3 else large)[place]
     measured = measure_cascades(model, processor, questions, questions, answered)["4-36"]
     assert measured["accuracy"] == 1 and 4 < measured["visual_tokens"] <= 4 + 36 / 3
-    inputs = questions._inputs(processor, questions.rows, 4)
-    length = Questions._answer_length(processor, questions.rows)
+    inputs = questions.inputs(processor, questions.rows, 4)
+    length = Questions.answer_length(processor, questions.rows)
     options = {"budgets": (4, 36), "threshold": measured["threshold"], "max_new_tokens": length, "do_sample": False}
     output = generate(model, **inputs, **options)
     assert output.visual_tokens_used.double().mean() == measured["visual_tokens"]
