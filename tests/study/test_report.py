@@ -18,7 +18,7 @@ def row_of(name, seed, share):
         str(budget): {
             "accuracy": share,
             "by_size": {"small": share / 2, "big": share},
-            "design": share / 4,
+            "design": share / 3,
             "flops": 10**6 * budget,
         }
         for budget in BUDGETS
@@ -60,7 +60,7 @@ def test_the_report_tells_means_and_spreads(report_of, tmp_path):
         ("All questions", "81.0 ± 1.0"),
         ("Small things", "40.5 ± 0.5"),
         ("Big things", "81.0 ± 1.0"),
-        ("The held-out design", "20.2 ± 0.2"),
+        ("The held-out design", "27.0 ± 0.3"),
     ):
         assert delta.format(*[cell] * 6) in section(text, title)
     assert "| MLP on all patches (LLaVA-1.5) | 90.0 |" in text  # of one seed there is no spread
@@ -115,8 +115,8 @@ def test_each_budget_says_what_is_ahead_of_average_pooling(report_of):
         resampler=(0.78, 0.80, 0.82),
         delta=(0.9,),
     )
-    sentences = section(text, "What is ahead of average pooling").splitlines()[2:]
-    assert [int(re.search(r"At (\d+)", sentence)[1]) for sentence in filter(None, sentences)] == list(BUDGETS)
+    sentences = re.findall(r"^- .*", section(text, "What is ahead of average pooling"), re.MULTILINE)
+    assert [int(re.search(r"At (\d+)", sentence)[1]) for sentence in sentences] == list(BUDGETS)
     assert sentences[0] == (
         "- **At 144**, ahead: Delta added to pooled features (ours) (**+6.0 ± 2.5**). Behind: TokenPacker (**-9.0 ± "
         "2.5**). Cannot be distinguished: Delta-LLaVA, as released (+10.0); Learnt queries (MQT) (+0.0 ± 5.0)."
@@ -138,7 +138,7 @@ def test_the_search_and_convergence_are_told(report_of):
 def test_a_cascade_stands_between_its_two_budgets(report_of):
     text = section(report_of(residual=(0.8, 0.82)), "Cascades")
     ours = "| Delta added to pooled features (ours) |"
-    assert text.splitlines()[4:7] == [
+    assert text.splitlines()[5:8] == [
         f"{ours} 4 | 81.0 ± 1.4 | 4 |",
         f"{ours} 4, then 36 where unsure | 81.0 ± 1.4 | 10.5 ± 0.7 |",
         f"{ours} 36 | 81.0 ± 1.4 | 36 |",

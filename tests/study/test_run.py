@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from delta_llava import DeltaLlavaConfig, DeltaProjector
 from delta_llava.cascade import generate
@@ -16,7 +17,7 @@ from delta_llava.demo import scenes as demo_scenes
 from delta_llava.demo.run import BUDGETS
 from delta_llava.demo.scenes import write_scenes
 from delta_llava.study import run as study_run
-from delta_llava.study.methods import FASTV_LAYERS, LINES, METHODS, RATES, SEARCH_SEED, line_of
+from delta_llava.study.methods import DEMO, FASTV_LAYERS, LINES, METHODS, RATES, SEARCH_SEED, line_of
 from delta_llava.study.projectors import TokenPackerProjector
 from delta_llava.study.run import Questions, Run, Settings, execute, main, measure_cascades, train
 from delta_llava.train.trainer import DeltaLlavaTrainer
@@ -115,7 +116,8 @@ def test_runs_of_a_seed_train_the_same_batches_and_start_from_the_same_language_
 
 def test_a_run_multiplies_the_recipes_rates_and_the_steps_of_both_stages(untrained):
     *_, stages = untrained(Run("average-pooling", 0, 1 / 3, 2))
-    assert [stage.learning_rate for stage in stages] == pytest.approx([1e-3, 1e-3 / 3])
+    recipes = [yaml.safe_load((DEMO / "recipes" / f"{stage}.yaml").read_text()) for stage in ("pretrain", "finetune")]
+    assert [stage.learning_rate for stage in stages] == [recipe["learning_rate"] / 3 for recipe in recipes]
     assert [stage.max_steps for stage in stages] == [2 * TINY.pretrain_steps, 2 * TINY.finetune_steps]
 
 
@@ -184,6 +186,7 @@ def test_flops_are_those_of_the_whole_answer(untrained, scenes):
 def test_a_cascade_is_measured_as_the_package_runs_it(untrained, scenes, monkeypatch):
     model, processor, _ = untrained(Run("residual", 0))
     monkeypatch.setattr(study_run, "CASCADES", ((4, 36),))
+    monkeypatch.setattr(Questions, "answer_length", staticmethod(lambda *_: 3))
     questions = Questions(scenes / "held_out.json")
     questions.rows = questions.rows[:9]
     answered = {budget: questions.answer(model, processor, budget) for budget in (4, 36)}
@@ -195,9 +198,8 @@ def test_a_cascade_is_measured_as_the_package_runs_it(untrained, scenes, monkeyp
     measured = measure_cascades(model, processor, questions, questions, answered)["4-36"]
     assert measured["accuracy"] == 1 and 4 < measured["visual_tokens"] <= 4 + 36 / 3
     inputs = questions.inputs(processor, questions.rows, 4)
-    length = Questions.answer_length(processor, questions.rows)
-    options = {"budgets": (4, 36), "threshold": measured["threshold"], "max_new_tokens": length, "do_sample": False}
-    output = generate(model, **inputs, **options)
+    options = {"budgets": (4, 36), "threshold": measured["threshold"]}
+    output = generate(model, **inputs, **options, max_new_tokens=3, do_sample=False)
     assert output.visual_tokens_used.double().mean() == measured["visual_tokens"]
     texts = processor.batch_decode(output.sequences, skip_special_tokens=True)
     assert all(questions.grade([text.strip() for text in texts]))
@@ -302,11 +304,13 @@ def test_a_failed_run_is_named_and_the_others_are_kept(study):
 
 def test_rows_of_other_settings_or_rates_are_not_mixed_in(study):
     study(*FEW)
-    for name, row in (("rates.jsonl", "delta with seed 100"), ("rows.jsonl", "delta with seed 0")):
-        with pytest.raises(SystemExit, match=rf"{row} was run with .*'batch_size': 4.* Name another"):
-            study(*FEW, settings=replace(TINY, batch_size=5))
-        (study.folder / "rates.jsonl").rename(study.folder / "moved") if name == "rates.jsonl" else None
-    (study.folder / "moved").rename(study.folder / "rates.jsonl")
+    other = replace(TINY, batch_size=5)
+    with pytest.raises(SystemExit, match=r"rates.jsonl: .* seed 100 was run with .*'batch_size': 4.* Name another"):
+        study(*FEW, settings=other)
+    rates = (study.folder / "rates.jsonl").rename(study.folder / "moved")
+    with pytest.raises(SystemExit, match=r"rows.jsonl: .* seed [01] was run with .*'batch_size': 4.* Name another"):
+        study(*FEW, settings=other)
+    rates.rename(study.folder / "rates.jsonl")
     with (study.folder / "rows.jsonl").open("a") as rows:
         rows.write(json.dumps(row_of(Run("no-refinement-block", 0, 1))) + "\n")
     with pytest.raises(SystemExit, match=r"no-refinement-block with seed 0 was run at 1 times .* chose 0.33"):
