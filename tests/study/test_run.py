@@ -16,6 +16,7 @@ from delta_llava.costs import FLOP_PARTS, inference_costs
 from delta_llava.demo import scenes as demo_scenes
 from delta_llava.demo.run import BUDGETS
 from delta_llava.demo.scenes import write_scenes
+from delta_llava.study import report
 from delta_llava.study import run as study_run
 from delta_llava.study.methods import DEMO, FASTV_LAYERS, LINES, METHODS, RATES, SEARCH_SEED, line_of
 from delta_llava.study.projectors import TokenPackerProjector
@@ -206,7 +207,10 @@ def test_a_cascade_is_measured_as_the_package_runs_it(untrained, scenes, monkeyp
     assert all(questions.grade([text.strip() for text in texts]))
 
 
-def row_of(run, settings=TINY):
+SKETCHED = replace(TINY, validation_scenes=8, held_out_scenes=8)
+
+
+def row_of(run, settings=SKETCHED):
     """As [`execute`] returns it, of a method that is best at thrice the recipes' rates, or else at one and a third."""
     share = 0.8 if run.rate == (3 if METHODS[run.method].family == "average-pooling" else 1 / 3) else 0.5
     cell = {"accuracy": share, "by_size": {"small": share, "big": share}, "design": share, "flops": 10**6}
@@ -221,7 +225,7 @@ def row_of(run, settings=TINY):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """The command with runs that train nothing; it returns what was run."""
+    """The command with runs that train nothing, pictures of nothing and a report without one; it returns what was run."""
     drawn, done = [], []
 
     class Pool(ThreadPoolExecutor):
@@ -232,7 +236,7 @@ def study(tmp_path, monkeypatch):
         drawn.append(layout)
         return np.zeros((8, 8, 3), np.uint8)
 
-    def start(*options, settings=TINY, broken=None):
+    def start(*options, settings=SKETCHED, broken=None):
         drawn.clear()
         done.clear()
 
@@ -249,6 +253,7 @@ def study(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study_run, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(demo_scenes, "render", render)
+    monkeypatch.setattr(report, "draw", lambda *_: None)
     start.folder, start.drawn = tmp_path, drawn
     return start
 
@@ -305,7 +310,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(study):
 
 def test_rows_of_other_settings_or_rates_are_not_mixed_in(study):
     study(*FEW)
-    other = replace(TINY, batch_size=5)
+    other = replace(SKETCHED, batch_size=5)
     with pytest.raises(SystemExit, match=r"rates.jsonl: .* seed 100 was run with .*'batch_size': 4.* Name another"):
         study(*FEW, settings=other)
     rates = (study.folder / "rates.jsonl").rename(study.folder / "moved")
