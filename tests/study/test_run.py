@@ -225,7 +225,7 @@ def row_of(run, settings=SKETCHED):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """The command with runs that train nothing, pictures of nothing and a report without one; it returns what was run."""
+    """The command, with runs that train nothing and pictures that show nothing; it returns what was run."""
     drawn, done = [], []
 
     class Pool(ThreadPoolExecutor):
