@@ -1,5 +1,5 @@
 """
-Projectors that others published, with the call of ours, so that each can take its place:
+Projectors that others published, and an ablation of ours, with the call of ours, so that each can take its place:
 
     model.model.multi_modal_projector = TokenPackerProjector(model.config).apply(model._init_weights)
 
@@ -7,18 +7,39 @@ All are built from a `DeltaLlavaConfig` and read what the tower gives to ours: `
 which LLaVA-1.5 reads, `memory_features` those of several. The model's rule initializes all of them alike.
 """
 
+from copy import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
-from ..modeling_delta_llava import position_table
+from ..modeling_delta_llava import DeltaProjector, position_table
 
 
 def llava_mlp(config: DeltaLlavaConfig) -> nn.Sequential:
     """The map from vision to text width that LLaVA-1.5 introduced."""
     vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
     return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+
+
+class GateOneProjector(DeltaProjector):
+    """
+    Our `projector_variant="residual"` without its learnt gate: the attention's output is added as it is.
+
+    Args:
+        config (`DeltaLlavaConfig`): As for [`DeltaProjector`]; its variant is not read.
+    """
+
+    def __init__(self, config: DeltaLlavaConfig):
+        config = copy(config)
+        config.projector_variant = "released"  # which has every part but the gate
+        super().__init__(config)
+        self.variant = "residual"
+
+    @property
+    def gate(self) -> torch.Tensor:
+        return self.positions.new_ones(())  # new at each call: the model's initialization cannot change it
 
 
 class MlpProjector(nn.Module):

@@ -8,9 +8,10 @@ import yaml
 from parity import assert_parity, drawn
 from safetensors.torch import load_file
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaProjector
 from delta_llava.study.projectors import (
     AveragePoolingProjector,
+    GateOneProjector,
     MlpProjector,
     ResamplerProjector,
     TokenPackerProjector,
@@ -113,6 +114,16 @@ def test_the_resampler_refuses_more_than_its_256_queries():
     assert projector.queries.shape == (256, 1024)
     with pytest.raises(ValueError, match="num_visual_tokens=576 is more than the resampler's 256 queries"):
         projector(torch.zeros(1), torch.zeros(1), 576)
+
+
+@pytest.mark.parametrize("num_visual_tokens", [4, 144])
+def test_the_gate_fixed_at_one_is_no_weight_and_all_else_is_ours(tiny_config, features, num_visual_tokens):
+    config = tiny_config(projector_variant="residual")
+    ours = DeltaProjector(config).eval()
+    ours.gate.data.fill_(1)
+    fixed = placed(DeltaLlavaForConditionalGeneration(config), GateOneProjector).eval().model.multi_modal_projector
+    fixed.load_state_dict({name: weight for name, weight in ours.state_dict().items() if name != "gate"})
+    torch.testing.assert_close(fixed(*features, num_visual_tokens), ours(*features, num_visual_tokens))
 
 
 def placed(model, kind):
