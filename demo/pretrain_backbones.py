@@ -40,7 +40,7 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 FORMS = (0, 12, 6, 4, 3, 2, 1)
 SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.1, 0.33, 0.04, 0.06, 0.02), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
 
-SHORT_TYPES = (0.1, 0.35, 0.2, 0.1, 0.05, 0.2)  # of scenes.QUESTION_TYPES
+SHORT_TYPES = (0.15, 0.1, 0.35, 0.2, 0.1, 0.1)  # of scenes.QUESTION_TYPES
 
 
 def train(name, module, step_loss, steps, learning_rate):
@@ -273,13 +273,13 @@ def pretrain_language_model(steps, batch_size=20):
         grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS if short else FORM_WEIGHTS))
         if step <= 0.25 * steps:
             grid = 4 if step % 2 else 0
-        things = scenes.THINGS[:: 4 if step <= 0.1 * steps else 1]
+        things = scenes.THINGS[:: 4 if step <= 0.08 * steps else 1]
         layouts = [scenes.random_layout(rng, False, things) for _ in range(batch_size)]
         conversations = []
         for layout in layouts:
             types = [rng.choice(scenes.QUESTION_TYPES, p=SHORT_TYPES)] if short else scenes.QUESTION_TYPES
             turns = scenes.conversation(layout, rng, np.resize(types, 5 if short else 9))
-            if short and rng.random() < 0.4:
+            if short and rng.random() < (0.5 if step <= 0.25 * steps else 0.1):
                 turns = index(layout, rng, things)
             if not short and rng.random() < 0.2:
                 turns = [(scenes.DESCRIBE, scenes.tell(layout)), *turns]
@@ -324,6 +324,8 @@ def varied_crop(rng):
 
     def crop(design, thing, size):
         design = str(rng.choice(scenes.TRAIN_DESIGNS))
+        if rng.random() < 0.25:
+            return atlases.crop(design, thing, size)
         drawing = atlases.crop(design, thing, atlases.CROP_SIZE, inked if rng.random() < 0.35 else None)
         if rng.random() < 0.5:
             drawing = drawing[:, ::-1]
@@ -444,7 +446,7 @@ def pretrain_vision_tower(steps, batch_size=32):
             / 3
         )
 
-    train("vision tower", nn.ModuleList([model, heads]), step_loss, steps, learning_rate=1e-3)
+    train("vision tower", nn.ModuleList([model, heads]), step_loss, steps, learning_rate=2e-3)
     model.save_pretrained(FOLDER / "vision_tower")
     processor.save_pretrained(FOLDER / "vision_tower")
     return vision_tower_skill(model.eval(), heads, processor)
