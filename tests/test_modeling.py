@@ -33,7 +33,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
 from delta_llava.configuration_delta_llava import RELEASE
-from delta_llava.hub.assemble import join
+from delta_llava.hub.parts import join
 
 
 ALL_BUDGETS = [1, 4, 9, 16, 36, 144]

@@ -28,9 +28,9 @@ from delta_llava.demo import lmms_scenes, scenes
 from delta_llava.evaluation import run as module
 from delta_llava.evaluation.fastv import fastv
 from delta_llava.evaluation.lmms import DeltaLlava, UntilStrings, cut, generation_options
-from delta_llava.evaluation.results import results_file
 from delta_llava.evaluation.suite import read_suite
 from delta_llava.hub.card import build_card
+from delta_llava.results import results_file
 
 
 pytestmark = pytest.mark.lmms

@@ -11,9 +11,9 @@ from transformers import LlavaConfig
 
 from delta_llava.evaluation import run as module
 from delta_llava.evaluation.checkpoint import locate
-from delta_llava.evaluation.results import read_results, result, results_file, write_results
 from delta_llava.evaluation.suite import read_suite, table
 from delta_llava.hub.card import build_card
+from delta_llava.results import new_result, read_results, results_file, write_results
 
 
 ENTRY = {
@@ -118,7 +118,7 @@ def test_a_wrong_suite_is_refused_by_name_and_place(suite, change, message):
 
 def test_tasks_are_chosen_by_name(suite):
     assert [entry["name"] for entry in read_suite(suite(), ["pope"])["tasks"]] == ["POPE", "POPE recall"]
-    with pytest.raises(ValueError, match=r"tasks=\['mmbench'\] are none of .*\['gqa', 'pope', 'pope'\]"):
+    with pytest.raises(ValueError, match=r"tasks=\['mmbench'\] are not in .*\['gqa', 'pope', 'pope'\]"):
         read_suite(suite(), ["pope", "mmbench"])
 
 
@@ -203,8 +203,8 @@ def test_a_limited_run_writes_nothing_and_takes_nothing_for_done(checkpoint, sui
         ),
         ({"toolkit": "lmms-eval 0.7.3, float32"}, "of toolkit '.*, float32', and this is '.*, bfloat16'"),
         ({"commit": "c0ffee"}, "of commit 'c0ffee', and this is None: delete it"),
-        ({"results": [{"task": "gqa"}]}, "no file of results"),
-        ({"dtype": "float32"}, "no file of results"),
+        ({"results": [{"task": "gqa"}]}, r"results\[0\]: .*missing are \['config', "),
+        ({"dtype": "float32"}, r"unknown are \['dtype'\]"),
     ],
 )
 def test_results_of_something_else_are_not_mixed_in(checkpoint, suite, measured, change, message):
@@ -220,7 +220,7 @@ def test_results_of_something_else_are_not_mixed_in(checkpoint, suite, measured,
     ("arguments", "message"),
     [
         ({"num_visual_tokens": [36, 7]}, r"num_visual_tokens=\[7\] must be among \[1, 4, 9, 16, 36, 144\]"),
-        ({"tasks": ["vqa"]}, r"tasks=\['vqa'\] are none of"),
+        ({"tasks": ["vqa"]}, r"tasks=\['vqa'\] are not in"),
         ({"limit": 0}, "limit=0 must be 1 or more"),
         ({"dtype": "auto"}, r"dtype=auto must be one of \('float32', 'bfloat16', 'float16'\)"),
         ({"revision": "main"}, "is a folder, which has no revision"),
@@ -269,12 +269,12 @@ def test_what_fastv_cannot_do_is_said_first(tiny_config, tmp_path):
         ({"num_visual_tokens": [144, 145, 0], "fastv_layer": 1}, r"num_visual_tokens=\[145, 0\] must be from 1 to 144"),
         ({"num_visual_tokens": [144], "fastv_layer": 0}, "fastv_layer=0 must be from 1 to 1"),
         ({"num_visual_tokens": [144], "fastv_layer": 2}, "fastv_layer=2 must be from 1 to 1"),
-        ({"num_visual_tokens": [144]}, "model_type='llava': one of delta_llava is measured without fastv_layer"),
+        ({"num_visual_tokens": [144]}, "model_type='llava', but must have delta_llava without fastv_layer"),
     ):
         with pytest.raises(ValueError, match=message):
             module.run(tmp_path, **wrong)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model_type='delta_llava': .* one of llava \(LLaVA-1.5\) with it"):
+    with pytest.raises(ValueError, match=r"model_type='delta_llava', but .* or llava \(LLaVA-1.5\) with it"):
         module.run(tmp_path, [36], fastv_layer=1)
 
 
@@ -316,14 +316,14 @@ def test_a_wrong_dtype_is_refused_by_the_command_itself(checkpoint, suite, measu
 @pytest.mark.parametrize("value", [float("nan"), None, "N/A", True])
 def test_a_value_that_is_no_number_is_no_result(value):
     with pytest.raises(ValueError, match=r"gqa: exact_match is .* instead of a number"):
-        result(ENTRY, value, 3)
+        new_result(ENTRY, value, 3)
 
 
 def test_an_unfinished_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "results/tokens-36.json"
     origin = ("lmms-eval 0.7.3, float32", None, {"model.safetensors": "0"})
     arguments = (file, 36, *origin)
-    write_results(*arguments, [result(ENTRY, 0.5, 3)])
+    write_results(*arguments, [new_result(ENTRY, 0.5, 3)])
     with pytest.raises(TypeError):
         write_results(*arguments, [object()])
     assert [r["value"] for r in read_results(file, *origin)] == [50.0]

@@ -38,7 +38,8 @@ from transformers import (
 )
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from delta_llava.hub.assemble import assemble, build_config, join, main
+from delta_llava.hub.assemble import assemble, main
+from delta_llava.hub.parts import build_config, join
 
 
 @pytest.fixture
@@ -365,7 +366,7 @@ def test_a_llama_with_a_template_of_its_own_gets_no_other(parts, templates, own,
     tokenizer.chat_template = own
     tokenizer.save_pretrained(language)
     if not kept:
-        with pytest.raises(ValueError, match=r"brings a chat template of its own, .* by --chat_template"):
+        with pytest.raises(ValueError, match=r"has a chat template of its own, .* with --chat_template"):
             assemble(tower, language, out)
         assert not out.exists()
     assemble(tower, language, out, chat_template=None if kept else templates / "vicuna-v1.jinja")

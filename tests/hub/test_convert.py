@@ -390,9 +390,9 @@ def test_a_stage_1_projector_and_its_language_model(stage1, tmp_path, noise, pre
 def test_a_projector_file_alone(stage1, tmp_path, noise):
     model, folder, language_model, tower = stage1()
     file, out = folder / "mm_projector.bin", tmp_path / "out"
-    with pytest.raises(ValueError, match="does not name its vision tower: name it by --vision_tower"):
+    with pytest.raises(ValueError, match="does not name its vision tower: name it with --vision_tower"):
         convert(file, out, language_model=language_model)
-    with pytest.raises(ValueError, match=r"mm_projector\.bin .*name the language model .* by --language_model"):
+    with pytest.raises(ValueError, match=r"mm_projector\.bin .*name the language model .* with --language_model"):
         convert(file, out, vision_tower=tower)
     with pytest.raises(ValueError, match=r"no scale_factor in a config\.json: .*--num_visual_tokens"):
         convert(file, out, language_model=language_model, vision_tower=tower)
@@ -462,7 +462,7 @@ def test_llava_gives_its_tower_and_language_model_to_a_fresh_projector(llava_hf,
     tokens = torch.arange(280)[None]
     assert torch.equal(converted(tokens).logits[..., :300], model(tokens).logits)
 
-    assert len([why for why in conversion.left.values() if "a fresh one takes its place" in why]) == 4
+    assert len([why for why in conversion.left.values() if "a fresh one replaces it" in why]) == 4
     assert_no_path(tmp_path, out)
     assert set(conversion.fresh) == converted.model.multi_modal_projector.state_dict().keys()
     convert(folder, tmp_path / "same", seed=1, projector_variant="released")
@@ -483,7 +483,7 @@ def test_the_head_of_a_siglip_tower_is_left(llava_hf, tower_config, tmp_path):
 
 def test_llava_of_transformers_has_its_own_parts(llava_hf, tmp_path):
     _, folder = llava_hf()
-    with pytest.raises(ValueError, match="holds its own parts: leave language_model=x/y and vision_tower=None out"):
+    with pytest.raises(ValueError, match="holds its own parts: leave out language_model=x/y and vision_tower=None"):
         convert(folder, tmp_path / "out", language_model="x/y")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no weights: model\.safetensors, pytorch_model\.bin or an index"):
@@ -657,7 +657,7 @@ def test_llava_in_every_layout(llava_hf, tower_folder, tmp_path, noise, layout):
     if layout == "named tower":
         conversion = convert(folder, tmp_path / "fresh", projector_variant="released", **options)
         assert not conversion.used["projector"] and load(tmp_path / "fresh").config.projector_variant == "released"
-        assert sum("a fresh one takes its place" in why for why in conversion.left.values()) == 4
+        assert sum("a fresh one replaces it" in why for why in conversion.left.values()) == 4
 
 
 @pytest.mark.parametrize(
@@ -804,7 +804,7 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
         convert(folder, tmp_path / str(variant), projector_variant=variant)
     card = " ".join(build_card(tmp_path / "None", "x/llava", **names).content.split())
     for said in (
-        "made for 144 visual tokens per image and uses 144",
+        "made for 144 visual tokens per image and uses 144 by default",
         "So at 144 visual tokens this is that LLaVA-1.5, and all other budgets are untrained",
         "67.2 on MMBench at 576 tokens, 61.7 at 144, 50.8 at 36 and 19.3 at 1 (Cai et al., 2024",
         "padded to squares in the mean colour",
@@ -816,7 +816,7 @@ def test_the_card_calls_other_budgets_untrained_and_says_what_to_expect(llava_hf
     (tmp_path / "None" / "chat_template.jinja").write_text("{{ messages }}")
     assert "Vicuna's" not in build_card(tmp_path / "None", "x/llava", **names).content
     card = build_card(tmp_path / "released", "x/llava", **names).content
-    assert "began with random weights. Nothing has been trained since." in card and "MMBench" not in card
+    assert "started with random weights. Nothing has been trained since." in card and "MMBench" not in card
 
 
 def test_a_converted_llava_is_pushed_and_verified(llava_hf, loopback_hub, tmp_path, capfd):

@@ -54,7 +54,7 @@ PROJECTOR = "base_model.model.model.multi_modal_projector.mlp.0.bias"
         ({PROJECTOR: None}, rf"lacks 1 of the adapter's tensors: {PROJECTOR}\.$"),
         ({"B.weight": torch.full((64, 8), torch.nan)}, rf"{LAYER}B\.weight in .* holds NaN"),
         ({"B.weight": torch.zeros(63, 8)}, rf"{LAYER}B\.weight in .* has shape \(63, 8\) instead of \(\d+, 8\)"),
-        ({"C.weight": torch.zeros(1)}, r"holds 1 tensors that the model has no place for: .*q_proj\.lora_C"),
+        ({"C.weight": torch.zeros(1)}, r"holds 1 tensors that are not the model's: .*q_proj\.lora_C"),
     ],
     ids=["a layer", "a matrix", "the projector", "NaN", "shape", "unknown"],
 )
