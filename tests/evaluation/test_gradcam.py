@@ -337,25 +337,14 @@ def test_an_answer_is_explained_in_its_chat(model_and_processor, scene):
     model, processor = model_and_processor
     image, question = scene
     explained = grad_cam(model, processor, image, question, 16, "blue", EARLIER)
+    texts = [*EARLIER[0], *EARLIER[1], question, "blue"]
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": EARLIER[0][0]}]}
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in zip(["user", "assistant"] * 3, texts, strict=True)
     ]
-    for role, text in (
-        ("assistant", "four"),
-        ("user", EARLIER[1][0]),
-        ("assistant", "red"),
-        ("user", question),
-        ("assistant", "blue"),
-    ):
-        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
-    inputs = processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        continue_final_message=True,
-        processor_kwargs={"num_visual_tokens": 16},
-    )
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    text = processor.apply_chat_template(messages, continue_final_message=True)
+    inputs = processor(images=image, text=text, num_visual_tokens=16, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     (answer,) = processor.tokenizer("blue", add_special_tokens=False)["input_ids"]

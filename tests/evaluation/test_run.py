@@ -1,7 +1,6 @@
 """A run measures what is missing, and leaves files that a card takes. What needs lmms-eval is in test_lmms.py."""
 
 import json
-from collections import Counter
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
@@ -61,36 +60,10 @@ def measured(monkeypatch):
     return calls
 
 
-def test_the_papers_suite_is_the_papers():
+def test_the_papers_suite_reads_and_lies_beside_the_tasks_that_it_adds():
     suite = read_suite(module.SUITE)
-    names = [entry["name"] for entry in suite["tasks"]]
-    assert names == [
-        *("GQA", "MMBench", "MME", "POPE", "ScienceQA-IMG", "TextVQA", "TextVQA with OCR tokens"),
-        *("VizWiz", "VQAv2", "NoCaps", "Flickr30k"),
-    ]
-    figures = {(row["model"], row["source"], row["num_visual_tokens"]): row["values"] for row in suite["published"]}
-    assert len(figures) == len(suite["published"])
-    assert list(figures["Delta-LLaVA 7B", "table 1", 144].values()) == [
-        62.34,
-        65.95,
-        1466.52,
-        86.77,
-        68.7,
-        57.14,
-        56.6,
-        76.1,
-    ]
-    assert figures["Delta-LLaVA Qwen-7B", "table 2", 36]["VizWiz"] == 33.1
-    assert figures["Delta-LLaVA 13B", "table 6", 1] == {"NoCaps": 92.7, "Flickr30k": 61.9}
-    assert figures["Matryoshka Query 7B", "table 1", 2]["VQAv2"] == 61.0
-    assert figures["Delta-LLaVA 7B, no TB", "table 3", 144]["ScienceQA-IMG"] == 70.2
-    assert figures["LLaVA-1.5 13B with FastV", "table 6", 4] == {"NoCaps": 97.2, "Flickr30k": 67.0}
-    sources = Counter(row["source"] for row in suite["published"])
-    assert sources == {"table 1": 26, "table 2": 2, "table 3": 4, "table 5": 3, "table 6": 26}
-
-
-def test_the_papers_suite_lies_beside_the_tasks_that_it_adds():
-    suite = read_suite(module.SUITE)
+    rows = [(row["model"], row["source"], row["num_visual_tokens"]) for row in suite["published"]]
+    assert len(set(rows)) == len(rows) and {source for _, source, _ in rows} == {f"table {n}" for n in (1, 2, 3, 5, 6)}
     added = (module.SUITE.parent / "tasks").glob("*.yaml")
     assert suite["include_path"] == str(module.SUITE.parent / "tasks")
     assert {file.stem for file in added} == {"textvqa_val_ocr"}
