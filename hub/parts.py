@@ -74,13 +74,8 @@ def text_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 
 def check_logits(model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, expected: torch.Tensor):
     """
-    Checks that a model gives its language model's own logits, and can generate with a cache.
-
-    Args:
-        model (`DeltaLlavaForConditionalGeneration`): The model.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's.
-        expected (`torch.Tensor` of shape `(1, sequence_length, vocab_size)`): [`text_logits`] of the language model
-            alone; the model may have a larger vocabulary.
+    Checks that a model gives its language model's own logits, `expected`, which are [`text_logits`] of that alone, and
+    that it can generate with a cache. It may have a larger vocabulary.
 
     Raises:
         ValueError: If they differ by more than the rounding of the model's dtype, or cannot be computed.
@@ -251,15 +246,9 @@ def join(
     config: DeltaLlavaConfig, vision_tower: PreTrainedModel, language_model: PreTrainedModel
 ) -> DeltaLlavaForConditionalGeneration:
     """
-    Makes one model of loaded parts and a fresh projector, copying no weights but the embeddings.
-
-    Args:
-        config (`DeltaLlavaConfig`): As [`build_config`] returns it.
-        vision_tower (`PreTrainedModel`): Tower with the layers of `config.vision_config`.
-        language_model (`PreTrainedModel`): Causal language model, whose embeddings are resized to `config`'s.
-
-    Returns:
-        `DeltaLlavaForConditionalGeneration`: On the device and in the dtype of the language model.
+    Makes one model of a tower with the layers of `config.vision_config`, a causal language model, whose embeddings are
+    resized to `config`'s, and a fresh projector. No weights but the embeddings are copied, and the model has the device
+    and the dtype of the language model.
 
     Raises:
         ValueError: If the parts' weights are not those that `config` asks for.
@@ -290,12 +279,8 @@ def find_chat_template(
     text_config: PreTrainedConfig, chat_template: str | Path | None, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """
-    The chat template of a checkpoint: the file's, or the one for the language model's family.
-
-    Args:
-        text_config (`PreTrainedConfig`): Configuration of the language model.
-        chat_template (`str` or `Path`, *optional*): Jinja file.
-        tokenizer (`PreTrainedTokenizerBase`): The language model's.
+    The chat template of a checkpoint: that of the Jinja file `chat_template`, if there is one, or the one here for the
+    language model's family.
 
     Raises:
         ValueError: If no file is given, and the family has no template here or the model has another one.
@@ -335,13 +320,8 @@ def build_generation_config(
 ) -> GenerationConfig:
     """
     The language model's own generation configuration, with the tokenizer's padding, the end tokens of the tokenizer and
-    of an answer in the chat template, and image placeholders suppressed.
-
-    Args:
-        language_model (`str` or `Path`): Folder or Hub repository with its `generation_config.json`, if it has one.
-        text_config (`PreTrainedConfig`): Its configuration, which has the end tokens if there is no such file.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, with the checkpoint's additions.
-        chat_template (`str`): The chat template; the end of its `{% generation %}` span counts.
+    of an answer in the chat template (the end of its `{% generation %}` span), and image placeholders suppressed. The
+    end tokens of a language model without a `generation_config.json` are those of `text_config`.
 
     Raises:
         ValueError: If the template cannot be rendered.

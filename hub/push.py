@@ -93,13 +93,7 @@ class Publication:
 
 
 def prepare(
-    checkpoint: str | Path,
-    repo_id: str,
-    revision: str | None = None,
-    base_model: list[str] | None = None,
-    datasets: list[str] | None = None,
-    license: str | None = None,
-    family: str | Path = FAMILY,
+    checkpoint: str | Path, repo_id: str, revision: str | None = None, family: str | Path = FAMILY, **about
 ) -> Publication:
     """
     Checks a checkpoint and gathers what to publish of it, without a network.
@@ -108,9 +102,8 @@ def prepare(
         checkpoint (`str` or `Path`): Folder that training, `merge_adapter`, `convert` or `assemble` has written.
         repo_id (`str`): `ORG/NAME`.
         revision (`str`, *optional*, defaults to `main`): Branch. The default of `tokens-36` is 36 visual tokens.
-        base_model (`list[str]`, *optional*), datasets (`list[str]`, *optional*), license (`str`, *optional*),
-        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`):
-            For the card, as for [`~delta_llava.hub.card.build_card`].
+        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`), **about:
+            What [`~delta_llava.hub.card.build_card`] takes: `base_model`, `datasets` and `license`.
 
     Raises:
         ValueError: The checkpoint is incomplete, has weights that are not finite, holds an access token or a link in
@@ -122,16 +115,8 @@ def prepare(
     _check_branch(branch)
     _check_files(checkpoint)
     num_visual_tokens = _check_checkpoint(checkpoint, branch)
-    card = build_card(
-        checkpoint,
-        repo_id,
-        revision=None if branch == "main" else branch,
-        num_visual_tokens=num_visual_tokens,
-        base_model=base_model,
-        datasets=datasets,
-        license=license,
-        family=family,
-    )
+    revision = None if branch == "main" else branch
+    card = build_card(checkpoint, repo_id, revision, num_visual_tokens, family=family, **about)
     files = _files(checkpoint, num_visual_tokens) | {"README.md": str(card).encode()}
     if card.data.eval_results:
         files[EVAL_RESULTS] = eval_results_yaml(card).encode()
@@ -144,9 +129,8 @@ def prepare(
             raise ValueError(f"{name} holds what looks like an access token of the Hub: remove it, and revoke it.")
     known = yaml.safe_load(Path(family).read_text(encoding="utf-8"))["datasets"].values()
     said = [name for name in card.data.datasets or () if name not in known]
-    return Publication(
-        checkpoint, repo_id, branch, num_visual_tokens, card, files, {"dataset": said, "model": base_model or []}
-    )
+    named = {"dataset": said, "model": about.get("base_model") or []}
+    return Publication(checkpoint, repo_id, branch, num_visual_tokens, card, files, named)
 
 
 def push(

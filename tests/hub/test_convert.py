@@ -606,14 +606,13 @@ def test_llava_in_every_layout(llava_hf, tower_folder, tmp_path, noise, layout):
     (folder / "model.safetensors").unlink()
     if layout in ("old", "new", ".bin"):
         if layout == "old":
-            new = "model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "lm_head."
-            old = (
-                "language_model.model.",
-                "vision_tower.vision_model.",
-                "multi_modal_projector.",
-                "language_model.lm_head.",
-            )
-            for ours, theirs in zip(new, old, strict=True):
+            renamed = {
+                "model.language_model.": "language_model.model.",
+                "model.vision_tower.": "vision_tower.vision_model.",
+                "model.multi_modal_projector.": "multi_modal_projector.",
+                "lm_head.": "language_model.lm_head.",
+            }
+            for ours, theirs in renamed.items():
                 weights = {re.sub(f"^{re.escape(ours)}", theirs, name): w for name, w in weights.items()}
         save_weights(weights, folder, suffix=".bin" if layout == ".bin" else ".safetensors", num_shards=3)
     elif layout == "mm_projector.bin":
