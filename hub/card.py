@@ -307,7 +307,7 @@ def _costs(config: DeltaLlavaConfig) -> dict[str, Any]:
     budgets = sorted({*config.visual_token_budgets, config.patch_grid_size**2}, reverse=True)
     try:
         answers = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
-    except ValueError as error:  # backbones whose costs are unknown
+    except ValueError as error:  # a backbone that torch cannot count
         return {"parameters": None, "unknown": str(error)}
     smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
     size, unit = costs.flops_unit(1e3 * smallest)  # with three digits after the point, none is zero
