@@ -1,6 +1,11 @@
-"""Where an answer ends, as a chat template writes it."""
+"""Chat templates: where ours are, and where an answer ends in any of them."""
+
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def stop_at_end_of_turn(generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, chat_template: str):

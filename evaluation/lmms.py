@@ -13,7 +13,6 @@ Its results hold the model's arguments as given: the commit, and a budget that w
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,13 +26,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from ..cascade import generate, read_calibration
 from ..llava import fit_spaces, pad_to_square
+from ..turns import TEMPLATES
 from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
 
 
 # For tasks without a limit: lmms-eval's for LLaVA
 MAX_NEW_TOKENS = 1024
-VICUNA = Path(__file__).parents[1] / "templates" / "vicuna-v1.jinja"
+VICUNA = TEMPLATES / "vicuna-v1.jinja"
 
 
 class DeltaLlava(lmms):

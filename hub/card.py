@@ -20,9 +20,9 @@ from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..llava import GAP, NO_GAP
 from ..results import measurement, read_results
+from ..turns import TEMPLATES
 from ..weights import weight_digests
 from .client import is_repository
-from .parts import TEMPLATES
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"

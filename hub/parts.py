@@ -22,10 +22,9 @@ from transformers import (
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
-from ..turns import stop_at_end_of_turn
+from ..turns import TEMPLATES, stop_at_end_of_turn
 
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 # By type of language model: the chat template, and what a model's own template must write to count as the same format
 FAMILIES = {
     "llama": ("vicuna-v1.jinja", ("USER:", "ASSISTANT:")),
