@@ -41,10 +41,10 @@ def check_repositories(**names: str):
 
 
 @contextmanager
-def explain_hub_errors(repo_id: str) -> Iterator[None]:
+def explain_hub_errors(target: str) -> Iterator[None]:
     """
     Ends requests that the Hub leaves without an answer, and turns every error but a [`Refusal`] into an `OSError` that
-    says what readers of `repo_id` see and how to go on.
+    says what readers of `target` see and how to go on.
     """
     session = get_session()
     if _limit_silence not in session.event_hooks["request"]:
@@ -69,7 +69,7 @@ def explain_hub_errors(repo_id: str) -> Iterator[None]:
                 "huggingface_hub is up to date. Run the same command again to go on."
             )
         raise OSError(
-            f"{reason}\nReaders of {repo_id} see the old state, or the new one if its commit was the last thing done. "
+            f"{reason}\nReaders of {target} see the old state, or the new one if its commit was the last thing done. "
             f"{advice}"
         ) from error
 

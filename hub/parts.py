@@ -133,8 +133,7 @@ def build_config(
     **config_overrides,
 ) -> DeltaLlavaConfig:
     """
-    The configuration of a joined checkpoint, from those of its parts and a tokenizer that has been through
-    [`add_tokens`].
+    The configuration of a checkpoint, from those of its parts and a tokenizer after [`add_tokens`].
 
     Args:
         num_visual_tokens (`list[int]`, *optional*): Budgets that the checkpoint will be trained for.

@@ -362,7 +362,7 @@ class LoopbackHub:
     def tree(self, request: Request, repo: Repository, revision: str, path: str = ""):
         entries = repo.entries(revision)
         if path and entries.get(path, {}).get("type") != "directory":
-            raise Refusal(404, f"{path} is no folder of {repo.id}", "EntryNotFound")
+            raise Refusal(404, f"{path} is not a folder of {repo.id}", "EntryNotFound")
         inside = {name: entry for name, entry in entries.items() if name.startswith(path and f"{path}/")}
         if request.query.get("recursive") != ["true"]:
             inside = {name: entry for name, entry in inside.items() if str(PurePosixPath(name).parent) == (path or ".")}

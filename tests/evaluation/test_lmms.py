@@ -449,7 +449,7 @@ def benchmarks(monkeypatch, noise):
     said = {"question": "Is there a dog?", "question_id": "1", "answer": "Yes"}
     choices = {"A": "a dog", "B": "a cat", "C": "nan", "D": "nan", "E": "nan", "hint": "nan", "answer": "A"}
     ten = [{"answer": "yes", "answer_id": n, "answer_confidence": "yes"} for n in range(10)]
-    # No word twice, so that CIDEr takes each for what tells its picture apart
+    # No word twice, so that CIDEr gives each the weight of a rare one
     captions = ["a dog runs on grass", "two cats sleep inside", "red boats leave port", "one man reads outdoors"]
     columns = {
         "GQA": {"question": "Is it red?", "answer": "yes", "imageId": "7"},

@@ -107,7 +107,7 @@ def tower_config():
 
 @pytest.fixture
 def source(tiny_model, tower_config):
-    """What was published: a model with the whole tower behind it."""
+    """What was published: a model, and a CLIP with its whole tower."""
 
     def make(text_config=None):
         model = tiny_model(vision_config=tower_config, text_config=text_config or LlamaConfig(**SIZE))
@@ -258,7 +258,7 @@ def test_the_folder_is_a_hub_repository(whole, tmp_path):
     config = json.loads((out / "config.json").read_text())
     assert len(config["auto_map"]) == 5 and config["architectures"] == ["DeltaLlavaForConditionalGeneration"]
     assert AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).dtype == torch.float32
-    # What LLaVA's code base wrote among the language model's fields stays behind, and so do this machine's paths
+    # Fields of LLaVA's code base among the language model's are not kept, nor are this machine's paths
     assert "mm_" not in json.dumps(config) and "max_length" not in json.dumps(config)
     assert_no_path(tmp_path, out)
     with safe_open(out / "model.safetensors", "pt") as opened:
@@ -404,7 +404,7 @@ def test_a_file_that_could_run_code_is_refused(stage1, tmp_path, save):
 
 @pytest.fixture
 def llava_hf(tower_config, tiny_tokenizer, tmp_path):
-    """Saves a LLaVA-1.5 of transformers, whose image features are large enough to sway what it says."""
+    """Saves a LLaVA-1.5 of transformers, whose image features are large enough to change its answers."""
 
     def save(vision_config=tower_config, text_config=None, tokenizer=None, dtype=torch.float32, **settings):
         torch.manual_seed(0)
@@ -830,7 +830,7 @@ def test_a_full_size_projector_keeps_the_parity_figures(fixtures, tiny_tokenizer
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """`hub_cache(name, folder)`: lays a folder where a repository of the Hub is cached, and there is no network."""
+    """`hub_cache(name, folder)`: puts a folder where a repository of the Hub is cached, without a network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
@@ -933,7 +933,7 @@ def test_a_weight_that_the_dtype_cannot_hold_is_named(whole, tmp_path):
             r"has no place for model\.vision_tower\..*layers\.6\.mlp\.fc1\.bias",
         ),
         ({"model.mm_projector.mlp.4.bias": torch.ones(64)}, r"has no place for model\.mm_projector\.mlp\.4\.bias"),
-        ({"model.mm_projector.readout.bias": torch.ones(64)}, r"'readout\.bias' is no weight of the published"),
+        ({"model.mm_projector.readout.bias": torch.ones(64)}, r"'readout\.bias' is not a weight of the published"),
         (
             {"model.vision_tower.vision_tower.pre_layrnorm.bias": torch.ones(32)},
             r"pre_layrnorm\.bias in model\.safetensors and .* are the same weight",

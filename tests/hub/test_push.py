@@ -1,4 +1,4 @@
-"""A push publishes a checkpoint whole and in one step, whatever happens meanwhile, and nothing that lies beside it."""
+"""A push publishes a whole checkpoint in one step, whatever happens meanwhile, and nothing else of its folder."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def evaluate(folder, budget=36):
 
 @pytest.fixture
 def checkpoint(tiny_model, tiny_processor, noise, tmp_path):
-    """`checkpoint(name)`: a checkpoint as training leaves it, amid what must never be published."""
+    """`checkpoint(name)`: a checkpoint as training leaves it, among files that must never be published."""
 
     def make(name="checkpoint", **overrides):
         folder = tmp_path / name
@@ -255,7 +255,7 @@ def test_interrupted_at_any_request_readers_see_the_old_or_the_new_state_and_the
     interrupted = 0
     for number in range(1, num_requests + 1):
         old = begin()
-        # All that follows fails too, as when the machine has gone: what the client tries again is no help
+        # All later requests fail too, as if the machine were gone: the client's retries do not help
         loopback_hub.fail(at=number, how=how, times=1 if how == "reset_after" else 100)
         try:
             push(prepared)

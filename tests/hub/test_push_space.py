@@ -39,7 +39,7 @@ def space(hub):
 
 
 def locate(module, folder=None):
-    """Where a module would lie; the clone's own folder may have any name."""
+    """Where a module would be; the clone's own folder may have any name."""
     first, *rest = module.split(".")
     if folder is not None:
         return folder.joinpath(first, *rest)
