@@ -13,8 +13,6 @@ import argparse
 import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -22,6 +20,11 @@ from ..turns import stop_at_end_of_turn
 from ..weights import check_finite, check_place, read_weights
 from .parts import brief_list, new_folder
 
+
+try:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+except ModuleNotFoundError as error:
+    raise ImportError('Merging needs peft: run `pip install "delta-llava[train]"`.') from error
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NEEDED = ("adapter_config.json", ADAPTER_WEIGHTS, "trained_config.json", "training")

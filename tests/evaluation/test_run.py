@@ -80,7 +80,7 @@ def test_the_papers_suite_reads_and_lies_beside_the_tasks_that_it_adds():
         ({"tasks": [ENTRY, ENTRY]}, "each name once"),
         ({"tasks": []}, "at least one task"),
         ({"published": [{**PUBLISHED, "values": {"QGA": 1}}]}, r"values of \['QGA'\], which no task has"),
-        ({"paper": []}, "but no more"),
+        ({"paper": []}, "but nothing else"),
     ],
 )
 def test_a_wrong_suite_is_refused_by_name_and_place(suite, change, message):
