@@ -90,9 +90,7 @@ def merge_adapter(
                     f"{name} in {file} has shape {tuple(tensors[name].shape)} instead of {tuple(weight.shape)}."
                 )
         if unknown := set_peft_model_state_dict(model, tensors).unexpected_keys:
-            raise ValueError(
-                f"{file} holds {len(unknown)} tensors that the model has no place for: {brief_list(unknown)}."
-            )
+            raise ValueError(f"{file} holds {len(unknown)} tensors that are not the model's: {brief_list(unknown)}.")
         model = model.merge_and_unload(progressbar=True, safe_merge=True)
         for name, weight in model.state_dict().items():
             check_finite(name, weight, f"{base_model} with {adapter}")
