@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
@@ -48,7 +49,7 @@ def refuse_adapter(folder: Path, name: str | Path):
 def weight_digests(folder: str | Path) -> dict[str, str]:
     """SHA-256, in hexadecimal, of each of [`weight_files`] by its name. Raises a `ValueError` as they do."""
     digests = {}
-    for name in weight_files(folder):
+    for name in tqdm(weight_files(folder), desc=f"hashing {folder}", unit=" files"):
         with open(Path(folder, name), "rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
@@ -69,7 +70,7 @@ def read_weights(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> Iterato
     names = weight_files(folder, single)
     index = folder / f"{single}.index.json"
     weight_map = _weight_map(index) if index.exists() else None
-    for name in names:
+    for name in tqdm(names, desc=f"reading {folder}", unit=" files"):
         try:
             with safe_open(folder / name, framework="pt") as file:
                 held = set(file.keys())
