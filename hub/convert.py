@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     AddedToken,
     AutoModel,
@@ -272,7 +273,7 @@ def _load(
     """Loads and joins the parts; returns the model, the language model's logits, and what no file held."""
     sizes = Counter()
     for part, tensors in source.parts.items():
-        for stored in tensors.values():
+        for stored in tqdm(tensors.values(), desc=f"checking the {part.replace('_', ' ')}", unit=" tensors"):
             if stored.tensor.dtype not in _DTYPES.values():
                 raise ValueError(
                     f"{stored} has dtype {stored.tensor.dtype} instead of one of {list(_DTYPES)}: quantized checkpoints"

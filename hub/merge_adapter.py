@@ -13,6 +13,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..processing_delta_llava import DeltaLlavaProcessor
@@ -92,7 +94,7 @@ def merge_adapter(
         if unknown := set_peft_model_state_dict(model, tensors).unexpected_keys:
             raise ValueError(f"{file} holds {len(unknown)} tensors that are not the model's: {brief_list(unknown)}.")
         model = model.merge_and_unload(progressbar=True, safe_merge=True)
-        for name, weight in model.state_dict().items():
+        for name, weight in tqdm(model.state_dict().items(), desc="checking the result", unit=" tensors"):
             check_finite(name, weight, f"{base_model} with {adapter}")
         processor = DeltaLlavaProcessor.from_pretrained(adapter)
         processor.adopt_budgets(config)
