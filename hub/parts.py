@@ -73,8 +73,8 @@ def text_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 
 def check_logits(model: DeltaLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, expected: torch.Tensor):
     """
-    Checks that a model gives its language model's own logits, `expected`, which are [`text_logits`] of that alone, and
-    that it can generate with a cache. It may have a larger vocabulary.
+    Checks that a model gives the logits of its language model alone, `expected` (from [`text_logits`]), and that it can
+    generate with a cache. Its vocabulary may be larger.
 
     Raises:
         ValueError: If they differ by more than the rounding of the model's dtype, or cannot be computed.
@@ -252,7 +252,7 @@ def join(
         ValueError: If the parts' weights are not those that `config` asks for.
     """
     on_meta = language_model.device.type == "meta"
-    # New embeddings start from the mean of the old ones, so that their logits are nothing special
+    # New embeddings start from the mean of the old ones, so that their logits do not stand out
     language_model.resize_token_embeddings(config.text_config.vocab_size, mean_resizing=not on_meta)
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config)
