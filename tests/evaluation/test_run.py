@@ -294,12 +294,11 @@ def test_a_value_that_is_no_number_is_no_result(value):
 
 def test_an_unfinished_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "results/tokens-36.json"
-    origin = ("lmms-eval 0.7.3, float32", None, {"model.safetensors": "0"})
-    arguments = (file, 36, *origin)
+    arguments = (file, 36, "lmms-eval 0.7.3, float32", None, {"model.safetensors": "0"})
     write_results(*arguments, [new_result(ENTRY, 0.5, 3)])
     with pytest.raises(TypeError):
         write_results(*arguments, [object()])
-    assert [r["value"] for r in read_results(file, *origin)] == [50.0]
+    assert [result["value"] for result in read_results(file)["results"]] == [50.0]
 
 
 @pytest.mark.parametrize(
