@@ -44,7 +44,7 @@ def process_results(doc, results):
 
 def exact_match(pairs):
     """Share of right answers, from 0 to 1, by the package's own metric."""
-    metric = evaluate.load(str(Path(metrics.__file__).parent / "exact_match.py"))
+    metric = evaluate.load(str(Path(metrics.__file__).parent / "exact_match"))
     columns = {name: [pair[name] for pair in pairs] for name in ("prediction", "reference")}
     scores = metric.compute(predictions=columns["prediction"], references=columns["reference"])
     return scores["exact_match"]

@@ -1,5 +1,5 @@
 """
-Metrics of the paper's benchmarks as modules of `evaluate`, one file each, that load offline by their path.
+Metrics of the paper's benchmarks as modules of `evaluate` that load offline by the path of their folder.
 
 ```python
 from pathlib import Path
@@ -8,7 +8,7 @@ import evaluate
 
 from delta_llava.evaluation import metrics
 
-vqa_accuracy = evaluate.load(str(Path(metrics.__file__).parent / "vqa_accuracy.py"))
+vqa_accuracy = evaluate.load(str(Path(metrics.__file__).parent / "vqa_accuracy"))
 vqa_accuracy.compute(predictions=["Two dogs."], references=[["2 dogs"] * 10])  # {"vqa_accuracy": 1.0}
 ```
 

@@ -19,7 +19,7 @@ METRICS = Path(metrics.__file__).parent
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     cache = tmp_path_factory.mktemp("evaluate")
-    return lambda name: evaluate.load(str(METRICS / f"{name}.py"), cache_dir=str(cache))
+    return lambda name: evaluate.load(str(METRICS / name), cache_dir=str(cache))
 
 
 def test_loads_offline_by_path_in_a_fresh_process(tmp_path):
@@ -27,8 +27,8 @@ def test_loads_offline_by_path_in_a_fresh_process(tmp_path):
 import evaluate
 
 for name in ("vqa_accuracy", "exact_match", "pope", "mme", "cider"):
-    print(evaluate.load({str(METRICS)!r} + f"/{{name}}.py").name)
-metric = evaluate.load({str(METRICS / "vqa_accuracy.py")!r})
+    print(evaluate.load({str(METRICS)!r} + f"/{{name}}").name)
+metric = evaluate.load({str(METRICS / "vqa_accuracy")!r})
 print(metric.compute(predictions=["Two dogs."], references=[["2 dogs"] * 10]))
 """
     offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
