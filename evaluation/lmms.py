@@ -13,7 +13,6 @@ line of its log only. `evaluation.run` records both.
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -32,13 +31,14 @@ from transformers import (
 
 from ..cascade import generate, read_calibration
 from ..llava import fit_spaces, pad_to_square
+from ..turns import TEMPLATES
 from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
 
 
 # For tasks that name no limit: as lmms-eval gives LLaVA.
 MAX_NEW_TOKENS = 1024
-VICUNA = Path(__file__).parents[1] / "templates" / "vicuna-v1.jinja"
+VICUNA = TEMPLATES / "vicuna-v1.jinja"
 
 
 class DeltaLlava(lmms):

@@ -53,10 +53,9 @@ from ..modeling_delta_llava import (
     check_all_loaded,
 )
 from ..processing_delta_llava import DeltaLlavaProcessor
-from ..turns import stop_at_end_of_turn
+from ..turns import TEMPLATES, stop_at_end_of_turn
 
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
 # The chat template of a language model's family, and what a template that a model brings along must hold to be another
 # form of it.
 FAMILIES = {
