@@ -66,7 +66,7 @@ class CheckedRecords:
 
     Args:
         file (`Path`):
-            `records-*.arrow` of the cache (`RECORD_FEATURES`); bad records are listed beside it, as `.jsonl`.
+            `records-*.arrow` of the cache (`RECORD_FEATURES`); bad records are in the `.jsonl` next to it.
         records (`pyarrow.Table`):
             That file, memory-mapped: the readable records, including those with bad images.
         num_bad_records (`int`):

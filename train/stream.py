@@ -15,13 +15,13 @@ from transformers.utils import logging
 from ..records import BadRecord, parse_record
 from .batches import cut_positions, decode_images, last_fitting_cut, name_row, skip_breaks
 from .data import ROW_FEATURES, sample_record, undecoded_samples
+from .images import SUFFIXES
 
 
 logger = logging.get_logger(__name__)
 
 # A sample's images in WebDataset's tar files: `KEY.jpg`, or `KEY.0.jpg`, `KEY.1.jpg` and so on
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-TAR_IMAGES = [f"{number}{suffix}" for number in ("", *(f"{n}." for n in range(10))) for suffix in IMAGE_SUFFIXES]
+TAR_IMAGES = [*(suffix[1:] for suffix in SUFFIXES), *(f"{n}{suffix}" for n in range(10) for suffix in SUFFIXES)]
 STREAMED_FEATURES = Features({**ROW_FEATURES, "images": List(Image(decode=False)), "id": Value("string")})
 
 
@@ -47,7 +47,7 @@ def stream_rows(
             Hub repository or folder of Parquet files or of WebDataset's tar files. A sample is a record of one of the
             forms that [`~delta_llava.train.data.load_llava_json`] lists, or has one as `json`, and has its images in
             image columns, in a column of lists of images, or in a tar file as `KEY.jpg` or `KEY.0.jpg`, `KEY.1.jpg` …
-            (any of `IMAGE_SUFFIXES`), in the order of their places.
+            (or another of `images.SUFFIXES`), in the order of their places.
         split (`str`):
             Such as `"train"`.
         processor ([`DeltaLlavaProcessor`]), num_visual_tokens (`int`), max_length (`int`), chat_template (`str`):

@@ -116,7 +116,7 @@ def launch(tmp_path):
 
 @pytest.fixture
 def doubled(run, still_checkpoint, tmp_path):
-    """`doubled(stage, **options)`: trains in one process, into "one"; returns the recipe of two, with half the batch each."""
+    """`doubled(stage, **options)`: trains in one process, to "one"; returns the recipe of two, to "two"."""
 
     def doubled(stage, in_two=(), **options):
         options = {

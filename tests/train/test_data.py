@@ -142,26 +142,6 @@ def test_bad_records_are_left_out_when_asked_and_their_list_goes_once_they_are_f
         load([record(image="b.png")], skip_bad_records=True)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("", "is not JSON"),
-        (" [ ] ", "holds an empty list"),
-        ("7", "holds int"),
-        ("null", "holds NoneType"),
-        ("[1]\n[2]", r"is not JSON \(the list is followed by '\[2"),
-        ('{"id": 1}\n5', r"is not JSON \(record 0 is followed by '5', not by an object"),
-        ('{"id": 1}\n{"id": 2', "is not JSON \\(record 1: Expecting ',' delimiter"),
-        ("[1, " + "[" * 100_000, "is not JSON \\(record 1: it is nested too deeply"),
-        ("[1, " + "9" * 5000, "is not JSON \\(record 1: Exceeds the limit"),
-    ],
-)
-def test_a_file_that_is_no_list_is_refused(load, content, message):
-    with pytest.raises(ValueError, match=message):
-        load(content)
-
-
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"json_path=.*none\.json is not a file"):
         load_llava_json(tmp_path / "none.json", tmp_path)

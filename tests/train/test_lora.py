@@ -1,4 +1,4 @@
-"""Adapters of the language model train beside the whole projector, are saved with it, resume, and merge."""
+"""Adapters of the language model train with the whole projector, are saved with it, resume, and merge."""
 
 import json
 import shutil

@@ -13,7 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava import (
+    DeltaLlavaConfig,
+    DeltaLlavaForConditionalGeneration,
+    DeltaLlavaModel,
+    DeltaLlavaProcessor,
+    train,
+)
 from delta_llava.hub.merge_adapter import merge_adapter
 from delta_llava.train import batches, finetune, pretrain, trainer
 
@@ -224,6 +230,12 @@ def test_a_stage_that_is_started_as_a_file_names_its_command(stage):
         runpy.run_path(stage.__file__, run_name="__main__")
 
 
+def test_training_without_its_packages_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "delta-llava\[train\]"'):
+        runpy.run_path(train.__file__)
+
+
 def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data, tmp_path):
     records = json.loads(data[0].read_text())
     records[3]["image"] = "none.png"
@@ -299,42 +311,28 @@ def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(run, monkeypatch):
 
 
 def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_on(run, data, monkeypatch):
-    trained, validated = set(), []
+    seen, phase = {"train": [], "evaluate": []}, ["train"]
 
     def collate(self, rows, original=batches.Collator.__call__):
-        for row in rows:
-            text = str([message["content"] for message in row["messages"]]) + str(
-                [image.size for image in row["images"]]
-            )
-            if torch.is_grad_enabled() and not evaluating:
-                trained.add(text)
-            else:
-                validated.append((text, row["num_visual_tokens"]))
-                assert row["images"]
+        seen[phase[-1]] += [(str([image.size for image in row["images"]]), row["num_visual_tokens"]) for row in rows]
         return original(self, rows)
 
-    evaluating = []
-
     def evaluate(self, *args, original=trainer.SFTTrainer.evaluate, **kwargs):
-        evaluating.append(1)
+        phase.append("evaluate")
         result = original(self, *args, **kwargs)
-        evaluating.clear()
+        phase.pop()
         return result
 
     monkeypatch.setattr(batches.Collator, "__call__", collate)
     monkeypatch.setattr(trainer.SFTTrainer, "evaluate", evaluate)
-    options = {
-        "num_eval_rows": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "max_steps": 4,
-        "num_visual_tokens": [1, 16],
-    }
-    folder = run(finetune, **options, save_strategy="steps", save_steps=4)
-    assert len(trained) == 8
-    assert len({text for text, _ in validated}) == 4
-    assert not trained & {text for text, _ in validated}
-    assert {budget for _, budget in validated} == {1, 16}
+    options = {"num_eval_rows": 4, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"max_steps": 4, "num_visual_tokens": [1, 16], "json_path": str(data[1] / "mixed.json")}
+    folder = run(finetune, **options)
+    trained, validated = ({sizes for sizes, _ in rows} for rows in seen.values())
+    assert len(validated) == 4
+    assert "[]" in trained and "[]" not in validated
+    assert not trained & validated
+    assert {budget for _, budget in seen["evaluate"]} == {1, 16}
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     losses = {key for entry in history for key in entry if key.endswith("_loss")}
     assert losses == {"eval_1_loss", "eval_16_loss"}
