@@ -250,6 +250,9 @@ def check_llava_json(
         dataset_config (`str`, *optional*), split (`str`, *optional*, defaults to `"train"`):
             Configuration and split of a data set that has several.
 
+    Returns:
+        [`CheckedRecords`]: What was found.
+
     Raises:
         `ValueError`: The file cannot be read, or holds no records.
         `FileNotFoundError`: The file or the folder does not exist.

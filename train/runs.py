@@ -197,10 +197,9 @@ def _manifest(checkpoint: Path) -> dict[str, Any] | None:
 
 def _write_manifest(checkpoint: Path, manifest: dict[str, Any]):
     manifest = json.loads(json.dumps(manifest, default=str))
+    manifest["sha256"] = _digest_manifest(manifest)
     unfinished = checkpoint / f"{MANIFEST}.tmp"
-    unfinished.write_text(
-        json.dumps({**manifest, "sha256": _digest_manifest(manifest)}, indent=1) + "\n", encoding="utf-8"
-    )
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(checkpoint / MANIFEST)
 
 

@@ -140,5 +140,7 @@ def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbone
 def test_accelerate_reads_every_configuration():
     for file in (TRAIN / "accelerate").glob("*.yaml"):
         config = load_config_from_file(str(file))  # refuses unknown keys
+        kinds = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+        assert (config.distributed_type.value, config.mixed_precision) == (kinds.get(file.stem, "DEEPSPEED"), "bf16")
         if file.stem.startswith("zero"):
             assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
