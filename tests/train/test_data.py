@@ -279,39 +279,25 @@ def png(colour="red"):
     return file.getvalue()
 
 
-def as_json_lines(records, features, path):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+WRITERS = {
+    "JSON lines": lambda rows, path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
+    "Parquet": lambda rows, path: rows.to_parquet(path),
+    "a saved data set": lambda rows, path: rows.save_to_disk(path),
+    "saved splits": lambda rows, path: DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(path),
+}
 
 
-def as_parquet(records, features, path):
-    Dataset.from_list(records, features=features).to_parquet(path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
-def as_saved_dataset(records, features, path):
-    Dataset.from_list(records, features=features).save_to_disk(path)
-    return path
-
-
-def as_saved_splits(records, features, path):
-    rows = Dataset.from_list(records, features=features)
-    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(path)
-    return path
-
-
-@pytest.mark.parametrize("write", [as_json_lines, as_parquet, as_saved_dataset, as_saved_splits])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_other_files_than_json_lists_are_read_alike(load, tmp_path, write):
     turn = {"from": Value("string"), "value": Value("string")}
     features = Features({"id": Value("int64"), "image": Value("string"), "conversations": List(turn)})
     records = [record(id=1), record(id=2, image="whole.jpg"), record("?", "!", id=3, image=None)]
-    expected = load(records).with_format("arrow")[:]
-    path = write(records, features, tmp_path / "data")
-    rows = load_llava_json(path, tmp_path / "images", tmp_path / "bad.jsonl")
-    assert rows.with_format("arrow")[:] == expected
-    path = write([record(id=1), record(id=2, image="none.png")], features, tmp_path / "more")
+    write(Dataset.from_list(records, features=features), tmp_path / "data")
+    rows = load_llava_json(tmp_path / "data", tmp_path / "images", tmp_path / "bad.jsonl")
+    assert rows.with_format("arrow")[:] == load(records).with_format("arrow")[:]
+    write(Dataset.from_list([record(id=1), record(id=2, image="none.png")], features=features), tmp_path / "more")
     with pytest.raises(ValueError, match=r"record 1 \(id 2\): image none.png does not exist"):
-        load_llava_json(path, tmp_path / "images", tmp_path / "bad.jsonl")
+        load_llava_json(tmp_path / "more", tmp_path / "images", tmp_path / "bad.jsonl")
 
 
 def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, decoded):
@@ -321,7 +307,8 @@ def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, dec
     pair = {"user": "Which?", "assistant": "That."}
     good = {"photos": [{"bytes": png(), "path": "a.jpg"}, {"bytes": png("blue"), "path": None}], "texts": [pair, pair]}
     cut = {"photos": [{"bytes": png()[:-30], "path": "b.png"}], "texts": [pair]}
-    path = as_parquet([good, cut], features, tmp_path / "data")
+    path = tmp_path / "data.parquet"
+    Dataset.from_list([good, cut], features=features).to_parquet(path)
     with pytest.raises(ValueError, match=r"record 1 \(id None\): image b.png cannot be read: "):
         load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
     decoded.clear()
@@ -338,7 +325,8 @@ def test_images_that_come_with_their_records_are_checked_too(load, tmp_path, dec
 def test_a_video_of_a_data_set_is_refused_undecoded(tmp_path):
     features = Features({"video": Video(), "prompt": Value("string"), "completion": Value("string")})
     row = {"video": {"bytes": b"no video", "path": None}, "prompt": "What?", "completion": "That."}
-    path = as_parquet([row, {**row, "video": None}], features, tmp_path / "data")
+    path = tmp_path / "data.parquet"
+    Dataset.from_list([row, {**row, "video": None}], features=features).to_parquet(path)
     with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .* has video, which cannot be trained on"):
         load_llava_json(path, bad_records_path=tmp_path / "bad.jsonl")
 
@@ -359,7 +347,7 @@ def test_a_data_set_is_read_by_configuration_and_split(load, tmp_path):
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(ValueError, match=r"dataset_config=two has no effect on .*data\.json"):
         load_llava_json(tmp_path / "data.json", folder, dataset_config="two")
-    as_saved_splits([record()], None, tmp_path / "saved")
+    WRITERS["saved splits"](Dataset.from_list([record()]), tmp_path / "saved")
     with pytest.raises(ValueError, match=r"dataset_config=two has no effect on .*saved"):
         load_llava_json(tmp_path / "saved", folder, dataset_config="two")
     with pytest.raises(ValueError, match=r"it has the splits \['test', 'train'\], but 'validation' is needed"):
