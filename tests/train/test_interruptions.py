@@ -311,7 +311,7 @@ CHANGES = {
     "order": ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy was random, is group_by_length"),
     "dtype": ({"bf16": True, "use_cpu": True}, "bf16 was False, is True"),
     "adapters": ({"use_peft": True}, "use_peft was False, is True"),
-    "length": ({"max_length": 40}, "max_length was 1024, is 40"),
+    "length": ({"max_length": 400}, "max_length was 1024, is 400"),
     "held out": (
         {"num_eval_rows": 2, "eval_strategy": "epoch"},
         "num_eval_rows was 0, is 2; num_rows was 12, is 10; rows has changed",
