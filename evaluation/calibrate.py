@@ -64,7 +64,7 @@ def read_questions(json_path: str | Path, image_folder: str | Path) -> list[Chat
     questions = []
     for index, record in enumerate(read_records(json_path)):
         try:
-            chat = parse_record(record, require_images=True, one_answer=True)
+            chat = parse_record(record, require_images=True)
         except BadRecord as error:
             raise ValueError(f"{json_path}, record {index}: {error}") from error
         images = [Path(image_folder, image) if isinstance(image, str) else image["bytes"] for image in chat.images]
