@@ -1,6 +1,5 @@
 """The image benchmark compares the same pictures, made by the ways that it names."""
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -21,15 +20,6 @@ def test_photographs_have_cocos_sizes_and_a_photographs_weight(files):
     assert [(picture.format, picture.size) for picture in pictures] == [("JPEG", (640, 480)), ("JPEG", (480, 640))]
     # A noisy sensor at quality 90: neither flat nor pure noise
     assert all(0.15 < len(open(file, "rb").read()) / (640 * 480) < 0.6 for file in files)
-
-
-def test_llavas_padding_centres_the_image_on_a_square():
-    wide = PIL.Image.new("RGB", (7, 4), (255, 0, 0))
-    square = np.asarray(images.expand2square(wide, (1, 2, 3)))
-    assert square.shape == (7, 7, 3)
-    assert (square[1:5] == (255, 0, 0)).all()
-    assert (square[[0, 5, 6]] == (1, 2, 3)).all()
-    assert np.array_equal(np.asarray(images.expand2square(wide.rotate(90, expand=True), (1, 2, 3)))[:, 1], square[1])
 
 
 def test_every_path_makes_llavas_picture(files):

@@ -342,6 +342,9 @@ def test_all_that_was_measured_is_shown_once(checkpoint):
 
 
 def test_costs_of_an_unknown_language_model_are_not_guessed(checkpoint, monkeypatch):
-    monkeypatch.setattr(costs, "KNOWN_DECODERS", ("qwen2",))
+    def unknown(*_):
+        raise ValueError("The costs of text_config.model_type='llama' are unknown")
+
+    monkeypatch.setattr(costs, "inference_costs", unknown)
     text = section(build_card(checkpoint, REPO), "What it costs")
     assert "Not computed. The costs of text_config.model_type='llama' are unknown" in text and "|" not in text
