@@ -214,7 +214,7 @@ def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
     Parameters of each part.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With any backbones.
+        config ([`DeltaLlavaConfig`]): Of any model.
 
     Returns:
         `dict[str, int]`: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and `lm_head`,
@@ -371,7 +371,7 @@ def training_flops(
     adapters = 2 * (lora_rank or 0) * decoder.linear_widths * num_tokens
     attention = decoder.flops(0, num_pairs)
     head = 2 * decoder.head_weights * num_labels
-    # Recomputation stops after the last tensor that backward reads: without the last product of each layer
+    # Recomputation stops after the last tensor that backward reads, which in a Llama is before a layer's last product
     last = 2 * decoder.num_layers * decoder.hidden_size * decoder.intermediate_size * num_tokens
     again = decoder.flops(num_tokens, num_pairs) + adapters - last if gradient_checkpointing else 0
     projector = num_images * _projector_flops(config, num_visual_tokens, True)
@@ -504,7 +504,7 @@ def _model_states(
     counts = parameter_counts(config)
     trains_decoder = "language_model" in trained
     adapters = (lora_rank or 0) * decoder.linear_widths
-    num_trained = adapters + sum(counts[part] for part in trained)
+    num_trained = adapters + sum(counts[part] for part in set(trained))
     num_quantized = decoder.linear_weights if load_in_4bit else 0
     num_frozen = sum(counts.values()) + adapters - num_trained - num_quantized
     num_projector = counts["multi_modal_projector"] if "multi_modal_projector" in trained else 0

@@ -84,13 +84,7 @@ class Contestant:
 
     @torch.no_grad()
     def answer(self) -> tuple[torch.Tensor, Cache, dict[str, float]]:
-        """
-        Answers the batch once.
-
-        Returns:
-            `tuple`: the new tokens (`torch.Tensor` of shape `(batch_size, new_tokens)`, int64), the cache as the answer
-            leaves it, and the wall-clock seconds of each of `PARTS`.
-        """
+        """The new tokens `(batch_size, new_tokens)`, the cache after them, and the seconds of each of `PARTS`."""
         if self.static_cache is not None:
             self.static_cache.reset()
         cache = DynamicCache() if self.static_cache is None else self.static_cache
