@@ -11,6 +11,7 @@ without drop path.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 
 import torch
@@ -96,30 +97,18 @@ def make_steps(
         PLAIN: lambda *inputs: plain_projector(projectors[RELEASED], *inputs),
     }
 
-    def set_training(training: bool):
+    def step(call: Callable, kind: str):
+        is_backward = kind == PASSES[1]
         for projector in projectors.values():
-            projector.train(training)
-
-    def forward(call: Callable) -> Callable[[], None]:
-        def step():
-            set_training(False)
-            with torch.no_grad():
-                call(*features, num_visual_tokens)
-
-        return step
-
-    def forward_and_backward(call: Callable) -> Callable[[], None]:
-        def step():
-            set_training(True)
+            projector.train(is_backward)
+        with torch.set_grad_enabled(is_backward):
             tokens = call(*features, num_visual_tokens)
+        if is_backward:
             tokens.backward(torch.ones_like(tokens))
             for projector in projectors.values():
                 projector.zero_grad()
 
-        return step
-
-    makers = (forward, forward_and_backward)
-    return {(name, kind): make(call) for name, call in calls.items() for kind, make in zip(PASSES, makers, strict=True)}
+    return {(name, kind): partial(step, call, kind) for name, call in calls.items() for kind in PASSES}
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, CLIPVisionConfig, DynamicCache, LlamaConfig
+from transformers import AutoConfig, DynamicCache, LlamaConfig
 from trl.trainer import utils as trl_utils
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, costs
+from delta_llava import DeltaLlavaForConditionalGeneration, costs
 from delta_llava.benchmarks.harness import peak_bytes
 from delta_llava.costs import (
     TRAINABLE_PARTS,
@@ -42,9 +42,6 @@ VARIANTS = {
     "trimmed tower": {"memory_feature_layers": [1, 2], "query_feature_layer": 3},
     "paper": {"projector_variant": "paper", "projector_intermediate_size": 80},
     "residual": {"projector_variant": "residual"},
-    "No DeltaProj": {"use_delta_projection": False},
-    "No EMHSA": {"use_self_attention": False},
-    "No TB": {"use_refinement_block": False, "projector_variant": "paper"},
     "Qwen2, grouped queries, tied head": {"text_config": QWEN},
     "Qwen3, wide heads": {"text_config": {"model_type": "qwen3", "head_dim": 24}},
     "Mistral": {"text_config": {"model_type": "mistral"}},
@@ -185,16 +182,16 @@ def test_adapters_cost_three_times_their_forward_pass_and_their_base_twice(varia
     assert training_flops(*size)["language_model"] < taken
 
 
-def small_config(num_layers=4, **overrides):
+@pytest.fixture
+def small_config(tiny_config):
     """Layers of 256 channels, so that weights, what AdamW keeps and activations all count."""
-    text_config = LlamaConfig(
-        vocab_size=128, hidden_size=256, intermediate_size=688, num_hidden_layers=num_layers, num_attention_heads=8
-    )
-    vision_config = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, image_size=48, patch_size=4
-    )
-    defaults = {"image_token_id": 1, "num_visual_tokens": 36}
-    return DeltaLlavaConfig(vision_config=vision_config, text_config=text_config, **defaults, **overrides)
+
+    def make(num_layers=4, **overrides):
+        sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": num_layers}
+        text_config = LlamaConfig(vocab_size=128, num_attention_heads=8, **sizes)
+        return tiny_config(text_config=text_config, image_token_id=1, **overrides)
+
+    return make
 
 
 def peak_of_training(config, parts, gradient_checkpointing=True, lora_rank=None, num_rows=2, length=256):
@@ -256,7 +253,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("overrides", "parts", "options"), RUNS.values(), ids=RUNS)
-def test_memory_is_what_training_takes(monkeypatch, overrides, parts, options):
+def test_memory_is_what_training_takes(small_config, monkeypatch, overrides, parts, options):
     # The head's tile is as wide as for a large vocabulary, and would hide everything else of a small model
     monkeypatch.setattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 128)
     monkeypatch.setattr(costs, "HEAD_WORDS", 128)
@@ -264,7 +261,7 @@ def test_memory_is_what_training_takes(monkeypatch, overrides, parts, options):
     assert expected["total"] == pytest.approx(taken, rel=0.05 if "num_layers" in overrides else 0.1)
 
 
-def test_memory_of_the_heads_tile():
+def test_memory_of_the_heads_tile(small_config):
     taken, expected = peak_of_training(small_config(), PROJECTOR)
     assert expected["logits"] > expected["total"] / 2
     assert expected["total"] == pytest.approx(taken, rel=0.1)

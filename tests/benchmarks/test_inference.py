@@ -160,39 +160,32 @@ def test_parts_end_where_the_projector_does(models, monkeypatch):
         assert seconds == dict.fromkeys(PARTS, 1)
 
 
-def test_the_projector_is_left_as_it_was_when_memory_does_not_suffice(models):
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    for contestant in make_contestants(models):
-        handle = contestant.model.model.language_model.register_forward_pre_hook(out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            contestant.answer()
-        handle.remove()
-        projector = contestant.model.model.multi_modal_projector
-        assert not projector._forward_hooks and not projector._forward_pre_hooks
-
-
 def test_contestants_take_turns_until_memory_does_not_suffice(models, monkeypatch):
     turns, made, answer, make = [], [], inference.Contestant.answer, inference.make_contestants
     too_large = {}
 
-    def limited(self):
-        turns.append((self.name, self.num_visual_tokens))
-        if turns[-1] == too_large.get("contestant"):
+    def out_of_memory(*_):
+        if turns[-1] in too_large:
             raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def noted(self):
+        turns.append((self.name, self.num_visual_tokens))
         return answer(self)
 
-    monkeypatch.setattr(inference.Contestant, "answer", limited)
+    monkeypatch.setattr(inference.Contestant, "answer", noted)
     monkeypatch.setattr(inference, "make_contestants", lambda *_: made.extend(make(*_)) or made)
     measure(models, rounds=2)
     assert turns == 4 * CONTESTANTS
 
     turns.clear(), made.clear()
-    too_large["contestant"] = ("Delta-LLaVA", 36)
+    too_large = CONTESTANTS[2:3]
+    handle = models[1].model.language_model.register_forward_pre_hook(out_of_memory)
     rows = measure(models, STATIC, rounds=2)
-    assert turns == CONTESTANTS + 3 * [each for each in CONTESTANTS if each != ("Delta-LLaVA", 36)]
+    handle.remove()
+    assert turns == CONTESTANTS + 3 * [each for each in CONTESTANTS if each not in too_large]
     for contestant, row in zip(made, rows, strict=True):
         is_out = row["num_visual_tokens"] == 36
         assert (row["out_of_memory"], row["seconds"] is None, row["peak_bytes"] is None) == (is_out,) * 3
         assert (contestant.static_cache is None) == is_out
+        projector = contestant.model.model.multi_modal_projector
+        assert not projector._forward_hooks and not projector._forward_pre_hooks
