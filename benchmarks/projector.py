@@ -39,7 +39,8 @@ from .harness import (
 
 
 PASSES = ("forward", "forward and backward")
-RESIDUAL, RELEASED, PLAIN = "Delta-LLaVA, residual", "Delta-LLaVA, released", "Delta-LLaVA, released, plain"
+RESIDUAL, RELEASED = "Delta-LLaVA, residual", "Delta-LLaVA, released"
+TORCHS = f"{RELEASED}, torch's attention"
 TOKEN_PACKER, POOLING, METEOR = "TokenPacker", "average pooling + MLP", "after LLaVA-Meteor's abstract"
 INSTRUCTION_TOKENS = 68
 NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
@@ -47,7 +48,7 @@ NO_DROP_PATH = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_d
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def plain_projector(
+def with_torchs_attention(
     projector: DeltaProjector, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
 ) -> torch.Tensor:
     """A `released` projector, called as ever, with torch's own attention: it maps each patch to a key and a value."""
@@ -94,7 +95,7 @@ def make_steps(
     calls = {
         **projectors,
         METEOR: meteor,
-        PLAIN: lambda *inputs: plain_projector(projectors[RELEASED], *inputs),
+        TORCHS: lambda *inputs: with_torchs_attention(projectors[RELEASED], *inputs),
     }
 
     def step(call: Callable, kind: str):
@@ -116,7 +117,7 @@ def check_agreement(
     projector: DeltaProjector, features: tuple[torch.Tensor, torch.Tensor], num_visual_tokens: int
 ) -> float:
     """The relative difference between both attentions' tokens; a `RuntimeError` if it is more than rounding."""
-    expected = plain_projector(projector, *features, num_visual_tokens).float()
+    expected = with_torchs_attention(projector, *features, num_visual_tokens).float()
     difference = (projector(*features, num_visual_tokens).float() - expected).norm() / expected.norm()
     tolerance = TOLERANCES[features[0].dtype]
     if not difference <= tolerance:
@@ -171,7 +172,7 @@ def table(report: dict) -> str:
     caption = f"""{run_caption(report)}, batch {report["batch_size"]}. ms is the median of {report["rounds"]}
     interleaved rounds, a ratio the median of the rounds' own. MB is the most that a step had allocated at a time beside
     weights and features, gradients included, {source}."""
-    heads = ("ms", "to TokenPacker", "to plain", "MB")
+    heads = ("ms", "to TokenPacker", "to torch's attention", "MB")
     columns = ["visual tokens", "projector", *(f"{kind}: {head}" for kind in PASSES for head in heads)]
     rows = {(row["projector"], row["num_visual_tokens"]): row for row in report["rows"]}
     lines = []
@@ -179,7 +180,7 @@ def table(report: dict) -> str:
         cells = [str(budget), name]
         for kind in PASSES:
             seconds = row[kind]["seconds"]
-            others = [rows[other, budget][kind]["seconds"] for other in (TOKEN_PACKER, PLAIN)]
+            others = [rows[other, budget][kind]["seconds"] for other in (TOKEN_PACKER, TORCHS)]
             cells.append(f"{1e3 * median(seconds):.4g}")
             cells += [f"{median_ratio(seconds, other):.2f}" for other in others]
             cells.append(f"{row[kind]['peak_bytes'] / 1e6:.3g}")

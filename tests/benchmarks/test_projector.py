@@ -7,13 +7,13 @@ import torch
 
 from delta_llava import DeltaLlavaConfig
 from delta_llava.benchmarks import projector as benchmark
-from delta_llava.benchmarks.projector import METEOR, PASSES, PLAIN, POOLING, RELEASED, RESIDUAL, TOKEN_PACKER
+from delta_llava.benchmarks.projector import METEOR, PASSES, POOLING, RELEASED, RESIDUAL, TOKEN_PACKER, TORCHS
 
 
 CPU = torch.device("cpu")
 TINY = benchmark.SIZES["tiny"]
 BUDGETS = [144, 36, 16, 9, 4, 1]
-NAMES = (RESIDUAL, RELEASED, TOKEN_PACKER, POOLING, METEOR, PLAIN)
+NAMES = (RESIDUAL, RELEASED, TOKEN_PACKER, POOLING, METEOR, TORCHS)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,13 @@ def test_every_projector_has_a_row_and_backward_holds_its_gradients(projectors, 
     assert [[str(row["num_visual_tokens"]), row["projector"]] for row in rows] == expected
     for row in rows:
         assert all(len(row[kind]["seconds"]) == 2 for kind in PASSES)
-        module = projectors[RELEASED if row["projector"] == PLAIN else row["projector"]]
+        module = projectors[RELEASED if row["projector"] == TORCHS else row["projector"]]
         gradients = 4 * sum(weight.numel() for weight in module.parameters())
         assert row[PASSES[1]]["peak_bytes"] > max(gradients, row[PASSES[0]]["peak_bytes"])
 
 
 def test_the_table_has_the_medians_of_rounds_and_of_their_ratios(cells):
-    rounds = {RESIDUAL: (0.2, 0.6, 0.3), TOKEN_PACKER: (0.1, 0.2, 0.3), PLAIN: (0.4, 0.6, 0.9)}
+    rounds = {RESIDUAL: (0.2, 0.6, 0.3), TOKEN_PACKER: (0.1, 0.2, 0.3), TORCHS: (0.4, 0.6, 0.9)}
     rows = [
         {
             "projector": name,
@@ -60,7 +60,7 @@ def test_the_table_has_the_medians_of_rounds_and_of_their_ratios(cells):
     assert cells(benchmark.table({**report, "batch_size": 1, "rounds": 3})) == [
         ["36", RESIDUAL, "300", "2.00", "0.50", "5", "600", "2.00", "0.50", "2.34"],
         ["36", TOKEN_PACKER, "200", "1.00", "0.33", "5", "400", "1.00", "0.33", "2.34"],
-        ["36", PLAIN, "600", "3.00", "1.00", "5", "1200", "3.00", "1.00", "2.34"],
+        ["36", TORCHS, "600", "3.00", "1.00", "5", "1200", "3.00", "1.00", "2.34"],
     ]
 
 
@@ -75,9 +75,9 @@ def test_torchs_attention_has_our_tokens_and_our_gradients(projectors, features,
     tokens.backward(wanted)
     gradients = {name: weight.grad for name, weight in ours.named_parameters()}
     ours.zero_grad()
-    plain = benchmark.plain_projector(ours, *features, budget)
-    plain.backward(wanted)
-    torch.testing.assert_close(tokens, plain, rtol=1e-4, atol=1e-4)
+    others = benchmark.with_torchs_attention(ours, *features, budget)
+    others.backward(wanted)
+    torch.testing.assert_close(tokens, others, rtol=1e-4, atol=1e-4)
     for name, weight in ours.named_parameters():
         scale = weight.grad.abs().max().item()
         torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-3, atol=1e-4 * scale + 1e-6, msg=name)
@@ -90,8 +90,8 @@ def test_agreement_is_checked_at_the_precision_of_the_dtype(projectors, features
 
 
 def test_nothing_is_timed_where_the_two_disagree(config, monkeypatch):
-    plain = benchmark.plain_projector
-    monkeypatch.setattr(benchmark, "plain_projector", lambda *inputs: 1.1 * plain(*inputs))
+    others = benchmark.with_torchs_attention
+    monkeypatch.setattr(benchmark, "with_torchs_attention", lambda *inputs: 1.1 * others(*inputs))
     monkeypatch.setattr(benchmark, "seconds_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match=r"At num_visual_tokens=36 .* differ by 0\.09"):
         next(benchmark.measure(config, (36, 9), 1, CPU, torch.float32, rounds=1))
