@@ -1,7 +1,7 @@
 """
 FLOPs, parameters and bytes of a Delta-LLaVA for any token budget, from its configuration alone.
 
-What an answer costs at each budget, as a table, as JSON, as a picture too:
+What an answer costs at each budget, as a table, as JSON, or as a picture too:
 
 ```
 python -m delta_llava.costs --recipe vicuna-7b --text_tokens 68 --new_tokens 30 --convention paper
@@ -17,9 +17,9 @@ python -m delta_llava.costs --recipe vicuna-7b --max_tflops 3 --max_kv_cache_mb 
 
 The model itself runs on torch's `meta` device, without weights, under `torch.utils.flop_counter`. A FLOP is a
 multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products and
-convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention is counted in full,
-like attention without a mask or a window. An answer of n tokens takes the prefill, which yields the first, and n - 1
-passes of decoding; the output head is computed only at the last position of each pass.
+convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention and its cache are
+counted in full, as without a mask or a window. An answer of n tokens takes the prefill, which yields the first, and
+n - 1 passes of decoding; the output head is computed only at the last position of each pass.
 
 There are two conventions. `exact` counts what this model computes, to the FLOP. `paper` counts what the paper's figure
 3 must have counted, since it yields the paper's numbers: two matrices in each MLP of the language model, where Llama
@@ -109,7 +109,7 @@ def _once(count: Callable) -> Callable:
 
 @contextmanager
 def _backbone(name: str, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
-    """A backbone without weights, in the implementations that torch can count: fused ones are no matrix products."""
+    """A backbone without weights, in implementations that torch can count: fused kernels are not matrix products."""
     try:
         with torch.device("meta"), torch.no_grad():
             yield AutoModel.from_config(config, attn_implementation="eager", experts_implementation="batched_mm").eval()
@@ -665,10 +665,10 @@ def main(arguments: list[str] | None = None):
         "the largest budget for a request that takes",
         "of the budgets that the checkpoint was trained for, or with --recipe of all that the tower allows",
     )
-    targets.add_argument("--max_tflops", type=float, metavar="TFLOPS", help="at most so many 10¹² FLOPs in total")
-    targets.add_argument("--max_kv_cache_mb", type=float, metavar="MB", help="at most so many 10⁶ bytes of KV cache")
+    targets.add_argument("--max_tflops", type=float, metavar="TFLOPS", help="at most this many 10¹² FLOPs in total")
+    targets.add_argument("--max_kv_cache_mb", type=float, metavar="MB", help="at most this many 10⁶ bytes of KV cache")
     parser.add_argument("--json", action="store_true", help="print FLOPs as JSON instead of a table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them into this picture")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them into this image file")
     options = parser.parse_args(arguments)
     request = (options.text_tokens, options.new_tokens)
     targets = (options.max_tflops, options.max_kv_cache_mb)

@@ -152,7 +152,7 @@ def make_inputs(
 def make_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """A parser of the options that all have: `--size`, `--rounds` with this default, and `--output`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, required=True, help="backbones: tiny, small, or 7b's")
+    parser.add_argument("--size", choices=SIZES, required=True, help="tiny or small for a CPU, 7b for a CUDA GPU")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"repeats of each measurement (default: {rounds})")
     parser.add_argument("--output", type=Path, help="JSON file for the raw figures")
     return parser
