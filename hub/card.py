@@ -309,16 +309,4 @@ def _costs(config: DeltaLlavaConfig) -> dict[str, Any]:
         answers = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
     except ValueError as error:  # a backbone that torch cannot count
         return {"parameters": None, "unknown": str(error)}
-    smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
-    size, unit = costs.flops_unit(1e3 * smallest)  # with three digits after the point, none is zero
-    return {
-        "parameters": costs.parameter_counts(config),
-        "flops_unit": unit,
-        "rows": {
-            budget: {
-                "flops": [answer[part] / size for part in costs.FLOP_PARTS],
-                "kv_cache": answer["kv_cache_bytes"] / 1e6,
-            }
-            for budget, answer in answers.items()
-        },
-    }
+    return {"parameters": costs.parameter_counts(config), "table": costs.costs_table(answers)}
