@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl import ModelConfig, SFTConfig, TrlParser, get_quantization_config
 
-from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
+from ..configuration_delta_llava import DeltaLlavaConfig, default_visual_tokens, query_grid_size
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from .batches import fit_rows, stream_rows
 from .data import check_llava_json, has_configurations, stop_at_bad_records
@@ -255,7 +255,7 @@ def check_recipe(
         query_grid_size(budget, config.patch_grid_size)
     config.visual_token_budgets = budgets = sorted(set(budgets))
     if config.num_visual_tokens not in budgets:
-        config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
+        config.num_visual_tokens = default_visual_tokens(budgets)
     if auto and budgets[0] == config.num_visual_tokens:
         raise ValueError(
             f"num_visual_tokens={[*budgets, *auto]}: 'auto' would be {budgets[0]} for every image, the default and the"
