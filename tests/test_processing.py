@@ -289,9 +289,9 @@ def test_deep_values_are_scaled_by_the_bits_that_hold_them():
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        (Image.new("I", (4, 4), -5), r"values span -5\.\.-5; integers are to lie in 0\.\.65535"),
+        (Image.new("I", (4, 4), -5), r"values span -5\.\.-5; integers must lie in 0\.\.65535"),
         (Image.new("I", (4, 4), 70_000), r"values span 70000\.\.70000"),
-        (Image.new("F", (4, 4), 300), r"values span 300\.\.300; floats are to span 0\.\.1 or 0\.\.255"),
+        (Image.new("F", (4, 4), 300), r"values span 300\.\.300; floats must span 0\.\.1 or 0\.\.255"),
         (torch.full((3, 4, 4), -2.0), r"of shape \(3, 4, 4\) and type torch\.float32: its values span -2\.\.-2"),
         (np.full((5, 5, 3), np.nan), r"values span nan\.\.nan"),
         (np.full((5, 5, 3), np.inf), r"values span inf\.\.inf"),
@@ -679,7 +679,7 @@ def test_a_total_that_cannot_be_shared_is_refused(tiny_processor, noise, options
 
 
 def test_a_total_cannot_be_planned_without_rows(tiny_processor):
-    with pytest.raises(ValueError, match="image_sizes do not tell which share one: give num_visual_tokens"):
+    with pytest.raises(ValueError, match="image_sizes do not say which share one: give num_visual_tokens"):
         tiny_processor()._get_num_multimodal_tokens(image_sizes=[(9, 9)], total_visual_tokens=576)
 
 
