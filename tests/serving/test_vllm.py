@@ -311,7 +311,7 @@ def test_an_image_that_a_client_names_by_its_id_is_cached_at_each_budget(plugin,
             assert answer == plugin.expected([image], budget)
             request["messages"][0]["content"][0]["image_url"] = None  # cached, it need not be sent again
     request["extra_body"]["mm_processor_kwargs"] = {"num_visual_tokens": "auto"}
-    with pytest.raises(openai.BadRequestError, match="'auto' asks for the size of an image"):
+    with pytest.raises(openai.BadRequestError, match="'auto' needs the size of an image"):
         plugin.client.chat.completions.create(**request)
 
 
