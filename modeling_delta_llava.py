@@ -11,7 +11,7 @@ from .configuration_delta_llava import (  # first: it refuses older releases
 # isort: split
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 
 import torch
@@ -552,12 +552,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             return hook
 
         tower_layers = self._vision_tower_layers()
-        handles = [tower_layers[index - 1].register_forward_hook(keep(index)) for index in layers]
-        try:
+        with ExitStack() as hooks:
+            for index in layers:
+                hooks.enter_context(tower_layers[index - 1].register_forward_hook(keep(index)))
             yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _vision_tower_layers(self) -> nn.ModuleList:
         num_layers = self.config.vision_config.num_hidden_layers
@@ -599,17 +597,15 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _mismatch(self, num_tokens: int, budgets: list[int]) -> str:
+    @staticmethod
+    def _mismatch(num_tokens: int, budgets: list[int]) -> str:
         """Why there may be `num_tokens` image tokens for images of these `budgets`."""
         found = f"Image features and image tokens do not match, tokens: {num_tokens}, features: {sum(budgets)}"
         if not budgets:
             return f'{found}. Pass pixel_values, or mm_encoder_outputs={{"image": output of get_image_features}}.'
-        per_image, rest = divmod(num_tokens, len(budgets))
-        if len(set(budgets)) == 1 and (rest or per_image not in self.config.valid_visual_token_counts):
-            return f"{found}, of {len(budgets)} images."
         return (
-            f"{found}. The images are encoded with num_visual_tokens={budgets}, but the text has image tokens for"
-            " other budgets: pass the same num_visual_tokens to processor and model."
+            f"{found}, of {len(budgets)} images with num_visual_tokens={budgets}. Pass the same num_visual_tokens to"
+            " processor and model, and do not truncate image tokens."
         )
 
     @can_return_tuple

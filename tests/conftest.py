@@ -93,7 +93,7 @@ def tiny_tokenizer():
 def tiny_config(tiny_tokenizer):
     """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama; a test overrides what it wants."""
 
-    def make(siglip=False, **overrides):
+    def make(siglip=False, drops=True, **overrides):
         size = {
             "hidden_size": 32,
             "intermediate_size": 64,
@@ -121,6 +121,8 @@ def tiny_config(tiny_tokenizer):
             "visual_token_budgets": [1, 4, 9, 16, 36, 144],
             "vision_feature_select_strategy": "full" if siglip else "default",
         }
+        if not drops:  # drop path is random
+            defaults |= {f"{branch}_drop_path": 0.0 for branch in ("attention", "convolution", "mlp")}
         return DeltaLlavaConfig(**{**defaults, **overrides})
 
     return make

@@ -1,16 +1,13 @@
 """The model: what every user of a transformers VLM expects of it, at any budget, in any mix."""
 
-import copy
-import itertools
 import json
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -77,19 +74,18 @@ def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, tiny_process
     together = new_tokens(model, batch)
     alone = [new_tokens(model, single(processor, *row))[0] for row in zip(texts, images, budgets, strict=True)]
     assert torch.equal(together, torch.stack(alone))
-    assert len({tuple(row.tolist()) for row in together}) > 1, "the images must matter for this to prove anything"
-
-
-def test_a_budget_changes_what_is_seen(tiny_model, tiny_processor, noise):
-    model, processor = tiny_model(), tiny_processor()
-    for budget in ALL_BUDGETS:
-        inputs = processor(images=noise(1), text="<image>", num_visual_tokens=budget, return_tensors="pt")
-        outputs = model(**inputs)
-        assert outputs.image_hidden_states.shape == (budget, 64)
-        assert outputs.logits.shape == (1, budget, 320)
+    # The images and their order must matter for this to prove anything
+    assert len({tuple(row.tolist()) for row in together}) > 1
+    swapped = single(processor, texts[0], images[0][::-1], budgets[0])
+    assert not torch.equal(model(**swapped).logits, model(**single(processor, texts[0], images[0], budgets[0])).logits)
 
 
 def test_budget_of_the_call_before_that_of_the_processor_before_that_of_the_config(tiny_model, tiny_processor, noise):
+    for budget in ALL_BUDGETS:
+        inputs = tiny_processor()(images=noise(1), text="<image>", num_visual_tokens=budget, return_tensors="pt")
+        outputs = tiny_model()(**inputs)
+        assert outputs.image_hidden_states.shape == (budget, 64)
+        assert outputs.logits.shape == (1, budget, 320)
     model = tiny_model(num_visual_tokens=16)
     pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
     assert len(model.get_image_features(pixel_values).pooler_output[0]) == 16
@@ -111,37 +107,6 @@ def test_image_features_of_mixed_budgets_are_those_of_each_image_alone(variant, 
     for index, budget in enumerate(budgets.tolist()):
         alone = model.get_image_features(pixel_values[index : index + 1], num_visual_tokens=budget).pooler_output[0]
         torch.testing.assert_close(features[index], alone)
-
-
-def test_a_clip_is_a_list_of_frames_and_their_order_can_be_asked_for(tiny_config, tiny_processor, tmp_path):
-    """Trained a little on clips of two colours; those that are then asked about were seen in neither order."""
-    colours = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 70, 230), "yellow": (240, 220, 40)}
-    processor = tiny_processor()
-
-    def ask(clips):
-        frames = []
-        for names in clips:
-            pictures = [Image.new("RGB", (64, 48), colours[name]) for name in names]
-            pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:])
-            with Image.open(tmp_path / "clip.gif") as clip:
-                frames.append([frame.copy() for frame in ImageSequence.Iterator(clip)])
-        texts = ["<image><image>Which colour came first? "] * len(clips)
-        inputs = processor(images=frames, text=texts, num_visual_tokens=[4, 1] * len(clips), return_tensors="pt")
-        return inputs, torch.tensor([processor.tokenizer.encode(first)[0] for first, _ in clips])
-
-    held_out = [("red", "blue"), ("blue", "red")]
-    inputs, answers = ask([clip for clip in itertools.permutations(colours, 2) if clip not in held_out])
-    torch.manual_seed(0)
-    model = DeltaLlavaForConditionalGeneration(tiny_config())
-    model.model.vision_tower.requires_grad_(False)
-    optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=3e-3)
-    for _ in range(50):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(**inputs).logits[:, -1], answers).backward()
-        optimizer.step()
-    inputs, answers = ask(held_out)
-    assert inputs["num_visual_tokens"].tolist() == [4, 1, 4, 1]
-    assert torch.equal(model.eval()(**inputs).logits[:, -1].argmax(dim=-1), answers)
 
 
 def test_an_untrained_budget_works_and_warns_once(tiny_model, tiny_processor, noise, monkeypatch):
@@ -224,10 +189,7 @@ def test_static_cache_generates_the_same(tiny_model, tiny_processor, noise):
 
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, tiny_processor, noise):
-    model = tiny_model(projector_variant=variant).train()
-    for module in model.modules():
-        if hasattr(module, "probability"):
-            module.probability = 0.0  # drop path is random
+    model = tiny_model(projector_variant=variant, drops=False).train()
     inputs = tiny_processor()(images=noise(1), text="<image> a red circle", return_tensors="pt")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
 
@@ -383,7 +345,7 @@ def test_a_draft_model_need_not_see_the_images(tiny_model, tiny_processor, noise
 def test_a_mismatch_of_budgets_names_them(tiny_model, tiny_processor, noise):
     model = tiny_model()
     inputs = tiny_processor()(images=noise(2), text="<image><image>", num_visual_tokens=36, return_tensors="pt")
-    with pytest.raises(ValueError, match=r"tokens: 72, features: 8\. .* num_visual_tokens=\[4, 4\].* same num_visual_"):
+    with pytest.raises(ValueError, match=r"tokens: 72, features: 8, .* num_visual_tokens=\[4, 4\]\. Pass the"):
         model(**inputs | {"num_visual_tokens": 4})
     shortened = {name: value[:, 5:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
     with pytest.raises(ValueError, match="tokens: 67, features: 72, of 2 images"):
@@ -398,19 +360,12 @@ def test_images_of_another_size_are_refused(tiny_model):
 @pytest.fixture
 def compilable(tiny_model, tiny_processor, noise):
     """A model after one eager call, and the inputs of a call with an int budget."""
-    model = tiny_model()
-    for module in model.modules():
-        if hasattr(module, "probability"):
-            module.probability = 0.0  # drop path is random
+    model = tiny_model(drops=False)
     inputs = tiny_processor()(images=noise(1), text="<image> a red circle", num_visual_tokens=9, return_tensors="pt")
     inputs = {**inputs, "num_visual_tokens": 9, "use_cache": False}
     model(**inputs)
     torch.compiler.reset()
     return model, inputs
-
-
-def test_only_where_the_tower_selects_layers_a_graph_is_promised():
-    assert DeltaLlavaForConditionalGeneration._can_compile_fullgraph is (RELEASE >= (5, 23))
 
 
 @pytest.mark.skipif(RELEASE < (5, 23), reason="the tower's layers are taken by hooks")
@@ -532,12 +487,6 @@ def test_image_text_mismatch_is_refused_with_both_numbers(tiny_model, tiny_proce
         model(pixel_values=inputs["pixel_values"])
 
 
-def test_wrong_feature_selection_is_refused(tiny_model, tiny_processor, noise):
-    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
-    with pytest.raises(ValueError, match="Got 145 patches, but the projector expects 12x12=144"):
-        tiny_model(vision_feature_select_strategy="full").get_image_features(pixel_values)
-
-
 @pytest.mark.parametrize(
     ("layers", "query", "deepest"), [(None, -2, 4), ([1, 2], 2, 2), ([-5, -1], 1, 5), ([3], -3, 3)]
 )
@@ -563,29 +512,29 @@ def test_the_tower_runs_no_deeper_than_it_is_read(
 def test_only_the_layers_that_are_read_are_kept(tiny_model, tiny_processor, noise):
     model = tiny_model(memory_feature_layers=[2], query_feature_layer=5)
     pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
-    with model.model._capture_layers({2, 5}) as captured:
-        outputs = model.model.vision_tower(pixel_values)
-    assert captured.keys() == {2, 5} and outputs.hidden_states is None
-    assert not any(layer._forward_hooks for layer in model.model._vision_tower_layers())
+    kept = []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: kept.append(output.hidden_states))
+    assert model.get_image_features(pixel_values).hidden_states is None
+    assert model._can_compile_fullgraph is (RELEASE >= (5, 23))  # hooks need a break in the graph
+    if RELEASE >= (5, 23):
+        assert [layer for layer in range(6) if kept[0][layer] is not None] == [2, 5]
+    else:
+        assert kept == [None] and not any(layer._forward_hooks for layer in model.model._vision_tower_layers())
 
 
 def test_two_threads_share_one_tower(tiny_model, tiny_processor, noise):
     model = tiny_model()
     pixel_values = tiny_processor()(images=noise(2), text="<image><image>", return_tensors="pt")["pixel_values"]
     expected = [model.get_image_features(image[None]).pooler_output[0] for image in pixel_values]
-    model.model.vision_tower.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # both are inside at once
-    results = {}
+    both_inside = threading.Barrier(2, timeout=60)
 
-    def encode(index):
-        results[index] = model.get_image_features(pixel_values[index][None]).pooler_output[0]
+    def wait(module, args):
+        both_inside.wait()
 
-    threads = [threading.Thread(target=encode, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        torch.testing.assert_close(results[index], expected[index])
+    model.model._vision_tower_layers()[2].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda image: model.get_image_features(image[None]).pooler_output[0], pixel_values)
+        torch.testing.assert_close(list(found), expected)
 
 
 @pytest.mark.parametrize(
@@ -745,27 +694,6 @@ def test_quantization_leaves_tower_and_projector_alone(tiny_model, tiny_processo
     expected = original.get_image_features(inputs["pixel_values"]).pooler_output[0]
     torch.testing.assert_close(features, expected, atol=0.1, rtol=0.1)
     assert model(**inputs).logits.isfinite().all()
-
-
-def test_gptq_finds_the_language_model_only(tiny_model):
-    # The names that optimum's GPTQ looks for, in its order; it quantizes the blocks of the first that it finds
-    patterns = [
-        "transformer.h",
-        "model.decoder.layers",
-        "gpt_neox.layers",
-        "model.layers",
-        "model.language_model.layers",
-    ]
-    names = [name for name, _ in tiny_model().named_modules()]
-    found = next(pattern for pattern in patterns if any(name.startswith(pattern) for name in names))
-    assert found == "model.language_model.layers"
-
-
-def test_deep_copies_are_independent(tiny_model, tiny_processor, noise):
-    model = tiny_model()
-    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(twin(**inputs).logits, model(**inputs).logits)
 
 
 def test_prefill_in_chunks_is_one_prefill_or_refused(tiny_model, tiny_processor, noise):

@@ -227,8 +227,7 @@ class Opaque(torch.nn.Module):
 @pytest.mark.parametrize("num_visual_tokens", [1, 9, 144])
 @pytest.mark.parametrize("variant", ["released", "paper", "residual"])
 def test_every_submodule_is_called_and_its_weight_never_read(tiny_config, variant, num_visual_tokens, mode):
-    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    projector, features = random_projector(tiny_config(projector_variant=variant, drops=False))
     projector.train(mode == "training")
     expected = projector(*features, num_visual_tokens)
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm)
@@ -260,8 +259,7 @@ def test_linear_layers_get_contiguous_features(tiny_model, variant, switch, sigl
 
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_a_single_patch_cell_leaves_out_what_cannot_matter_but_no_gradient(tiny_config, variant):
-    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    projector, features = random_projector(tiny_config(projector_variant=variant, drops=False))
     trained = projector.train()(*features, 144)
     trained.sum().backward()
     assert [name for name, weight in projector.named_parameters() if weight.grad is None] == []  # DDP waits for each
