@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from clients import encoded
 from PIL import Image, ImageOps
 from transformers import SiglipImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -149,12 +150,6 @@ def test_one_pixel_is_an_image(tiny_processor, tiny_model, mode):
     inputs = tiny_processor()(images=Image.new(mode, (1, 1)), text="<image>", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 48, 48)
     assert tiny_model()(**inputs).logits.isfinite().all()
-
-
-def encoded(image, format="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
 
 
 def photograph(size=(160, 200)):

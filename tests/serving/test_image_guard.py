@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import io
 import socket
 import threading
 import time
@@ -10,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from clients import encoded
 from huggingface_hub.utils import httpx
 from PIL import Image
 
@@ -18,15 +18,9 @@ from delta_llava.serving import image_guard
 from delta_llava.serving.image_guard import ImageGuard
 
 
-def png(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def picture(noise):
-    return png(noise(1)[0])
+    return encoded(noise(1)[0])
 
 
 @pytest.fixture
@@ -89,8 +83,8 @@ def internet(picture, monkeypatch):
 
 def test_what_is_sent_along_is_opened_like_everywhere_else(picture):
     guard, expected = ImageGuard(), open_image(picture).tobytes()
-    encoded = base64.b64encode(picture).decode()
-    for source in (picture, encoded, f"data:image/png;base64,{encoded}", f"DATA:;base64,{encoded}"):
+    data = base64.b64encode(picture).decode()
+    for source in (picture, data, f"data:image/png;base64,{data}", f"DATA:;base64,{data}"):
         assert guard(source).tobytes() == expected
 
 
@@ -286,10 +280,10 @@ def test_nothing_goes_on_after_the_time_out(internet, monkeypatch):
 
 
 def test_a_file_that_unpacks_to_too_many_pixels_is_refused_before_it_does():
-    bomb = png(Image.new("L", (8000, 8000)))
+    bomb = encoded(Image.new("L", (8000, 8000)))
     assert len(bomb) < 100_000
     for source in (bomb, "data:;base64," + base64.b64encode(bomb).decode()):
         with pytest.raises(ValueError, match="it has 8000 x 8000 pixels, more than 50000000 in all"):
             ImageGuard()(source)
     with pytest.raises(ValueError, match="more than 100 in all"):
-        ImageGuard(max_pixels=100)(png(Image.fromarray(np.zeros((20, 20), np.uint8))))
+        ImageGuard(max_pixels=100)(encoded(Image.fromarray(np.zeros((20, 20), np.uint8))))

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import re
 import threading
@@ -10,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from clients import data_url
 from huggingface_hub.utils import httpx
 from PIL import Image
 from starlette.responses import JSONResponse
@@ -18,12 +18,6 @@ from delta_llava.processing_delta_llava import open_image
 from delta_llava.serving import middleware
 from delta_llava.serving.image_guard import ImageGuard
 from delta_llava.serving.middleware import MAX_BODY_BYTES, RequestGuard
-
-
-def data_url(image, format="PNG"):
-    file = io.BytesIO()
-    image.save(file, format)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def chat(*parts, **fields):
