@@ -23,7 +23,6 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     ResNetConfig,
-    TextIteratorStreamer,
     TorchAoConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
@@ -38,8 +37,8 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture
-def mixed_batch(noise):
-    """Rows with two images, none, one and three: texts, images of each row, budgets of each row."""
+def mixed_batch(tiny_processor, noise):
+    """Rows with two images, none, one and three, at mixed budgets: as one padded batch, and each by itself."""
     first, second, third, fourth, fifth, sixth = noise(6)
     texts = [
         "USER: <image>\n<image>\nWhat differs? ASSISTANT:",
@@ -49,35 +48,27 @@ def mixed_batch(noise):
     ]
     images = [[first, second], [], [third], [fourth, fifth, sixth]]
     budgets = [[36, 4], [], [144], [1, 16, 9]]
-    return texts, images, budgets
 
+    def inputs(images, text, budgets):
+        return tiny_processor()(images=images, text=text, num_visual_tokens=budgets, padding=True, return_tensors="pt")
 
-def single(processor, text, images, budgets):
-    if not images:
-        return processor(text=text, return_tensors="pt")
-    return processor(images=images, text=text, num_visual_tokens=budgets, return_tensors="pt")
+    rows = [inputs(*row) for row in zip(images, texts, budgets, strict=True)]
+    return inputs(images, texts, [budget for row in budgets for budget in row]), rows
 
 
 def new_tokens(model, inputs, **options):
     return model.generate(**inputs, **{**GREEDY, **options})[:, inputs["input_ids"].shape[1] :]
 
 
-def flat(rows):
-    return [entry for row in rows for entry in row]
-
-
 @pytest.mark.parametrize("siglip", [False, True])
-def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, tiny_processor, mixed_batch, siglip):
-    model, processor = tiny_model(siglip=siglip), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, mixed_batch, siglip):
+    model, (batch, rows) = tiny_model(siglip=siglip), mixed_batch
     together = new_tokens(model, batch)
-    alone = [new_tokens(model, single(processor, *row))[0] for row in zip(texts, images, budgets, strict=True)]
-    assert torch.equal(together, torch.stack(alone))
+    assert torch.equal(together, torch.cat([new_tokens(model, row) for row in rows]))
     # The images and their order must matter for this to prove anything
     assert len({tuple(row.tolist()) for row in together}) > 1
-    swapped = single(processor, texts[0], images[0][::-1], budgets[0])
-    assert not torch.equal(model(**swapped).logits, model(**single(processor, texts[0], images[0], budgets[0])).logits)
+    swapped = {**rows[0], "pixel_values": rows[0]["pixel_values"].flip(0)}
+    assert not torch.equal(model(**swapped).logits, model(**rows[0]).logits)
 
 
 def test_budget_of_the_call_before_that_of_the_processor_before_that_of_the_config(tiny_model, tiny_processor, noise):
@@ -160,10 +151,8 @@ def test_a_closed_gate_and_the_mlp_of_a_llava_are_that_llava_on_pooled_features(
 
 
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_attention_implementations_agree(tiny_model, tiny_processor, mixed_batch, attention):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_attention_implementations_agree(tiny_model, mixed_batch, attention):
+    model, (batch, _) = tiny_model(), mixed_batch
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         expected = model(**batch).logits[real]
@@ -218,14 +207,11 @@ def test_a_frozen_tower_builds_no_graph_even_with_gradient_checkpointing(tiny_mo
     assert outputs.pooler_output[0].requires_grad and not outputs.last_hidden_state.requires_grad
 
 
-def test_inputs_embeds_find_their_placeholders(tiny_model, tiny_processor, mixed_batch):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
-    expected = model(**batch).logits
-    embedded = dict(batch) | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+def test_inputs_embeds_find_their_image_tokens(tiny_model, mixed_batch):
+    model, (batch, _) = tiny_model(), mixed_batch
+    embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
     del embedded["input_ids"]
-    torch.testing.assert_close(model(**embedded).logits, expected)
+    torch.testing.assert_close(model(**embedded).logits, model(**batch).logits)
     assert torch.equal(model.generate(**embedded, **GREEDY), new_tokens(model, batch))
 
 
@@ -424,31 +410,16 @@ def test_device_map_with_a_split_between_parts(tiny_model, tiny_processor, noise
     assert torch.equal(new_tokens(automatic, inputs), expected)
 
 
-def test_streamed_text_is_the_generated_text(tiny_model, tiny_processor, noise):
-    model, processor = tiny_model(), tiny_processor()
-    inputs = processor(images=noise(1), text="<image> what", return_tensors="pt")
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
-    thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
-    thread.start()
-    streamed = "".join(streamer)
-    thread.join()
-    assert streamed == processor.decode(new_tokens(model, inputs)[0]) != ""
-
-
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1, "num_return_sequences": 2}],
 )
-def test_several_sequences_per_prompt_with_two_images_each(tiny_model, tiny_processor, mixed_batch, options):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    sampled = options["num_beams"] == 1
-    options = {**options, "do_sample": sampled, "top_k": 1} if sampled else options  # top_k=1: sampling without chance
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_several_sequences_per_prompt_with_two_images_each(tiny_model, mixed_batch, options):
+    model, (batch, rows) = tiny_model(), mixed_batch
+    if options["num_beams"] == 1:
+        options = {**options, "do_sample": True, "top_k": 1}  # sampling without chance
     together = new_tokens(model, batch, **options)
-    rows = zip(texts, images, budgets, strict=True)
-    alone = torch.cat([new_tokens(model, single(processor, *row), **options) for row in rows])
-    assert torch.equal(together, alone)
+    assert torch.equal(together, torch.cat([new_tokens(model, row, **options) for row in rows]))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
