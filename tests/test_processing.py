@@ -123,7 +123,6 @@ def test_images_of_every_mode_look_alike(tiny_processor, tmp_path):
     """Grey levels kept in other modes and files come out as the grey levels that they are, within one of 255."""
     processor = tiny_processor()
     grey = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
-    sixteen = Image.fromarray((np.asarray(grey).astype(np.uint16)) * 257)
     variants = {
         "RGB": grey.convert("RGB"),
         "L": grey,
@@ -131,9 +130,6 @@ def test_images_of_every_mode_look_alike(tiny_processor, tmp_path):
         "LA": grey.convert("LA"),
         "palette": saved(grey.convert("P"), tmp_path / "palette.png"),
         "CMYK": saved(grey.convert("CMYK"), tmp_path / "cmyk.jpg"),
-        "16-bit": sixteen,
-        "16-bit PNG": saved(sixteen, tmp_path / "sixteen.png"),
-        "32-bit integers": sixteen.convert("I"),
         "GIF": saved(grey, tmp_path / "named.jpg.gif"),
     }
     one_level = 1 / 255 / min(processor.image_processor.image_std)
