@@ -97,6 +97,6 @@ class DeltaLlavaForConditionalGeneration(TransformersMultiModalForCausalLM):
             for name in ("vision_tower", "multi_modal_projector"):
                 for module in list(self.model.get_submodule(name).modules()):
                     for child_name, child in module.named_children():
-                        if isinstance(child, nn.Linear):  # vLLM's own, which super() does not replace
+                        if isinstance(child, nn.Linear):  # becomes vLLM's own, which super() leaves as it is
                             setattr(module, child_name, replace_linear_class(child))
         super().recursive_replace()
