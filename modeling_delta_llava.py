@@ -482,10 +482,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         image_features = [None] * num_images
         for budget in sorted(set(budgets)):
             images = [index for index, other in enumerate(budgets) if other == budget]
-            if len(images) == num_images:
-                projected = self.multi_modal_projector(query_features, memory_features, budget)
-            else:
-                projected = self.multi_modal_projector(query_features[images], memory_features[images], budget)
+            part = slice(None) if len(images) == num_images else images  # a slice copies nothing
+            projected = self.multi_modal_projector(query_features[part], memory_features[part], budget)
             for index, features in zip(images, projected, strict=True):
                 image_features[index] = features
         return BaseModelOutputWithPooling(
