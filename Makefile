@@ -72,6 +72,7 @@ backbones: .venv/installed
 
 # torch first and alone: as a requirement of another package it would be the CUDA build even where a CPU build exists.
 .venv/installed: setup.cfg constraints.txt
+	@echo "Setting up .venv, once: about 2 GB of packages, which takes some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
