@@ -146,7 +146,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, ti
         return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
     passes = []
-    model.model.language_model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for name, gradient in gradients().items():
