@@ -684,7 +684,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
     """
-    Delta-LLaVA with its output head: answers questions about images, each encoded as as many visual tokens as the call
+    Delta-LLaVA with its output head: answers questions about images, with as many visual tokens for each as the call
     asks for.
 
     Example:
