@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..configuration_delta_llava import DeltaLlavaConfig
+from ..configuration_delta_llava import DeltaLlavaConfig, default_visual_tokens
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import TEMPLATES, stop_at_end_of_turn
@@ -142,7 +142,7 @@ def build_config(
         ValueError: If a budget does not fit the tower's grid, or a part cannot be joined.
     """
     if num_visual_tokens:
-        default = max((budget for budget in num_visual_tokens if budget <= 144), default=min(num_visual_tokens))
+        default = default_visual_tokens(num_visual_tokens)
         config_overrides |= {"num_visual_tokens": default, "visual_token_budgets": sorted(set(num_visual_tokens))}
     config = DeltaLlavaConfig(
         vision_config=vision_config,

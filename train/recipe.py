@@ -13,7 +13,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
+from ..configuration_delta_llava import DeltaLlavaConfig, default_visual_tokens, query_grid_size
 
 
 logger = logging.get_logger(__name__)
@@ -245,7 +245,7 @@ def check_recipe(recipe: Recipe, is_stage_1: bool = False) -> DeltaLlavaConfig:
         query_grid_size(budget, config.patch_grid_size)
     config.visual_token_budgets = budgets = sorted(set(budgets))
     if config.num_visual_tokens not in budgets:
-        config.num_visual_tokens = max((budget for budget in budgets if budget <= 144), default=budgets[0])
+        config.num_visual_tokens = default_visual_tokens(budgets)
     if auto and budgets[0] == config.num_visual_tokens:
         raise ValueError(
             f"num_visual_tokens={[*budgets, *auto]}: 'auto' would be {budgets[0]} for every image, the default and the"
