@@ -1,4 +1,4 @@
-"""An answer at a small budget, asked again at a larger one where the model is unsure of it."""
+"""An answer at a small budget, repeated at a larger one if the model is unsure of it."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from transformers.utils import ModelOutput, cached_file
 from .configuration_delta_llava import query_grid_size
 
 
-CASCADE_NAME = "cascade.json"  # beside the weights, as `delta_llava.evaluation.calibrate` writes it
-# They end, follow or multiply answers of one pass, and there are two. The rest is set here.
+CASCADE_NAME = "cascade.json"  # beside the weights, where `delta_llava.evaluation.calibrate` writes it
+# They end, stream or multiply the answers of one pass, and a cascade has two
 REFUSED = ("streamer", "stopping_criteria", "stop_strings", "num_return_sequences", "max_length", "mm_encoder_outputs")
+# Set here
 OUTPUTS = ("return_dict_in_generate", "output_logits")
 
 
@@ -28,11 +29,11 @@ class CascadeOutput(ModelOutput):
     """
     Args:
         sequences (`torch.Tensor` of shape `(batch_size, max_answer_length)`, int64):
-            The answers alone, without their prompts, padded on the right.
+            The answers without their prompts, padded on the right.
         num_visual_tokens (`torch.Tensor` of shape `(batch_size,)`, int64):
-            The budget per image at which each answer was given.
+            The budget of each image with which the answer was given.
         visual_tokens_used (`torch.Tensor` of shape `(batch_size,)`, int64):
-            Visual tokens that the language model read for each row, of all its images and of both passes.
+            Visual tokens that the language model read for each row, of all its images and in both passes.
         log_probabilities (`torch.Tensor` of shape `(batch_size,)`, float32):
             Mean log-probability of each answer's tokens, its end token included, in nats.
     """
@@ -56,11 +57,11 @@ def generate(
     **kwargs: Any,
 ) -> CascadeOutput:
     """
-    Answer at the smaller of two budgets, and once more at the larger one in the rows whose answer has a mean
+    Answer at the smaller of two budgets, and again at the larger one in the rows whose answer has a mean
     log-probability below a threshold. The vision tower runs once; rows without images are answered once.
 
-    Greedy decoding, beams and sampling are right, with log-probabilities of the model itself, whatever temperature and
-    the like have made of them.
+    Greedy decoding, beams and sampling all work. The log-probabilities are the model's own, before temperature and the
+    like.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]): In any dtype.
@@ -69,17 +70,17 @@ def generate(
         budgets (`Sequence[int]` of two, *optional*):
             The smaller and the larger budget of each image. By default the checkpoint's.
         threshold (`float`, *optional*):
-            In nats, 0 or less: `0` asks again nearly always, `-inf` never. By default the checkpoint's, which
-            `python -m delta_llava.evaluation.calibrate` has found.
+            In nats, 0 or less: `0` repeats nearly all answers, `-inf` none. By default the checkpoint's, found by
+            `python -m delta_llava.evaluation.calibrate`.
         **kwargs: For `generate`.
 
     Returns:
         [`CascadeOutput`]
 
     Raises:
-        ValueError: If the prompts were made for another budget than the smaller one, the budgets are not two that the
-            patch grid allows, the checkpoint has no calibration and `budgets` or `threshold` is missing, or an argument
-            of `generate` does not fit two passes.
+        ValueError: If the prompts were not made for the smaller budget, the budgets are not two that the patch grid
+            allows, the checkpoint has no calibration and `budgets` or `threshold` is missing, or an argument of
+            `generate` does not fit two passes.
 
     Example:
 
@@ -104,17 +105,17 @@ def generate(
     small, large = check_budgets(budgets, model.config.patch_grid_size)
     if not threshold <= 0:
         raise ValueError(f"threshold={threshold} must be a mean log-probability: 0 or less.")
-    placeholders = (input_ids == model.config.image_token_id).sum(1)
+    num_image_tokens = (input_ids == model.config.image_token_id).sum(1)
     asked = [] if num_visual_tokens is None else torch.as_tensor(num_visual_tokens).flatten().tolist()
-    if set(asked) - {small} or bool((placeholders % small).any()):
+    if set(asked) - {small} or bool((num_image_tokens % small).any()):
         raise ValueError(
             f"The prompts must be made at the smaller budget, num_visual_tokens={small}, but name {asked} and hold"
-            f" {placeholders.tolist()} image tokens."
+            f" {num_image_tokens.tolist()} image tokens."
         )
-    num_images = placeholders // small
+    num_images = num_image_tokens // small
     num_pixels = 0 if pixel_values is None else len(pixel_values)
     if int(num_images.sum()) != num_pixels:
-        raise ValueError(f"The prompts have places for {num_images.tolist()} images, but there are {num_pixels}.")
+        raise ValueError(f"The prompts have image tokens for {num_images.tolist()} images, but there are {num_pixels}.")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     features = None if pixel_values is None else model.model._run_vision_tower(pixel_values)[1:]
     config, kwargs = _settings(model, kwargs)
@@ -171,8 +172,8 @@ def generate_scored(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The answers without their prompts, `(batch_size, answer_length)`, int64,
-        and the mean log-probability of each, `(batch_size,)`, float32, in nats: of its tokens and of the end token, by
-        the model itself, whatever temperature and the like have made of it.
+        and the mean log-probability of each, `(batch_size,)`, float32, in nats: of its tokens and of the end token, as
+        the model gives it, before temperature and the like.
 
     Raises:
         ValueError: If `generate` is to return several answers of a prompt.
@@ -190,7 +191,7 @@ def generate_scored(
 
 
 def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-    """How `generate` is to answer, and the arguments that are the model's own."""
+    """The generation configuration, and the arguments for the model."""
     options = {**options, **dict.fromkeys(OUTPUTS, True)}
     config = deepcopy(options.pop("generation_config", None) or model.generation_config)
     options = config.update(**options)
@@ -203,12 +204,12 @@ def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Generati
     if (config.num_return_sequences or 1) > 1:
         raise ValueError("num_return_sequences must be 1: a cascade gives one answer to each prompt.")
     if config.max_length is not None and config.max_new_tokens is None:
-        raise ValueError(f"max_length={config.max_length} counts the prompt, which grows: name max_new_tokens.")
+        raise ValueError(f"max_length={config.max_length} counts the prompt, which grows: set max_new_tokens.")
     return config, options
 
 
 def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:
-    """The prompt that the processor makes at the larger budget, from the one at the smaller, `(length,)`."""
+    """The prompt at the larger budget, as the processor makes it, from the one at the smaller, `(length,)`."""
     is_image = ids == image_token_id
     is_first = is_image & (is_image.cumsum(0) % small == 1 % small)
     return ids.repeat_interleave(torch.where(is_image, is_first * large, 1))
@@ -219,14 +220,14 @@ def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, in
     The budgets of a cascade.
 
     Args:
-        budgets (`Sequence[int]`): What was asked for.
+        budgets (`Sequence[int]`): The budgets to check.
         patch_grid_size (`int`): Side of the tower's patch grid.
 
     Returns:
         `tuple[int, int]`: The smaller and the larger.
 
     Raises:
-        ValueError: If these are not two, smaller first, that the grid allows.
+        ValueError: If they are not two, the smaller one first, that the grid allows.
     """
     if isinstance(budgets, (str, int)) or len(budgets) != 2 or not budgets[0] < budgets[1]:
         raise ValueError(f"budgets={budgets} must be two numbers of visual tokens, the smaller one first.")
@@ -237,14 +238,14 @@ def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, in
 
 def read_calibration(checkpoint: str | Path, revision: str | None = None) -> dict[str, Any]:
     """
-    What `python -m delta_llava.evaluation.calibrate` has found for a checkpoint.
+    The result of `python -m delta_llava.evaluation.calibrate` for a checkpoint.
 
     Args:
         checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
         revision (`str`, *optional*): Branch or commit of the repository.
 
     Returns:
-        `dict`: `num_visual_tokens`, the two budgets, `threshold` in nats, and `validation`, what it was found on.
+        `dict`: `num_visual_tokens`, the two budgets, `threshold` in nats, and `validation`, the data it was found on.
 
     Raises:
         ValueError: If the checkpoint has none, or it is damaged.

@@ -1,9 +1,21 @@
-"""Configuration of Delta-LLaVA: which tower layers are read, and into how many visual tokens by which projector."""
+"""
+Configuration of Delta-LLaVA: which tower layers are read, and into how many visual tokens by which projector.
+
+How a budget is decided. The budget of an image is the number of its visual tokens, `num_visual_tokens`. A call's
+argument wins over the processor's default, which wins over the configuration's; both defaults are the same number in a
+checkpoint. It is one budget for all images of the call or a list of one for each, in the order of their placeholders:
+
+- an integer g², where g divides the tower's patch grid ([`query_grid_size`]). One that is not in
+  `visual_token_budgets`, those that the checkpoint was trained for, works and warns once.
+- `"auto"`, to the processor and to servers: by the size of the image ([`auto_visual_tokens`]).
+
+`total_visual_tokens` in its place is shared by all images of a text ([`share_visual_tokens`]).
+"""
 
 import transformers
 
 
-# First of all, and first imported by the two other files: older releases lack names that are imported below.
+# Before the other imports, and imported first by the two other files: older releases lack names imported below.
 if (RELEASE := tuple(map(int, transformers.__version__.split(".")[:2]))) < (5, 19):
     raise ImportError(
         f"Delta-LLaVA needs transformers>=5.19,<6, but {transformers.__version__} is installed: run `pip install"
@@ -44,9 +56,14 @@ def valid_visual_token_counts(patch_grid_size: int) -> list[int]:
     return [side**2 for side in range(1, patch_grid_size + 1) if patch_grid_size % side == 0]
 
 
+def default_visual_tokens(budgets: list[int]) -> int:
+    """The budget of `budgets` that is the default: the largest up to 144, or the smallest where all are larger."""
+    return max((budget for budget in budgets if budget <= 144), default=min(budgets))
+
+
 def query_grid_size(num_visual_tokens: int, patch_grid_size: int) -> int:
     """
-    Side g of the query grid that a budget stands for.
+    Side g of the query grid of a budget.
 
     Args:
         num_visual_tokens (`int`): Budget V = g² of one image.
@@ -67,19 +84,27 @@ def query_grid_size(num_visual_tokens: int, patch_grid_size: int) -> int:
     return isqrt(num_visual_tokens)
 
 
+def budget_of_each_image(num_visual_tokens: int | str | list[int | str], num_images: int) -> list[int | str]:
+    """The budgets of a call's images, from one for all or a list of one for each, whose length is checked."""
+    budgets = num_visual_tokens if isinstance(num_visual_tokens, list) else [num_visual_tokens] * num_images
+    if len(budgets) != num_images:
+        raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
+    return budgets
+
+
 def auto_visual_tokens(longer_side: int, patch_size: int, budgets: list[int], default: int) -> int:
     """
     The budget that `num_visual_tokens="auto"` gives an image: no more tokens than it has patches of its own.
 
-    An image that is enlarged to the tower's size shows no more than it did before. So `n = ceil(longer_side /
-    patch_size)` patches of the tower span it as it is, and its budget is the smallest g² with g >= n. Where there is
-    none up to the default, it is the default.
+    An image enlarged to the tower's size shows no more than before. At its own size, `n = ceil(longer_side /
+    patch_size)` patches of the tower span it, so its budget is the smallest g² with g >= n. If there is none up to the
+    default, its budget is the default.
 
     Args:
         longer_side (`int`): The larger of the image's width and height as it was opened, in pixels.
         patch_size (`int`): Side of one of the tower's patches, in pixels.
         budgets (`list[int]`): What the checkpoint was trained for.
-        default (`int`): The most that an image may get.
+        default (`int`): The largest budget that an image may get.
 
     Returns:
         `int`: One of `budgets`, or the default.
@@ -92,8 +117,8 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
     """
     The budgets that `total_visual_tokens` gives the images of one row: as even as the trained ones allow.
 
-    All images start with the smallest budget and go up together, budget by budget. Where what is left does not cover
-    the next one for all of them, the first ones get it.
+    All images start with the smallest budget and go up together, budget by budget. Where the rest does not cover the
+    next budget for all of them, the first images get it.
 
     Args:
         total (`int`): Visual tokens of all images together.
@@ -105,7 +130,7 @@ def share_visual_tokens(total: int, num_images: int, budgets: list[int]) -> list
         `[36, 144]`.
 
     Raises:
-        ValueError: The smallest budget for each is more than `total`.
+        ValueError: If the smallest budget for each is more than `total`.
     """
     budgets = sorted(set(budgets))
     left = total - num_images * budgets[0]
@@ -129,15 +154,16 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*, defaults to CLIP-ViT-L/14 at 336 pixels):
-            The vision tower. Layers behind the deepest one that is read are cut off here: nothing needs them.
+            The vision tower. Layers after the deepest one that is read are cut off here.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to `LlamaConfig()`):
             The causal language model.
         image_token_id (`int`, *optional*, defaults to 32000):
-            Id of the placeholder token, which stands once for every visual token.
+            Id of the image token, which `input_ids` hold once for every visual token. LLaVA's name for it,
+            `image_token_index`, works too.
         num_visual_tokens (`int`, *optional*):
-            Budget of an image when a call names none. By default 144, or the largest valid budget below it.
+            Default budget of an image: by default 144, or the largest valid one below it.
         visual_token_budgets (`list[int]`, *optional*, defaults to `[num_visual_tokens]`):
-            Budgets that the checkpoint was trained for. Another valid budget works and warns once.
+            Budgets that the checkpoint was trained for.
         query_feature_layer (`int`, *optional*, defaults to -2):
             Tower layer that queries are made from, as an index into `hidden_states` (0 is the embedding, so that 1 to n
             are the outputs of the n layers). Negative indices are resolved here and stored positive.
@@ -148,8 +174,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
             `"default"` drops the tokens that the tower puts before its patches (CLS, registers): all but the last G².
             `"full"` is for towers without any (SigLIP).
         image_size (`int`, *optional*, defaults to that of `vision_config`):
-            Side of the images in pixels. Another one than the tower's needs a tower that interpolates its position
-            embeddings by itself (DINOv2) or has none (DINOv3).
+            Side of the images in pixels. A side that differs from the tower's needs a tower that interpolates its
+            position embeddings itself (DINOv2) or has none (DINOv3).
         projector_variant (`str`, *optional*, defaults to `"released"`):
             `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11, and
             `"residual"` ours, not the paper's: the released one's attention, times a gate that starts at zero, is added
@@ -161,8 +187,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
         projector_intermediate_size (`int`, *optional*, defaults to 4096):
             Width h of the feed-forward refinement (equation 11); only the `"paper"` variant has one.
         query_pooling (`str`, *optional*, defaults to `"bilinear"`):
-            How query features shrink to the query grid: `"bilinear"` as released, or `"area"`, by which every patch
-            counts at large scales too.
+            How query features shrink to the query grid: `"bilinear"` as released, or `"area"`, where every patch counts
+            even if cells are large.
         use_delta_projection, use_self_attention, use_refinement_block (`bool`, *optional*, defaults to `True`):
             The ablation's switches (table 3: No DeltaProj, No EMHSA, No TB).
         refinement_mlp_ratio (`int`, *optional*, defaults to 2):
@@ -177,7 +203,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
     Raises:
         ValueError: For a budget that the grid does not allow, a layer that the tower does not have, a grid that is not
             square, or a vision width that is not a multiple of 8; the message names the value and those allowed. Fields
-            that `from_pretrained` overrides are checked alike, and all again when the configuration is saved.
+            that `from_pretrained` overrides are checked too, and all again when the configuration is saved.
 
     Example:
 
@@ -190,6 +216,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
     ```"""
 
     model_type = "delta_llava"
+    attribute_map = {"image_token_index": "image_token_id"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -218,12 +245,12 @@ class DeltaLlavaConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """[`~PreTrainedConfig.get_config_dict`], but no `config.json` is an error and not the default model of 7B."""
+        """[`~PreTrainedConfig.get_config_dict`], but without `config.json` an error, not the default 7B model."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:
             raise ValueError(
-                f"{pretrained_model_name_or_path} holds no config.json. If it holds an adapter, make a checkpoint "
-                "of it by hub.merge_adapter of the package delta-llava."
+                f"{pretrained_model_name_or_path} holds no config.json. If it holds an adapter, merge it into a"
+                " checkpoint by delta_llava.hub.merge_adapter of the package delta-llava."
             )
         return config_dict, kwargs
 
@@ -240,7 +267,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
             projection_dim=768,
         )
         self.text_config = _sub_config(self.text_config, "llama")
-        # Language models differ in where they keep this flag, and the head is ours.
+        # The head is ours, so the flag must be here too.
         self.tie_word_embeddings = bool(
             self.tie_word_embeddings or getattr(self.text_config, "tie_word_embeddings", False)
         )
@@ -279,7 +306,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
             )
         self._resolve_layers()
         if self.num_visual_tokens is None:
-            self.num_visual_tokens = max(count for count in self.valid_visual_token_counts if count <= 144)
+            self.num_visual_tokens = default_visual_tokens(self.valid_visual_token_counts)
         if self.visual_token_budgets is None:
             self.visual_token_budgets = [self.num_visual_tokens]
         if len(set(self.visual_token_budgets)) != len(self.visual_token_budgets) or not self.visual_token_budgets:
@@ -308,13 +335,13 @@ class DeltaLlavaConfig(PreTrainedConfig):
         self.memory_feature_layers = [resolve("memory_feature_layers", layer) for layer in self.memory_feature_layers]
         deepest = max(self.query_feature_layer, *self.memory_feature_layers)
         self.vision_config.num_hidden_layers = deepest
-        if hasattr(self.vision_config, "stage_names"):  # a backbone, as DINOv2 is one, has a name for each layer
+        if hasattr(self.vision_config, "stage_names"):  # a backbone, such as DINOv2, has a name for each layer
             self.vision_config.stage_names = self.vision_config.stage_names[: deepest + 1]
             self.vision_config.out_features = self.vision_config.stage_names[-1:]
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """[`~PreTrainedConfig.from_dict`], except that fields named as arguments are checked like all others."""
+        """[`~PreTrainedConfig.from_dict`], except that fields given as arguments are checked like all others."""
         names = DeltaLlavaConfig.__annotations__.keys() - cls.sub_configs.keys() & kwargs.keys()
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
 
@@ -359,6 +386,8 @@ __all__ = [
     "RELEASE",
     "DeltaLlavaConfig",
     "auto_visual_tokens",
+    "budget_of_each_image",
+    "default_visual_tokens",
     "query_grid_size",
     "share_visual_tokens",
     "valid_visual_token_counts",

@@ -1,7 +1,7 @@
 """
 FLOPs, parameters and bytes of a Delta-LLaVA for any token budget, from its configuration alone.
 
-What an answer costs at each budget, as a table, as JSON, as a picture too:
+What an answer costs at each budget, as a table, as JSON, or as a picture too:
 
 ```
 python -m delta_llava.costs --recipe vicuna-7b --text_tokens 68 --new_tokens 30 --convention paper
@@ -15,20 +15,21 @@ and the largest budget that a request can afford, by its FLOPs, its KV cache, or
 python -m delta_llava.costs --recipe vicuna-7b --max_tflops 3 --max_kv_cache_mb 100
 ```
 
-A FLOP is a multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products
-and convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention is counted in
-full, like attention without a mask, as kernels' counters do. An answer of n tokens takes the prefill, which yields the
-first, and n - 1 passes of decoding; the output head is computed at the last position of each pass alone.
+The model itself runs on torch's `meta` device, without weights, under `torch.utils.flop_counter`. A FLOP is a
+multiplication or an addition: a linear layer costs two for each of its weights and rows. Matrix products and
+convolutions are counted; norms, activations, softmax and interpolation are not. Causal attention and its cache are
+counted in full, as without a mask or a window. An answer of n tokens takes the prefill, which yields the first, and
+n - 1 passes of decoding; the output head is computed only at the last position of each pass.
 
-There are two conventions. `exact` counts what this model computes, to the FLOP as `torch.utils.flop_counter` does for
-the eager path. `paper` counts what the paper's figure 3 must have counted, for its numbers come out: two matrices in
-each MLP of the language model, where Llama has three, and one layer of the tower behind the last one that is read,
-which LLaVA runs in vain and we cut off. The paper does not tell its prompt's length; with 68 text tokens beside the
-visual ones, the first command gives a prefill of 6.70, 2.16, 0.85 and 0.70 TFLOPs at 576, 144, 16 and 1 visual tokens
-(6.72, 2.16, 0.85 and 0.70 in the paper), 0.382 for the tower (0.382), and 0.31 for the decoding at 576 (0.31). The
-paper's 0.28 for the decoding at 4 to 16 is that of 28 tokens: its answers ended by themselves, after about 30. What it
-counted of the projector we cannot tell: its 0.024 at 576 is the released projector's last MLP alone, and its at most
-0.002 elsewhere is less than the keys and values of 576 patches take (0.010). Both conventions count the whole one.
+There are two conventions. `exact` counts what this model computes, to the FLOP. `paper` counts what the paper's figure
+3 must have counted, since it yields the paper's numbers: two matrices in each MLP of the language model, where Llama
+has three, and one layer of the tower after the last one that is read, which LLaVA runs in vain and we cut off. The
+paper does not give its prompt's length; with 68 text tokens beside the visual ones, the first command gives a prefill
+of 6.70, 2.16, 0.85 and 0.70 TFLOPs at 576, 144, 16 and 1 visual tokens (6.72, 2.16, 0.85 and 0.70 in the paper), 0.382
+for the tower (0.382), and 0.31 for the decoding at 576 (0.31). The paper's 0.28 for the decoding at 4 to 16 is that of
+28 tokens: its answers ended by themselves, after about 30. What it counted of the projector is unclear: its 0.024 at
+576 is the released projector's last MLP alone, and its at most 0.002 elsewhere is less than the keys and values of 576
+patches take (0.010). Both conventions count the whole projector.
 """
 
 import argparse
@@ -36,26 +37,32 @@ import json
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .configuration_delta_llava import DeltaLlavaConfig, query_grid_size
+from .modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
 
 
 BACKBONES = Path(__file__).parent / "backbones"
-# By the names that the recipes have
+# By the names of their recipes
 LANGUAGE_MODELS = {
     "vicuna-7b": "vicuna-7b-v1.5",
     "vicuna-13b": "vicuna-13b-v1.5",
     "qwen2.5-7b": "qwen2.5-7b-instruct",
 }
 CONVENTIONS = ("exact", "paper")
-KNOWN_DECODERS = ("llama", "qwen2", "qwen3")
+PAPER_DECODERS = ("llama", "qwen2", "qwen3")  # whose MLPs have three matrices
 FLOP_PARTS = ("vision", "projector", "prefill", "decode")
 UNITS = {1e12: "TFLOPs", 1e9: "GFLOPs", 1e6: "MFLOPs"}
 TRAINABLE_PARTS = ("multi_modal_projector", "language_model", "lm_head")
@@ -63,7 +70,7 @@ SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
 
 # NF4 in blocks of 64 weights: half a byte each, and nested, an 8-bit scale of each block and a float32 of 256 scales
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-# TRL's fused head computes logits in tiles of so many tokens and words
+# TRL's fused head computes logits in tiles of this many tokens and words
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 
@@ -86,84 +93,137 @@ def recipe_config(recipe: str) -> DeltaLlavaConfig:
     )
 
 
+def _once(count: Callable) -> Callable:
+    """Counts once for each configuration: a pass of 32 layers takes a quarter of a second, even without weights."""
+    counted = {}
+
+    @wraps(count)
+    def recall(config: PreTrainedConfig, *arguments):
+        key = (config.to_json_string(), *arguments)
+        if key not in counted:
+            counted[key] = count(config, *arguments)
+        return copy(counted[key])
+
+    return recall
+
+
+@contextmanager
+def _backbone(name: str, config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
+    """A backbone without weights, in implementations that torch can count: fused kernels are not matrix products."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            yield AutoModel.from_config(config, attn_implementation="eager", experts_implementation="batched_mm").eval()
+    except Exception as error:  # of any kind, from code of any architecture
+        raise ValueError(
+            f"The costs of {name}.model_type={config.model_type!r} are unknown: torch cannot count them on its meta "
+            f"device ({error})."
+        ) from error
+
+
+def _flops(function: Callable, *arguments: Any, **options: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments, **options)
+    return counter.get_total_flops()
+
+
+@_once
+def _tower_flops(vision_config: PreTrainedConfig, image_size: int, more_layers: int = 0) -> int:
+    """Of one image; `more_layers` are added to those of the configuration."""
+    vision_config = deepcopy(vision_config)
+    vision_config.num_hidden_layers += more_layers
+    with _backbone("vision_config", vision_config) as tower:
+        return _flops(tower, torch.empty(1, 3, image_size, image_size, dtype=tower.dtype))
+
+
+@_once
+def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool = False) -> int:
+    """Of one image, in a forward pass."""
+    patches, size = config.patch_grid_size**2, config.vision_config.hidden_size
+    with torch.device("meta"), torch.no_grad():
+        features = [torch.empty(1, patches, size * levels) for levels in (1, len(config.memory_feature_layers))]
+        return _flops(DeltaProjector(config).train(training), *features, num_visual_tokens)
+
+
 @dataclass(frozen=True)
 class _Decoder:
-    """Sizes of a language model: widths, and weights of all its linear layers, without the output head."""
+    """What a language model without its output head computes for a token, and its sizes."""
 
+    token_flops: int  # of one token, without attention
+    attention_flops: int  # of one query and one key, in all layers
+    cache_size: int  # keys and values of one token
     num_layers: int
     hidden_size: int
     intermediate_size: int
     num_heads: int
-    attention_size: int
-    key_value_size: int
     vocab_size: int
     layer_parameters: int
     linear_weights: int
     linear_widths: int  # inputs and outputs of the linear layers together: an adapter of rank r has r times as many
     parameters: int
 
-    @classmethod
-    def of(cls, config: DeltaLlavaConfig) -> "_Decoder":
-        text = config.text_config
-        if text.model_type not in KNOWN_DECODERS:
-            raise ValueError(
-                f"The costs of text_config.model_type={text.model_type!r} are unknown, only those of {KNOWN_DECODERS}."
-            )
-        with torch.device("meta"):
-            model = AutoModel.from_config(text)
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        head_dim = model.layers[0].self_attn.head_dim
-        return cls(
-            num_layers=text.num_hidden_layers,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_heads=text.num_attention_heads,
-            attention_size=text.num_attention_heads * head_dim,
-            key_value_size=text.num_key_value_heads * head_dim,
-            vocab_size=text.vocab_size,
-            layer_parameters=_num_parameters(model.layers[0]),
-            linear_weights=sum(module.weight.numel() for module in linear),
-            linear_widths=sum(sum(module.weight.shape) for module in linear),
-            parameters=_num_parameters(model),
-        )
+    @property
+    def attention_size(self) -> int:
+        return self.attention_flops // (4 * self.num_layers)
 
     @property
     def head_weights(self) -> int:
         return self.hidden_size * self.vocab_size
 
-    def attention_flops(self, num_queries: int, num_keys: int) -> int:
-        """Scores and weighted sums of one row, in all layers."""
-        return 4 * num_queries * num_keys * self.attention_size * self.num_layers
+    def flops(self, num_tokens: float, pairs: float) -> float:
+        """Of so many tokens, and of so many pairs of a query and a key."""
+        return self.token_flops * num_tokens + self.attention_flops * pairs
+
+
+@_once
+def _decoder(text: PreTrainedConfig) -> _Decoder:
+    with _backbone("text_config", text) as model:
+        caches = [DynamicCache(config=text) for _ in range(3)]
+        one, two, three = (
+            _flops(model, torch.zeros(1, length, dtype=torch.long), past_key_values=cache)
+            for length, cache in enumerate(caches, start=1)
+        )
+        attention_flops = (two - 2 * one) // 2
+        token_flops = one - attention_flops
+        if three != 3 * token_flops + 9 * attention_flops:
+            raise ValueError("they do not grow as those of linear layers and attention do")
+        layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[0]
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        return _Decoder(
+            token_flops=token_flops,
+            attention_flops=attention_flops,
+            cache_size=sum(cached.keys.numel() + cached.values.numel() for cached in caches[0].layers),
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            intermediate_size=max((module.in_features for module in linear), default=0),
+            num_heads=text.num_attention_heads,
+            vocab_size=text.vocab_size,
+            layer_parameters=_num_parameters(layer),
+            linear_weights=sum(module.weight.numel() for module in linear),
+            linear_widths=sum(sum(module.weight.shape) for module in linear),
+            parameters=_num_parameters(model),
+        )
 
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
 
 
+@_once
 def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
     """
     Parameters of each part.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
+        config ([`DeltaLlavaConfig`]): Of any model.
 
     Returns:
         `dict[str, int]`: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and `lm_head`,
         which is 0 where it is the embeddings.
     """
-    return _count_parameters(config, _Decoder.of(config))
-
-
-def _count_parameters(config: DeltaLlavaConfig, decoder: _Decoder) -> dict[str, int]:
     with torch.device("meta"):
-        tower = AutoModel.from_config(config.vision_config)
-    projector = _projector_maps(config, config.num_visual_tokens, training=True)
-    return {
-        "vision_tower": _num_parameters(tower),
-        "multi_modal_projector": sum(weights + others for weights, others, _ in projector),
-        "language_model": decoder.parameters,
-        "lm_head": 0 if config.tie_word_embeddings else decoder.head_weights,
-    }
+        model = DeltaLlavaForConditionalGeneration(config)
+    counts = {name: _num_parameters(part) for name, part in model.model.named_children()}
+    return {**counts, "lm_head": 0 if config.tie_word_embeddings else _num_parameters(model.lm_head)}
 
 
 def inference_costs(
@@ -173,7 +233,7 @@ def inference_costs(
     What it takes to answer one question about one image.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
+        config ([`DeltaLlavaConfig`]): With backbones that torch can run without weights.
         num_visual_tokens (`int`): The image's budget.
         text_tokens (`int`): Tokens of the prompt, without the visual ones.
         new_tokens (`int`): Tokens of the answer.
@@ -184,27 +244,32 @@ def inference_costs(
         bfloat16 keys and values at the answer's end.
 
     Raises:
-        ValueError: The patch grid does not allow the budget, a number of tokens is not positive, the convention or the
-            kind of a backbone is unknown.
+        ValueError: The patch grid does not allow the budget, a number of tokens is not positive, the convention is
+            unknown or not for this language model, or torch cannot count a backbone.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention={convention!r} is not one of {list(CONVENTIONS)}.")
     if text_tokens < 1 or new_tokens < 1:
         raise ValueError(f"text_tokens={text_tokens} and new_tokens={new_tokens} must be 1 or more.")
     is_paper = convention == "paper"
-    decoder = _Decoder.of(config)
-    weights = decoder.linear_weights
-    if is_paper:
-        weights -= decoder.num_layers * decoder.hidden_size * decoder.intermediate_size
-    prompt = num_visual_tokens + text_tokens
-    context = range(prompt + 1, prompt + new_tokens)  # positions that each pass of decoding attends to
+    text = config.text_config
+    if is_paper and text.model_type not in PAPER_DECODERS:
+        raise ValueError(
+            f"convention='paper' is for MLPs of three matrices, those of {PAPER_DECODERS}: with "
+            f"text_config.model_type={text.model_type!r}, use convention='exact'."
+        )
+    decoder = _decoder(text)
+    prompt, num_decoded = num_visual_tokens + text_tokens, new_tokens - 1
+    left_out = 2 * text.num_hidden_layers * text.hidden_size * text.intermediate_size if is_paper else 0
     head = 2 * decoder.head_weights
+    # Each pass of decoding attends to one position more than the one before
+    decoded_pairs = num_decoded * prompt + num_decoded * (num_decoded + 1) // 2
     return {
-        "vision": _tower_flops(config, config.vision_config.num_hidden_layers + is_paper),
+        "vision": _tower_flops(config.vision_config, config.image_size, int(is_paper)),
         "projector": _projector_flops(config, num_visual_tokens),
-        "prefill": 2 * weights * prompt + decoder.attention_flops(prompt, prompt) + head,
-        "decode": sum(2 * weights + decoder.attention_flops(1, num_keys) + head for num_keys in context),
-        "kv_cache_bytes": 2 * 2 * decoder.num_layers * decoder.key_value_size * (prompt + new_tokens - 1),
+        "prefill": decoder.flops(prompt, prompt**2) - left_out * prompt + head,
+        "decode": decoder.flops(num_decoded, decoded_pairs) + (head - left_out) * num_decoded,
+        "kv_cache_bytes": 2 * decoder.cache_size * (prompt + num_decoded),
     }
 
 
@@ -262,96 +327,6 @@ def _total_flops(cost: dict[str, int]) -> int:
     return sum(cost[part] for part in FLOP_PARTS)
 
 
-def _tower_flops(config: DeltaLlavaConfig, num_layers: int) -> int:
-    """Of one image. A SigLIP's pooling head, which an assembled checkpoint does not have, is not counted."""
-    vision = config.vision_config
-    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"The costs of vision_config.model_type={vision.model_type!r} are unknown: clip_vision_model or "
-            "siglip_vision_model."
-        )
-    with torch.device("meta"):
-        tower = AutoModel.from_config(vision)
-    (patch_embedding,) = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
-    num_patches = config.patch_grid_size**2
-    num_tokens = num_patches + (config.vision_feature_select_strategy == "default")  # with CLS
-    weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
-    layer = 2 * weights * num_tokens + 4 * num_tokens**2 * vision.hidden_size
-    return 2 * patch_embedding.weight.numel() * num_patches + layer * num_layers
-
-
-def _projector_maps(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool) -> list[tuple[int, int, int]]:
-    """Weights of each linear map or convolution, biases and norms beside it, and the rows of an image that it maps."""
-    tokens = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
-    size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-    memory = _memory_tokens(config)
-    levels = len(config.memory_feature_layers)
-    match config.projector_variant:
-        case "released" | "residual":
-            memory_size, updates = levels * size, 1
-            gate = size if config.projector_variant == "residual" else 0
-            text_maps = [(size * text_size, text_size + gate, tokens), (text_size**2, text_size, tokens)]
-        case "paper":
-            memory_size, updates = size, levels
-            mlp_size = config.projector_intermediate_size
-            text_maps = [
-                (size * text_size, text_size, tokens),
-                (text_size * mlp_size, 2 * text_size + mlp_size, tokens),
-                (mlp_size * text_size, text_size, tokens),
-            ]
-        case unknown:
-            raise ValueError(f"The costs of projector_variant={unknown!r} are unknown.")
-    rank = config.projector_rank if config.use_delta_projection else 0
-    queries, keys = _query_and_key_rows(config, tokens, training)
-
-    maps = [(size**2, 2 * size, queries), (rank * 2 * size, 0, queries)]
-    for rows in (keys, memory):
-        maps += [(memory_size * size, 2 * size, rows)]
-        maps += [(rank * (memory_size + size), 0, rows // updates)] * updates
-    if config.use_refinement_block:
-        convolution_size = size // 4
-        attention_size = size - convolution_size
-        mlp_size = config.refinement_mlp_ratio * size
-        head_dim = max(divisor for divisor in range(1, 33) if convolution_size % divisor == 0)
-        maps += [(size * attention_size, 0, queries)]
-        if config.use_self_attention:
-            maps += [(attention_size**2, 2 * attention_size, queries)] * 4  # with a bias each, and two norms
-        maps += [(attention_size * convolution_size, 0, queries)]
-        maps += [(9 * convolution_size * head_dim, 2 * convolution_size, queries), (convolution_size**2, 0, queries)]
-        maps += [(size * mlp_size, mlp_size, queries), (mlp_size * size, size, queries)]
-    # The attention's: of queries and keys, none on the memory where it is larger; of values and the output
-    maps += [(size**2, size, queries)] * 2 + [(size**2, size, tokens)] * 2
-    return maps + text_maps
-
-
-def _memory_tokens(config: DeltaLlavaConfig) -> int:
-    """Memory tokens of one image, of all cells together."""
-    levels = {"released": 1, "residual": 1, "paper": len(config.memory_feature_layers)}
-    return levels[config.projector_variant] * config.patch_grid_size**2
-
-
-def _query_and_key_rows(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool) -> tuple[int, int]:
-    """Of one image. Where a cell has a single memory token, training computes one of each, and inference none."""
-    memory = _memory_tokens(config)
-    if memory > num_visual_tokens:
-        return num_visual_tokens, memory
-    return (1, 1) if training else (0, 0)
-
-
-def _projector_flops(config: DeltaLlavaConfig, num_visual_tokens: int, training: bool = False) -> int:
-    """Of one image, in a forward pass."""
-    size = config.vision_config.hidden_size
-    memory = _memory_tokens(config)
-    flops = sum(2 * weights * rows for weights, _, rows in _projector_maps(config, num_visual_tokens, training))
-    if memory > num_visual_tokens:
-        # Each memory token meets the one query of its cell, in every head at full width
-        flops += 4 * memory * size * config.projector_num_attention_heads
-    if config.use_refinement_block and config.use_self_attention:
-        queries, _ = _query_and_key_rows(config, num_visual_tokens, training)
-        flops += 4 * queries**2 * (size - size // 4)
-    return flops
-
-
 def training_flops(
     config: DeltaLlavaConfig,
     num_visual_tokens: int,
@@ -366,17 +341,17 @@ def training_flops(
     """
     FLOPs of one micro-batch, forward and backward.
 
-    A frozen tower has a forward pass alone. The projector counts three times where it is trained, a little too much: no
-    gradient goes on to the tower's features. A linear layer of the language model counts its forward pass and the
-    gradient of its input, and the gradient of its weights if these are trained; its attention always counts three
-    times. Weights with adapters are not trained, their adapters count three times.
+    A frozen tower takes a forward pass only. The projector counts three times where it is trained, slightly too much,
+    since no gradient goes on to the tower's features. A linear layer of the language model counts its forward pass and
+    the gradient of its input, and the gradient of its weights if these are trained; its attention always counts three
+    times. Weights with adapters are not trained; their adapters count three times.
 
     Args:
-        config ([`DeltaLlavaConfig`]): With a CLIP or SigLIP tower and a Llama, Qwen2 or Qwen3.
+        config ([`DeltaLlavaConfig`]): With a language model whose weights are those of linear layers, not of experts.
         num_visual_tokens (`int`): Budget of each image.
         num_images (`int`), num_rows (`int`), sequence_length (`int`):
             Size of the micro-batch on one GPU; the length is that of the padded rows with their visual tokens.
-        num_labels (`int`): Tokens with a loss, in all rows together: TRL computes logits of these alone.
+        num_labels (`int`): Tokens with a loss, in all rows together: TRL computes logits of these only.
         trained_parts (`Collection[str]`): Some of `multi_modal_projector`, `language_model` and `lm_head`.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether every decoder layer is computed again.
         lora_rank (`int`, *optional*): Rank of adapters on all linear layers of the language model.
@@ -389,30 +364,30 @@ def training_flops(
     Raises:
         ValueError: A part cannot be trained, or the patch grid does not allow the budget.
     """
-    trained = _trained(trained_parts, lora_rank, load_in_4bit=False)
-    decoder = _Decoder.of(config)
+    decoder = _trained_decoder(config, trained_parts, lora_rank)
     num_tokens = num_rows * sequence_length
-    linear = 2 * decoder.linear_weights * num_tokens
+    num_pairs = num_rows * sequence_length**2
+    linear = decoder.flops(num_tokens, 0) * (3 if "language_model" in trained_parts else 2)
     adapters = 2 * (lora_rank or 0) * decoder.linear_widths * num_tokens
-    attention = num_rows * decoder.attention_flops(sequence_length, sequence_length)
+    attention = decoder.flops(0, num_pairs)
     head = 2 * decoder.head_weights * num_labels
-    # The layer's last product is not needed again: recomputation stops behind the last tensor that backward reads
+    # Recomputation stops after the last tensor that backward reads, which in a Llama is before a layer's last product
     last = 2 * decoder.num_layers * decoder.hidden_size * decoder.intermediate_size * num_tokens
-    again = linear + adapters + attention - last if gradient_checkpointing else 0
+    again = decoder.flops(num_tokens, num_pairs) + adapters - last if gradient_checkpointing else 0
+    projector = num_images * _projector_flops(config, num_visual_tokens, True)
     return {
-        "vision_tower": float(num_images * _tower_flops(config, config.vision_config.num_hidden_layers)),
-        "multi_modal_projector": float(
-            num_images
-            * _projector_flops(config, num_visual_tokens, training=True)
-            * (3 if "multi_modal_projector" in trained else 1)
-        ),
-        "language_model": float(linear * (3 if "language_model" in trained else 2) + 3 * adapters + 3 * attention),
-        "lm_head": float(head * (3 if _head_part(config) in trained else 2)),
+        "vision_tower": float(num_images * _tower_flops(config.vision_config, config.image_size)),
+        "multi_modal_projector": float(projector * (3 if "multi_modal_projector" in trained_parts else 1)),
+        "language_model": float(linear + 3 * adapters + 3 * attention),
+        "lm_head": float(head * (3 if _head_part(config) in trained_parts else 2)),
         "recomputation": float(again + head),
     }
 
 
-def _trained(parts: Collection[str], lora_rank: int | None, load_in_4bit: bool) -> set[str]:
+def _trained_decoder(
+    config: DeltaLlavaConfig, parts: Collection[str], lora_rank: int | None, load_in_4bit: bool = False
+) -> _Decoder:
+    """The language model, if these parts can be trained."""
     if unknown := set(parts) - set(TRAINABLE_PARTS):
         raise ValueError(
             f"trained_parts names {sorted(unknown)}: it must be some of {list(TRAINABLE_PARTS)}. The tower is frozen."
@@ -424,7 +399,13 @@ def _trained(parts: Collection[str], lora_rank: int | None, load_in_4bit: bool) 
             f"trained_parts names language_model, whose weights are not trained with lora_rank={lora_rank} and "
             f"load_in_4bit={load_in_4bit}: leave it out."
         )
-    return set(parts)
+    decoder = _decoder(config.text_config)
+    if decoder.token_flops != 2 * decoder.linear_weights:
+        raise ValueError(
+            f"The costs of training text_config.model_type={config.text_config.model_type!r} are unknown: not all of "
+            "its weights are those of linear layers."
+        )
+    return decoder
 
 
 def training_memory(
@@ -442,16 +423,16 @@ def training_memory(
     load_in_4bit: bool = False,
 ) -> dict[str, int]:
     """
-    Bytes that a GPU holds at the moment of a training step when it holds most.
+    Estimate of the bytes that a GPU holds when a training step holds most. No GPU has measured it yet.
 
     Under bfloat16 autocast with TRL's fused head, scaled dot product attention and the fused AdamW; gradients are those
-    of accumulated micro-batches. Not counted: the CUDA context, the allocator's fragmentation, buffers of NCCL.
+    of accumulated micro-batches. The CUDA context, the allocator's fragmentation and NCCL's buffers are not counted.
 
     - `ddp`, also for one GPU: frozen weights in bfloat16; trained ones in float32, and in bfloat16 too while autocast
       caches them. On several GPUs the gradients are there twice, in DDP's buckets as well.
     - `fsdp2`: the same weights sharded, with two blocks and the head gathered in bfloat16.
-    - `zero2`: all weights in bfloat16; float32 copies of the trained ones, gradients and optimizer sharded. `zero3`:
-      the former sharded too.
+    - `zero2`: all weights in bfloat16; float32 copies of the trained ones, gradients and optimizer states sharded.
+      `zero3`: the bfloat16 weights sharded too.
     - 4-bit weights are whole on every GPU: accelerate and DeepSpeed do not shard them.
 
     Args:
@@ -471,27 +452,26 @@ def training_memory(
     Raises:
         ValueError: A part cannot be trained, the sharding is unknown, or the patch grid does not allow the budget.
     """
-    trained = _trained(trained_parts, lora_rank, load_in_4bit)
+    decoder = _trained_decoder(config, trained_parts, lora_rank, load_in_4bit)
     if sharding not in SHARDINGS:
         raise ValueError(f"sharding={sharding!r} is not one of {list(SHARDINGS)}.")
     if num_gpus < 1:
         raise ValueError(f"num_gpus={num_gpus} must be 1 or more.")
-    decoder = _Decoder.of(config)
     resident, in_forward, in_backward = _model_states(
-        config, decoder, trained, num_gpus, sharding, gradient_checkpointing, lora_rank, load_in_4bit
+        config, decoder, trained_parts, num_gpus, sharding, gradient_checkpointing, lora_rank, load_in_4bit
     )
 
-    trains_decoder = "language_model" in trained
-    trains_head = _head_part(config) in trained
+    trains_decoder = "language_model" in trained_parts
+    trains_head = _head_part(config) in trained_parts
     num_tokens = num_rows * sequence_length
     # Embeddings in float32 make a residual stream in float32
     stream = (4 if trains_decoder and sharding == "ddp" else 2) * decoder.hidden_size
     layer = _layer_bytes(decoder, stream, trains_decoder, lora_rank)
     kept = num_tokens * decoder.num_layers * (stream if gradient_checkpointing else layer)
     projector = num_images * _projector_bytes(config, num_visual_tokens)
-    if "multi_modal_projector" in trained:
+    if "multi_modal_projector" in trained_parts:
         kept += projector
-    # What the last layer gives out, its norm's float32, the normed
+    # The last layer's output, the float32 in its norm, and the norm's output
     at_head = num_tokens * (2 * stream + 4 * decoder.hidden_size)
     # Gradients of the residual stream and of the MLP's wide tensors, one of whose values may be gone by then
     at_layer = num_tokens * (stream + (4 if trains_decoder else 6) * decoder.intermediate_size)
@@ -513,18 +493,18 @@ def training_memory(
 def _model_states(
     config: DeltaLlavaConfig,
     decoder: _Decoder,
-    trained: set[str],
+    trained: Collection[str],
     num_gpus: int,
     sharding: str,
     gradient_checkpointing: bool,
     lora_rank: int | None,
     load_in_4bit: bool,
 ) -> tuple[Counter, Counter, Counter]:
-    """Bytes of weights, gradients and optimizer that stay, and that come on top in forward and in backward."""
-    counts = _count_parameters(config, decoder)
+    """Bytes of weights, gradients and optimizer states that stay, and what forward and backward add to them."""
+    counts = parameter_counts(config)
     trains_decoder = "language_model" in trained
     adapters = (lora_rank or 0) * decoder.linear_widths
-    num_trained = adapters + sum(counts[part] for part in trained)
+    num_trained = adapters + sum(counts[part] for part in set(trained))
     num_quantized = decoder.linear_weights if load_in_4bit else 0
     num_frozen = sum(counts.values()) + adapters - num_trained - num_quantized
     num_projector = counts["multi_modal_projector"] if "multi_modal_projector" in trained else 0
@@ -536,42 +516,29 @@ def _model_states(
     dequantized = 2 * matrix if load_in_4bit else 0
     gathered = 0 if load_in_4bit else 2 * 2 * block
 
-    if sharding == "ddp":
-        # Autocast's copies; not of the head, which TRL casts in tiles
-        cast, cast_layers = num_projector + adapters, decoder.linear_weights if trains_decoder else 0
-        still_cast = cast_layers // decoder.num_layers if gradient_checkpointing else cast_layers
-        return (
-            Counter(
-                weights=4 * num_trained + 2 * num_frozen + quantized,
-                gradients=4 * num_trained * (2 if num_gpus > 1 else 1),
-                optimizer=8 * num_trained,
-            ),
-            Counter(weights=2 * (cast + cast_layers) + dequantized),
-            # The gradient of a matrix, in bfloat16, and cast to float32
-            Counter(weights=2 * (cast + still_cast) + dequantized, gradients=6 * matrix * trains_decoder),
-        )
-    if sharding == "fsdp2":
-        unsharded = gathered + 2 * decoder.head_weights + dequantized
-        return (
-            Counter(
-                weights=(4 * num_trained + 2 * num_frozen) / num_gpus + quantized,
-                gradients=4 * num_trained / num_gpus,
-                optimizer=8 * num_trained / num_gpus,
-            ),
-            Counter(weights=unsharded),
-            # Those of a block, and a copy to reduce and scatter
-            Counter(weights=unsharded, gradients=4 * block * trains_decoder),
-        )
-    unsharded = dequantized + (gathered if sharding == "zero3" else 0)
-    lowered = 2 * (num_trained + num_frozen) / (num_gpus if sharding == "zero3" else 1)
+    shards = 1 if sharding == "ddp" else num_gpus
+    match sharding:
+        case "ddp":
+            # Autocast's copies; not of the head, which TRL casts in tiles
+            cast, cast_layers = num_projector + adapters, decoder.linear_weights if trains_decoder else 0
+            still_cast = cast_layers // decoder.num_layers if gradient_checkpointing else cast_layers
+            weights, gradients = 4 * num_trained + 2 * num_frozen, 4 * num_trained * (2 if num_gpus > 1 else 1)
+            in_forward, in_backward = 2 * (cast + cast_layers), 2 * (cast + still_cast)
+            new_gradients = 6 * matrix  # of a matrix, in bfloat16, and cast to float32
+        case "fsdp2":
+            weights, gradients = (4 * num_trained + 2 * num_frozen) / shards, 4 * num_trained / shards
+            in_forward = in_backward = gathered + 2 * decoder.head_weights
+            new_gradients = 4 * block  # and a copy to reduce and scatter
+        case "zero2" | "zero3":
+            lowered = 2 * (num_trained + num_frozen) / (shards if sharding == "zero3" else 1)
+            weights = lowered + 4 * num_trained / shards
+            gradients = 6 * num_trained / shards  # in bfloat16, and in float32 for the optimizer
+            in_forward = in_backward = gathered if sharding == "zero3" else 0
+            new_gradients = 2 * block
     return (
-        Counter(
-            weights=lowered + 4 * num_trained / num_gpus + quantized,
-            gradients=6 * num_trained / num_gpus,  # in bfloat16, and in float32 for the optimizer
-            optimizer=8 * num_trained / num_gpus,
-        ),
-        Counter(weights=unsharded),
-        Counter(weights=unsharded, gradients=2 * block * trains_decoder),
+        Counter(weights=weights + quantized, gradients=gradients, optimizer=8 * num_trained / shards),
+        Counter(weights=in_forward + dequantized),
+        Counter(weights=in_backward + dequantized, gradients=new_gradients * trains_decoder),
     )
 
 
@@ -592,7 +559,7 @@ def _layer_bytes(decoder: _Decoder, stream: int, is_trained: bool, lora_rank: in
         # Of the others: autocast makes each its own bfloat16 of a float32
         saved += 2 * size * (5 if stream == 4 * size else 2)
     if lora_rank is not None:
-        # Each layer's input behind a dropout of its own, with a mask of one byte
+        # Each layer's input after a dropout of its own, with a mask of one byte
         saved += 3 * (5 * size + attention + mlp) + 7 * 2 * lora_rank
     return saved
 
@@ -602,11 +569,11 @@ def _projector_bytes(config: DeltaLlavaConfig, num_visual_tokens: int) -> int:
     size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
     tokens = query_grid_size(num_visual_tokens, config.patch_grid_size) ** 2
     levels, patches = len(config.memory_feature_layers), config.patch_grid_size**2
-    memory = _memory_tokens(config)
-    queries, keys = _query_and_key_rows(config, tokens, training=True)
+    memory = patches * (levels if config.projector_variant == "paper" else 1)
+    queries, keys = (tokens, memory) if memory > tokens else (1, 1)
     # Of keys and values alike: before GELU, before the norm in float32, in their cells
     projected = (keys + memory) * 8 * size
-    # What each head asks for and finds there, at full width
+    # What each head looks for and finds there, at full width
     widened = queries * 4 * size * config.projector_num_attention_heads if memory > tokens else tokens * 4 * size
     return patches * 2 * (levels + 1) * size + projected + widened + queries * 40 * size + tokens * 6 * text_size
 
@@ -616,11 +583,6 @@ def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:
     rows, words = min(num_labels, HEAD_TOKENS), min(decoder.vocab_size, HEAD_WORDS)
     # The logits have as much room for a smaller vocabulary
     return 2 * ((rows + words) * decoder.hidden_size + rows * HEAD_WORDS)
-
-
-def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
-    """In which the largest total has digits before the point, as FLOPs and by name."""
-    return flops_unit(max(map(_total_flops, costs.values())))
 
 
 def flops_unit(flops: float) -> tuple[float, str]:
@@ -636,31 +598,39 @@ def flops_unit(flops: float) -> tuple[float, str]:
     return next(((size, name) for size, name in UNITS.items() if flops >= size), (1.0, "FLOPs"))
 
 
-def _table(costs: dict[int, dict[str, int]], title: str) -> str:
-    """Costs by budget in Markdown, for people."""
+def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
+    """In which, with three digits after the point, no part is zero."""
+    return flops_unit(1e3 * min(cost[part] for cost in costs.values() for part in FLOP_PARTS))
+
+
+def costs_table(costs: dict[int, dict[str, int]]) -> str:
+    """
+    Costs in Markdown, for people.
+
+    Args:
+        costs (`dict[int, dict[str, int]]`): What [`inference_costs`] returns, by number of visual tokens.
+
+    Returns:
+        `str`: A table with a row for each budget.
+    """
     size, unit = _unit(costs)
     lines = [
-        title,
-        "",
         f"| visual tokens | tower | projector | prefill | decode | total {unit} | KV cache, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for num_visual_tokens, cost in costs.items():
-        flops = [cost[part] / size for part in FLOP_PARTS]
-        columns = [f"{number:.3f}" for number in (*flops, sum(flops))]
+        columns = [f"{flops / size:.3f}" for flops in (*(cost[part] for part in FLOP_PARTS), _total_flops(cost))]
         lines.append(f"| {num_visual_tokens} | {' | '.join(columns)} | {cost['kv_cache_bytes'] / 1e6:.4g} |")
     return "\n".join(lines)
 
 
 def _plot(costs: dict[int, dict[str, int]], title: str, file: Path):
     """Draw a stacked bar for each budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     size, unit = _unit(costs)
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     budgets = [str(num_visual_tokens) for num_visual_tokens in costs]
     bottom = [0.0] * len(budgets)
     for part in FLOP_PARTS:
@@ -670,7 +640,6 @@ def _plot(costs: dict[int, dict[str, int]], title: str, file: Path):
     axis.set(xlabel="visual tokens", ylabel=f"{unit} of an answer", title="\n".join(textwrap.wrap(title, 80)))
     axis.legend()
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def _read_config(folder: Path) -> DeltaLlavaConfig:
@@ -696,30 +665,25 @@ def main(arguments: list[str] | None = None):
         "the largest budget for a request that takes",
         "of the budgets that the checkpoint was trained for, or with --recipe of all that the tower allows",
     )
-    targets.add_argument("--max_tflops", type=float, metavar="TFLOPS", help="at most so many 10¹² FLOPs in total")
-    targets.add_argument("--max_kv_cache_mb", type=float, metavar="MB", help="at most so many 10⁶ bytes of KV cache")
+    targets.add_argument("--max_tflops", type=float, metavar="TFLOPS", help="at most this many 10¹² FLOPs in total")
+    targets.add_argument("--max_kv_cache_mb", type=float, metavar="MB", help="at most this many 10⁶ bytes of KV cache")
     parser.add_argument("--json", action="store_true", help="print FLOPs as JSON instead of a table")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them into this picture")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them into this image file")
     options = parser.parse_args(arguments)
+    request = (options.text_tokens, options.new_tokens)
+    targets = (options.max_tflops, options.max_kv_cache_mb)
+    largest = None
     try:
         config = recipe_config(options.recipe) if options.recipe else _read_config(options.config)
+        # A recipe can be trained for any budget
+        budgets = config.valid_visual_token_counts if options.recipe else config.visual_token_budgets
         costs = {
-            budget: inference_costs(config, budget, options.text_tokens, options.new_tokens, options.convention)
+            budget: inference_costs(config, budget, *request, options.convention)
             for budget in config.valid_visual_token_counts
         }
-        largest = None
-        if options.max_tflops is not None or options.max_kv_cache_mb is not None:
-            # A recipe has not been trained yet, and can be for any
-            budgets = config.valid_visual_token_counts if options.recipe else None
-            largest = largest_budget(
-                config,
-                options.text_tokens,
-                options.new_tokens,
-                options.max_tflops,
-                options.max_kv_cache_mb,
-                budgets,
-                options.convention,
-            )
+        if targets != (None, None):
+            choices = budgets if options.recipe else None
+            largest = largest_budget(config, *request, *targets, choices, options.convention)
     except ValueError as error:
         parser.error(str(error))
     title = (
@@ -734,11 +698,11 @@ def main(arguments: list[str] | None = None):
     if options.json:
         print(json.dumps({"budgets": costs} | ({"largest_budget": largest} if largest else {})))
         return
-    print(_table(costs, title))
+    print(title, costs_table(costs), sep="\n\n")
     if largest:
         choice = "the tower allows" if options.recipe else "the checkpoint was trained for"
-        budgets = sorted(budgets or config.visual_token_budgets)
-        print(f"\nLargest budget within the target: {largest} visual tokens, of those that {choice}, {budgets}.")
+        choice = f"{choice}, {sorted(budgets)}"
+        print(f"\nLargest budget within the target: {largest} visual tokens, of those that {choice}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How LLaVA-1.5 was shown its pictures and asked its questions, which transformers' processors of it leave out."""
+"""How LLaVA-1.5 was given images and questions in training, which transformers' processors for it leave out."""
 
 from transformers import BaseImageProcessor, LlavaImageProcessor, PreTrainedTokenizerBase
 
@@ -10,14 +10,8 @@ NO_GAP, GAP = '{%- set gap = "" -%}', '{%- set gap = " " -%}'
 
 def pad_to_square(image_processor: BaseImageProcessor) -> LlavaImageProcessor:
     """
-    An image processor that pads images to squares in the mean colour, where another one crops them: what a centre crop
-    cuts away cannot be asked about.
-
-    Args:
-        image_processor (`BaseImageProcessor`): That of the vision tower.
-
-    Returns:
-        `LlavaImageProcessor`: With the size of image, the resampling, the mean and the deviation of the other.
+    The vision tower's image processor, but with images padded to squares in the mean colour instead of cropped: a
+    question may be about what a centre crop removes. Image size, resampling, mean and deviation stay.
     """
     settings = image_processor.to_dict()
     side = settings["crop_size"] if settings.get("do_center_crop") else settings["size"]
@@ -29,19 +23,19 @@ def fit_spaces(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     Makes `templates/vicuna-v1.jinja` give a conversation the token ids that LLaVA's code gives it.
 
-    That code cuts a prompt at each `<image>` and tokenizes the pieces one by one. A SentencePiece tokenizer begins each
-    with a space. Of a whole text, one that is not `legacy` does so at the very beginning alone: it needs a space that
-    is written out after its first token and after each image.
+    That code splits a prompt at each `<image>` and tokenizes the pieces separately. A SentencePiece tokenizer puts a
+    space before each piece. In a whole text, one that is not `legacy` does so only at the start: it needs an explicit
+    space after its first token and after each image.
 
     Args:
         chat_template (`str`): Jinja template.
         tokenizer (`PreTrainedTokenizerBase`): Tokenizer that knows `<image>`.
 
     Returns:
-        `str`: The template, with or without these spaces. One that has no place for them is returned as it is.
+        `str`: The template, with or without these spaces. One without a place for them is returned unchanged.
 
     Raises:
-        ValueError: If the token ids are LLaVA's in neither case.
+        ValueError: If the token ids are not LLaVA's in either case.
     """
     if NO_GAP not in chat_template:
         return chat_template
@@ -59,6 +53,6 @@ def fit_spaces(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if tokenizer.encode(text, add_special_tokens=False) == expected:
             return each
     raise ValueError(
-        f"{type(tokenizer).__name__} does not read a text with {image_token} in it as LLaVA-1.5 does, piece by piece:"
-        " name a Jinja file by --chat_template whose spaces make up for it."
+        f"{type(tokenizer).__name__} does not tokenize a text with {image_token} as LLaVA-1.5 does, piece by piece:"
+        " name a Jinja file whose spaces make up for it with --chat_template."
     )

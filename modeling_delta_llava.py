@@ -1,36 +1,42 @@
 """Delta-LLaVA from pixels to logits: vision tower, the projector that forms few visual tokens, language model."""
 
-from .configuration_delta_llava import RELEASE, DeltaLlavaConfig, query_grid_size  # first: it refuses older releases
+from .configuration_delta_llava import (  # first: it refuses older releases
+    RELEASE,
+    DeltaLlavaConfig,
+    budget_of_each_image,
+    query_grid_size,
+)
 
 
 # isort: split
 
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 
 
 logger = logging.get_logger(__name__)
 
-# What quantization backends call the modules that they leave alone: bitsandbytes; torchao, AWQ and most others; HQQ;
-# AQLM. (GPTQ takes one list of blocks, and finds the language model's by its name.)
-_QUANTIZATION_SKIP_LISTS = (
+# The fields of quantization configurations that list modules to skip: bitsandbytes'; that of torchao, AWQ and most
+# others; HQQ's; AQLM's. (GPTQ quantizes one list of blocks, and finds the language model's by its name.)
+_QUANTIZATION_SKIP_LISTS = {
     "llm_int8_skip_modules",
     "modules_to_not_convert",
     "skip_modules",
     "linear_weights_not_to_quantize",
-)
-# By their full names, with and without the output head around them.
+}
+# Names in a model with an output head, and in one without
 _NOT_QUANTIZED = (
     "lm_head",
     "vision_tower",
@@ -38,43 +44,8 @@ _NOT_QUANTIZED = (
     "multi_modal_projector",
     "model.multi_modal_projector",
 )
-# From here on a tower keeps the layers that are asked for and no others, and does so within a compiled graph.
+# Since 5.23 a tower keeps only the layers that are asked for, also in a compiled graph
 _TOWER_SELECTS_LAYERS = RELEASE >= (5, 23)
-
-
-@dataclass
-class DeltaLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Output of [`DeltaLlavaModel`]: that of the language model, and
-
-    image_hidden_states (`torch.Tensor` of shape `(total_visual_tokens, hidden_size)`, *optional*):
-        The visual tokens of all images, in order, as they entered the language model.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class DeltaLlavaCausalLMOutputWithPast(ModelOutput):
-    """
-    Output of [`DeltaLlavaForConditionalGeneration`].
-
-    loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
-        Next-token cross-entropy.
-    logits (`torch.Tensor` of shape `(batch_size, logits_to_keep or sequence_length, vocab_size)`):
-        Scores before the softmax.
-    past_key_values (`Cache`, *optional*), hidden_states, attentions (tuples of `torch.Tensor`, *optional*):
-        Those of the language model.
-    image_hidden_states (`torch.Tensor` of shape `(total_visual_tokens, hidden_size)`, *optional*):
-        The visual tokens of all images, in order, as they entered the language model.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
 
 
 class DeltaProjection(nn.Module):
@@ -84,8 +55,8 @@ class DeltaProjection(nn.Module):
     Args:
         in_features (`int`), out_features (`int`): Sizes of the last dimension.
         rank (`int`): Rank r of the update; 0 leaves it out (the ablation "No DeltaProj").
-        num_levels (`int`, *optional*): Number of feature levels that share W and LN and have an update each
-            (equation 8). The input then is `(..., num_levels, num_tokens, in_features)`.
+        num_levels (`int`, *optional*): Number of feature levels, which share W and LN and have an update each
+            (equation 8). The input is then `(..., num_levels, num_tokens, in_features)`.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, num_levels: int | None = None):
@@ -101,7 +72,7 @@ class DeltaProjection(nn.Module):
 
     def reset_parameters(self):
         for factor in (self.U, self.V):
-            bound = (6.0 / sum(factor.shape[-2:])) ** 0.5  # Xavier-uniform, for each level by itself
+            bound = (6.0 / sum(factor.shape[-2:])) ** 0.5  # Xavier-uniform, each level by itself
             nn.init.uniform_(factor, -bound, bound)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -114,7 +85,7 @@ class DeltaProjection(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leaves a residual branch out for a random part of the samples, in training only (stochastic depth)."""
+    """Drops a residual branch for a random part of the samples, in training only (stochastic depth)."""
 
     def __init__(self, probability: float):
         super().__init__()
@@ -208,9 +179,9 @@ class CellAttention(nn.MultiheadAttention):
     """
     Multi-head attention in which every query has a memory of its own (equation 9).
 
-    Where queries are fewer than memory tokens, no map is applied to the memory. Each head maps the query into the space
-    of the keys, `(W_q·q)ᵀ(W_k·k) = (W_kᵀ·W_q·q)ᵀk`, and maps as a value what it attended to, `Σ aᵢ·W_v·vᵢ =
-    W_v·Σ aᵢ·vᵢ`. The bias of the keys adds the same to all scores of a query, which softmax ignores.
+    Where a memory has several tokens, no map is applied to them. Each head maps the query into the space of the keys,
+    `(W_q·q)ᵀ(W_k·k) = (W_kᵀ·W_q·q)ᵀk`, and applies the value map after the weighted sum, `Σ aᵢ·W_v·vᵢ = W_v·Σ aᵢ·vᵢ`.
+    The keys' bias adds the same to all scores of a query, which softmax ignores.
     """
 
     def __init__(self, hidden_size: int, num_heads: int):
@@ -221,8 +192,8 @@ class CellAttention(nn.MultiheadAttention):
         Args:
             queries (`torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`): One of each cell.
             keys, values (`torch.Tensor` of shape `(batch_size, num_queries, memory_size, hidden_size)`):
-                What the query of a cell sees. Where `memory_size` is 1, the softmax over the one score is 1: `queries`
-                and `keys` change nothing, and may be `None` or those of one cell.
+                What the query of a cell sees. If `memory_size` is 1, the softmax over the one score is 1: `queries` and
+                `keys` change nothing, and may be `None` or those of one cell.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_queries, hidden_size)`.
@@ -254,10 +225,10 @@ class DeltaProjector(nn.Module):
     The budget is an argument of the call, and no weight depends on it.
 
     Args:
-        config (`DeltaLlavaConfig`): `projector_variant` chooses what becomes of the attention's output: an MLP maps it
-            to the language model's width (`"released"`, the published code), a linear map and a refinement do
-            (`"paper"`, equations 3 to 11), or it is added, times a gate that starts at zero, to the mean of the query
-            features of each cell, and LLaVA-1.5's MLP maps the sum (`"residual"`, which is ours and not the paper's).
+        config (`DeltaLlavaConfig`): `projector_variant` chooses how the attention's output becomes visual tokens: by an
+            MLP to the language model's width (`"released"`, the published code), by a linear map and a refinement
+            (`"paper"`, equations 3 to 11), or added, times a gate that starts at zero, to the mean of each cell's query
+            features, the sum of which LLaVA-1.5's MLP maps (`"residual"`, which is ours and not the paper's).
     """
 
     def __init__(self, config: DeltaLlavaConfig):
@@ -285,14 +256,12 @@ class DeltaProjector(nn.Module):
                     nn.GELU(),
                     nn.Linear(config.projector_intermediate_size, text_size),
                 )
-            case unknown:
-                raise ValueError(f"projector_variant={unknown!r} must be 'released', 'paper' or 'residual'.")
         self.query_projection = DeltaProjection(vision_size, vision_size, rank)
         self.key_projection = DeltaProjection(*memory_projection)
         self.value_projection = DeltaProjection(*memory_projection)
         self.refinement_block = RefinementBlock(config) if config.use_refinement_block else None
         self.attention = CellAttention(vision_size, config.projector_num_attention_heads)
-        # A function of the shape, so no checkpoint holds it; `_init_weights` fills it again after `from_pretrained`.
+        # A function of the shape, so no checkpoint holds it; `_init_weights` fills it again after `from_pretrained`
         positions = position_table(vision_size, self.patch_grid_size)
         self.register_buffer("positions", positions, persistent=False)
 
@@ -318,7 +287,7 @@ class DeltaProjector(nn.Module):
             raise ValueError(
                 f"Got {query_features.shape[1]} patches, but the projector expects {self.patch_grid_size}x"
                 f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
-                ' vision_feature_select_strategy="default", one without it "full".'
+                ' vision_feature_select_strategy="default", a tower without it "full".'
             )
         grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
         if self.variant == "paper":
@@ -329,8 +298,8 @@ class DeltaProjector(nn.Module):
             queries = self._queries(grid, side)
             keys = self._cells(self.key_projection(memory_features), side)
         elif self.training:
-            # A single memory token gets all attention, whatever asks for it. Those of one cell get gradients of 0 at
-            # least: DDP and ZeRO wait for one of every parameter.
+            # A single memory token gets all attention, whatever the query. The query and key of one cell still run, so
+            # that every parameter gets a gradient, of 0: DDP and ZeRO wait for it.
             queries = self._queries(grid, 1)
             keys = self.key_projection(memory_features[..., :1, :]).view_as(values[:, :1])
         attended = self.attention(queries, keys, values)
@@ -346,7 +315,7 @@ class DeltaProjector(nn.Module):
 
     def _queries(self, grid: torch.Tensor, side: int) -> torch.Tensor:
         """Refined and projected queries (equations 3 to 6): `(batch_size, C, G, G)` to `(batch_size, V, C)`."""
-        # Linear layers get contiguous features: those that vLLM puts in the place of torch's, on a CPU, take no others
+        # Contiguous, because the linear layers that vLLM puts in place of torch's on a CPU take nothing else
         grid = F.interpolate(grid, size=(side, side), mode=self.query_pooling)
         positions = F.interpolate(self.positions.float(), size=(side, side), mode="bicubic").to(grid.dtype)
         if self.variant == "paper":
@@ -382,7 +351,7 @@ def position_table(hidden_size: int, grid_size: int) -> torch.Tensor:
 
 
 class DeltaLlavaPreTrainedModel(PreTrainedModel):
-    """What both Delta-LLaVA models share: capabilities, initialization, and what quantization leaves alone."""
+    """What both Delta-LLaVA models share: capabilities, initialization, loading, and what quantization skips."""
 
     config: DeltaLlavaConfig
     base_model_prefix = "model"
@@ -416,12 +385,12 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, quantization_config=None, **kwargs):
         """
         [`~PreTrainedModel.from_pretrained`], except that a `quantization_config` never reaches the vision tower, the
-        projector or the output head (their names join the modules that the backend skips), and that no weight of a
-        folder or repository may be missing.
+        projector or the output head (their names are added to the modules that the backend skips), and that no weight
+        of a folder or repository may be missing.
 
         Raises:
-            ValueError: If the files lack a weight of the model; not with `output_loading_info=True`, which returns what
-                they lack, nor with `state_dict=...`.
+            ValueError: If the files lack a weight of the model; not with `output_loading_info=True`, which returns the
+                missing names, nor with `state_dict=...`.
         """
         if quantization_config is not None:
             kwargs["quantization_config"] = _quantize_language_model_only(quantization_config)
@@ -434,7 +403,7 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
 
 def check_all_loaded(info: dict, name: str):
     """Raises a `ValueError` if `from_pretrained`'s loading info says that `name` lacks weights of the model."""
-    # A weight of another shape is left out too, where `ignore_mismatched_sizes` lets it.
+    # With `ignore_mismatched_sizes`, a weight of another shape is not loaded either
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
         raise ValueError(
@@ -444,18 +413,12 @@ def check_all_loaded(info: dict, name: str):
 
 
 def _quantize_language_model_only(quantization_config):
-    """The same configuration (an object or a dict), with everything but the language model's layers skipped."""
-    is_dict = isinstance(quantization_config, dict)
-    fields = quantization_config if is_dict else vars(quantization_config)
-    names = [name for name in _QUANTIZATION_SKIP_LISTS if name in fields]
-    if is_dict and not names:
-        # Backends read the list under their own name and leave unknown ones alone.
-        names = _QUANTIZATION_SKIP_LISTS
-    skipped = {name: [*(fields.get(name) or []), *_NOT_QUANTIZED] for name in names}
-    if is_dict:
-        return {**quantization_config, **skipped}
+    """A copy of the configuration (an object or a dict) that skips everything but the language model's layers."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     quantization_config = copy(quantization_config)
-    vars(quantization_config).update(skipped)
+    for name in vars(quantization_config).keys() & _QUANTIZATION_SKIP_LISTS:
+        setattr(quantization_config, name, [*(getattr(quantization_config, name) or []), *_NOT_QUANTIZED])
     return quantization_config
 
 
@@ -475,12 +438,6 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.language_model.set_input_embeddings(value)
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -495,7 +452,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
                 Preprocessed images, in any floating dtype.
             num_visual_tokens (`int` or `torch.Tensor` of shape `(num_images,)`, int64, *optional*):
-                The budget of all images, or of each. Defaults to `config.num_visual_tokens`.
+                The budget of all images, or of each. Defaults to `config.num_visual_tokens`. See "How a budget is
+                decided" in `configuration_delta_llava.py`.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the tower's output, in which `pooler_output`
@@ -503,7 +461,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
         Raises:
             ValueError: If the grid does not allow a budget, there are not as many budgets as images, or the images are
-                of another size than `config.image_size`.
+                not of size `config.image_size`.
         """
         num_images, _, height, width = pixel_values.shape
         if (height, width) != (self.config.image_size, self.config.image_size):
@@ -524,10 +482,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         image_features = [None] * num_images
         for budget in sorted(set(budgets)):
             images = [index for index, other in enumerate(budgets) if other == budget]
-            if len(images) == num_images:
-                projected = self.multi_modal_projector(query_features, memory_features, budget)
-            else:
-                projected = self.multi_modal_projector(query_features[images], memory_features[images], budget)
+            part = slice(None) if len(images) == num_images else images  # a slice copies nothing
+            projected = self.multi_modal_projector(query_features[part], memory_features[part], budget)
             for index, features in zip(images, projected, strict=True):
                 image_features[index] = features
         return BaseModelOutputWithPooling(
@@ -541,14 +497,10 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         """The budget of each image, from any form that [`~DeltaLlavaModel.get_image_features`] takes."""
         if num_visual_tokens is None:
             num_visual_tokens = self.config.num_visual_tokens
-        # An int stays one: a tensor's values are unknown while a graph is compiled.
-        is_int = isinstance(num_visual_tokens, int)
-        budgets = [num_visual_tokens] if is_int else torch.as_tensor(num_visual_tokens).flatten().tolist()
-        if len(budgets) == 1:
-            budgets = budgets * num_images
-        if len(budgets) != num_images:
-            raise ValueError(f"num_visual_tokens names {len(budgets)} budgets, but there are {num_images} images.")
-        return budgets
+        if not isinstance(num_visual_tokens, int):  # the values of a tensor are unknown while a graph is compiled
+            budgets = torch.as_tensor(num_visual_tokens).flatten().tolist()
+            num_visual_tokens = budgets[0] if len(budgets) == 1 else budgets
+        return budget_of_each_image(num_visual_tokens, num_images)
 
     def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs):
         """
@@ -557,7 +509,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         Returns the tower's output, the query features `(num_images, G², C)` and the memory features
         `(num_images, G², num_levels * C)`.
         """
-        # A frozen tower needs no autograd graph, whatever hooks gradient checkpointing has put on its embeddings.
+        # A frozen tower needs no autograd graph, whatever hooks gradient checkpointing has put on its embeddings
         needs_grad = pixel_values.requires_grad or any(
             weight.requires_grad for weight in self.vision_tower.parameters()
         )
@@ -587,23 +539,21 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
     @contextmanager
     def _capture_layers(self, layers: set[int]):
         """Yields a dict that the tower's next pass fills with the outputs of `layers`, counted from 1."""
-        # For releases without a selection: `output_hidden_states=True` keeps every layer's output to the end.
+        # For releases before 5.23, where `output_hidden_states=True` keeps every layer's output until the end
         captured, thread = {}, threading.get_ident()
 
         def keep(index: int):
             def hook(module, args, output):
-                if threading.get_ident() == thread:  # another thread's pass through the same tower is not ours
+                if threading.get_ident() == thread:  # not another thread's pass through the same tower
                     captured[index] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
         tower_layers = self._vision_tower_layers()
-        handles = [tower_layers[index - 1].register_forward_hook(keep(index)) for index in layers]
-        try:
+        with ExitStack() as hooks:
+            for index in layers:
+                hooks.enter_context(tower_layers[index - 1].register_forward_hook(keep(index)))
             yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _vision_tower_layers(self) -> nn.ModuleList:
         num_layers = self.config.vision_config.num_hidden_layers
@@ -616,21 +566,14 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: list[torch.Tensor]
     ) -> torch.Tensor:
         """
-        Where the placeholders stand.
+        Where the image tokens are, `(batch_size, sequence_length, 1)`, bool.
 
-        Args:
-            input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
-                Token ids; without them, placeholders are found by their embedding.
-            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-                Token embeddings.
-            image_features (`list[torch.Tensor]` of shapes `(V_i, hidden_size)`): The visual tokens of each image.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, sequence_length, 1)`, bool.
+        They are found by id, or without `input_ids` by their embedding. `image_features` are the visual tokens of each
+        image, `(V_i, hidden_size)`.
 
         Raises:
-            ValueError: If there are not as many placeholders as visual tokens, or images of different budgets do not
-                end where their placeholders do.
+            ValueError: If there are not as many image tokens as visual tokens, or images of different budgets do not
+                end where their image tokens do.
         """
         if input_ids is None:
             placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -641,7 +584,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_tokens = mask.sum()
         torch_compilable_check(num_tokens == sum(budgets), lambda: self._mismatch(int(num_tokens), budgets))
         if len(set(budgets)) > 1:
-            # With mixed budgets the totals may agree while every image stands in another's place.
+            # With mixed budgets the totals may agree while images are in the wrong order
             ends = mask & ~F.pad(mask, (0, 1))[:, 1:]
             token_ends = mask.flatten().cumsum(0)[ends.flatten()].tolist()
             feature_ends = torch.tensor(budgets).cumsum(0).tolist()
@@ -652,17 +595,15 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
-    def _mismatch(self, num_tokens: int, budgets: list[int]) -> str:
-        """Why there are `num_tokens` placeholders for images of these `budgets`."""
+    @staticmethod
+    def _mismatch(num_tokens: int, budgets: list[int]) -> str:
+        """Why there may be `num_tokens` image tokens for images of these `budgets`."""
         found = f"Image features and image tokens do not match, tokens: {num_tokens}, features: {sum(budgets)}"
         if not budgets:
             return f'{found}. Pass pixel_values, or mm_encoder_outputs={{"image": output of get_image_features}}.'
-        per_image, rest = divmod(num_tokens, len(budgets))
-        if len(set(budgets)) == 1 and (rest or per_image not in self.config.valid_visual_token_counts):
-            return f"{found}, of {len(budgets)} images."
         return (
-            f"{found}. The images are seen through num_visual_tokens={budgets}, and the text has placeholders for"
-            " another number: pass the same num_visual_tokens to processor and model."
+            f"{found}, of {len(budgets)} images with num_visual_tokens={budgets}. Pass the same num_visual_tokens to"
+            " processor and model, and do not truncate image tokens."
         )
 
     @can_return_tuple
@@ -677,26 +618,30 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
         num_visual_tokens: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | DeltaLlavaModelOutputWithPast:
+    ) -> tuple | LlavaModelOutputWithPast:
         """
         Args:
             input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
                 Token ids, with `config.image_token_id` once for every visual token.
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`, *optional*):
-                The images of all rows, in the order of their placeholders.
+                The images of all rows, in the order of their image tokens.
             attention_mask, position_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
                 As the language model takes them.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Instead of `input_ids`; placeholders are embedded like any token.
+                Instead of `input_ids`; image tokens are embedded like any token.
             num_visual_tokens (`int` or `torch.Tensor` of shape `(num_images,)`, int64, *optional*):
-                The budget of all images, or of each. Defaults to `config.num_visual_tokens`.
+                As for [`~DeltaLlavaModel.get_image_features`].
             mm_encoder_outputs (`dict`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`: images encoded once serve many
                 questions.
 
+        Returns:
+            `LlavaModelOutputWithPast`: that of the language model, and `image_hidden_states` of shape
+            `(total_visual_tokens, hidden_size)`: the visual tokens of all images, in order, as they entered it.
+
         Raises:
             ValueError: If both or neither of `input_ids` and `inputs_embeds` are given, both of `pixel_values` and
-                `mm_encoder_outputs`, or placeholders and visual tokens do not match. `input_ids` may have placeholders
+                `mm_encoder_outputs`, or image tokens and visual tokens do not match. `input_ids` may have image tokens
                 without any images, but not in training, in `generate`, or if `mm_encoder_outputs` lacks `"image"`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -717,7 +662,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(mask, image_features)
         elif input_ids is not None and (self.training or mm_encoder_outputs is not None):
             # An answer or a training step, since `generate` always passes `mm_encoder_outputs`. A plain forward pass
-            # may look at placeholders alone, as transformers' common tests do.
+            # may see image tokens without images, as in transformers' common tests
             if past_key_values is None or not past_key_values.is_initialized:  # later ones are the answer's own tokens
                 self.get_placeholder_mask(input_ids, inputs_embeds, [])
 
@@ -728,7 +673,7 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return DeltaLlavaModelOutputWithPast(
+        return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -739,8 +684,8 @@ class DeltaLlavaModel(DeltaLlavaPreTrainedModel):
 
 class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMixin):
     """
-    Delta-LLaVA with its output head: answers questions about images, each seen through as many visual tokens as the
-    call asks for.
+    Delta-LLaVA with its output head: answers questions about images, with as many visual tokens for each as the call
+    asks for.
 
     Example:
 
@@ -768,15 +713,6 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
@@ -801,7 +737,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
                 f"prefill_chunk_size={chunk_size} loses the images before transformers 5.23: leave it out."
             )
         if mm_encoder_outputs is not None:
-            # Beam search repeats the features in place, once for each beam.
+            # Beam search repeats the features in place, once for each beam
             mm_encoder_outputs = {modality: copy(outputs) for modality, outputs in mm_encoder_outputs.items()}
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
         return super().generate(*args, **kwargs)
@@ -820,7 +756,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | DeltaLlavaCausalLMOutputWithPast:
+    ) -> tuple | LlavaCausalLMOutputWithPast:
         """
         [`DeltaLlavaModel.forward`], and
 
@@ -828,9 +764,13 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             labels (`torch.Tensor` of shape `(batch_size, sequence_length)`, int64, *optional*):
                 Token ids to predict, -100 where there is no loss.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Compute logits of the last that many positions only (0: of all), or of those that a tensor indexes: an
-                int64 tensor `(num_positions,)` in all rows, `(batch_size, num_positions)` in each row, or a bool mask
+                Compute logits of that many last positions only (0: of all), or of those that a tensor selects: int64
+                indices `(num_positions,)` for all rows or `(batch_size, num_positions)` for each, or a bool mask
                 `(batch_size, sequence_length)`, whose logits are `(num_true, vocab_size)`.
+
+        Returns:
+            `LlavaCausalLMOutputWithPast`: as [`DeltaLlavaModel.forward`], with `logits` of shape `(batch_size,
+            num_positions, vocab_size)` and, with `labels`, `loss`: the cross-entropy of the next token.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -844,7 +784,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             **kwargs,
         )
         logits = self.lm_head(_keep_positions(outputs[0], logits_to_keep))
-        # As the language model's own class does it, and TRL's fused loss, which reads the same fields
+        # As the language model's own class, and TRL's fused loss, which reads the same fields
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcapping is not None:
@@ -854,7 +794,7 @@ class DeltaLlavaForConditionalGeneration(DeltaLlavaPreTrainedModel, GenerationMi
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return DeltaLlavaCausalLMOutputWithPast(
+        return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,

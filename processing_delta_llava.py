@@ -1,9 +1,10 @@
-"""Processor of Delta-LLaVA: images to pixels, and each `<image>` in a text to as many tokens as its image gets."""
+"""Processor of Delta-LLaVA: images to pixels, and each `<image>` in a text to as many tokens as its image's budget."""
 
 from .configuration_delta_llava import (  # first: it refuses older releases
     AUTO_MAP,
     DeltaLlavaConfig,
     auto_visual_tokens,
+    budget_of_each_image,
     query_grid_size,
     share_visual_tokens,
     valid_visual_token_counts,
@@ -33,7 +34,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import torch
 from huggingface_hub.utils import httpx
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import (
     ChannelDimension,
@@ -44,7 +45,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
 
-# Those that tell by their first bytes what they are, need no other program, and are decoded in C
+# Those that are known by their first bytes, need no other program, and are decoded in C
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 MAX_IMAGE_BYTES = 2**28
 MAX_IMAGE_SIDE = 2**14  # padded to a square, 768 MiB
@@ -56,10 +57,10 @@ MAX_REDIRECTS = 5
 class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
     """
     num_visual_tokens (`int`, `"auto"` or a `list` of both, *optional*):
-        The budget of all images of the call, or of each in the order of their placeholders. A call takes numpy
-        integers, tuples and tensors as well. `"auto"` is [`auto_visual_tokens`] of the image as it was opened.
+        The budget of all images of the call, or of each in the order of their placeholders. Numpy integers, tuples and
+        tensors work too. See "How a budget is decided" in `configuration_delta_llava.py`.
     total_visual_tokens (`int`, *optional*):
-        In its place, tokens for all images of a text together, which get their budgets by [`share_visual_tokens`].
+        Instead, tokens for all images of a text together.
     """
 
     num_visual_tokens: int | Literal["auto"] | list[int | Literal["auto"]] | None
@@ -69,7 +70,7 @@ class DeltaLlavaImagesKwargs(ImagesKwargs, total=False):
 class DeltaLlavaProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: DeltaLlavaImagesKwargs
 
-    _defaults = {}  # older releases ask for it
+    _defaults = {}  # older releases read it
 
 
 class DeltaLlavaProcessor(ProcessorMixin):
@@ -77,19 +78,19 @@ class DeltaLlavaProcessor(ProcessorMixin):
     Joins an image processor and a tokenizer.
 
     A call returns, beside what those two return, `num_visual_tokens` (int64, `(num_images,)`): the budgets, which go
-    to the model with `pixel_values`. Texts are padded on the left, as generation needs it.
+    to the model with `pixel_values`. Texts are padded on the left, as generation needs.
 
     Args:
         image_processor (`BaseImageProcessor`): Makes `(num_images, 3, height, width)` pixels of the tower's size.
         tokenizer (`PreTrainedTokenizerBase`): Knows `<image>` as one token.
         num_visual_tokens (`int`, *optional*, defaults to 144):
-            Budget of an image when a call names none, and the most that `"auto"` gives one.
+            Default budget of an image, and the most that `"auto"` gives it.
         patch_grid_size (`int`, *optional*):
-            Side of the tower's patch grid, so that a budget which it does not allow is refused here already. `"auto"`
+            Side of the tower's patch grid, so that a budget which it does not allow is already refused here. `"auto"`
             needs it.
         chat_template (`str`, *optional*): Jinja template of a conversation.
         visual_token_budgets (`list[int]`, *optional*):
-            Budgets that the checkpoint was trained for, which `"auto"` and `total_visual_tokens` choose from. By
+            Budgets that the checkpoint was trained for, from which `"auto"` and `total_visual_tokens` choose. By
             default those that the grid allows, up to `num_visual_tokens`.
 
     Raises:
@@ -121,9 +122,9 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self.patch_grid_size = patch_grid_size
         if isinstance(num_visual_tokens, str):
             raise ValueError(f"num_visual_tokens={num_visual_tokens!r} must be an integer here: 'auto' is for a call.")
-        (self.num_visual_tokens,) = self._budgets(num_visual_tokens, [(1, 1)])
+        (self.num_visual_tokens,) = self._budgets(_plain(num_visual_tokens), [(1, 1)])
         self.visual_token_budgets = visual_token_budgets
-        for budget in visual_token_budgets or ():
+        for budget in _plain(visual_token_budgets) or ():
             self._check_budget(budget)
         image_token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
@@ -132,11 +133,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
         self.image_token_id = image_token_ids[0]
         tokenizer.padding_side = "left"
-        # from_pretrained hands its arguments to the tokenizer too, which would save them and let them win over these
+        # from_pretrained passes its arguments to the tokenizer too, which would save them and let them override these
         for name in ("num_visual_tokens", "visual_token_budgets"):
             tokenizer.init_kwargs.pop(name, None)
         if hasattr(tokenizer, "legacy"):
-            # Saving a LlamaTokenizer forgets it, and the saved one would put other spaces after special tokens
+            # A LlamaTokenizer does not save it, and would put other spaces after special tokens when loaded again
             tokenizer.init_kwargs["legacy"] = tokenizer.legacy
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
@@ -152,7 +153,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[DeltaLlavaProcessorKwargs],
     ) -> BatchFeature:
-        # transformers passes both from a chat, as None
+        # From a chat, transformers passes both as None
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError(
                 f"{type(self).__name__} takes images and text, neither videos nor audio: give a clip as its frames."
@@ -164,13 +165,13 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def apply_chat_template(self, conversation, *args, **kwargs):
-        """transformers' own, for chats of texts and images alone: a part of another type is an error."""
+        """transformers' own, for chats of text and images only: a part of another type is an error."""
         is_list = isinstance(conversation, (list, tuple)) and len(conversation) > 0
         is_batch = is_list and not isinstance(conversation[0], dict)
         for chat in conversation if is_batch else [conversation]:
             for number, message in enumerate(getattr(chat, "messages", chat)):
                 _check_content(number, message.get("content"))
-        # Before 5.23 one argument of a call beside a template's would make transformers forget `processor_kwargs`
+        # Before 5.23 an argument of a call among the template's would make transformers drop `processor_kwargs`
         templates = inspect.signature(super().apply_chat_template).parameters.keys()
         own = {name: kwargs.pop(name) for name in (self._known_arguments() & kwargs.keys()) - templates}
         if own:
@@ -186,20 +187,25 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return known.union(*(part.__annotations__ for part in parts if is_typeddict(part)))
 
     def _check_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A copy with budgets as Python's own values, after a look for names that nobody knows."""
+        """A copy, checked for unknown names, with the budgets beside `images_kwargs` and as Python's own values."""
         known = self._known_arguments()
         kwargs = {name: dict(value) if name == "images_kwargs" else value for name, value in kwargs.items()}
-        for arguments in (kwargs, kwargs.get("images_kwargs", {})):
-            for name in arguments.keys() - known:
-                similar = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
-                raise TypeError(f"{type(self).__name__} takes no argument {name}{similar}")
-            if "num_visual_tokens" in arguments:
-                arguments["num_visual_tokens"] = _plain(arguments["num_visual_tokens"])
+        images_kwargs = kwargs.get("images_kwargs", {})
+        for name in (kwargs.keys() | images_kwargs.keys()) - known:
+            similar = "".join(f"; did you mean {other}?" for other in difflib.get_close_matches(name, known, 1))
+            raise TypeError(f"{type(self).__name__} takes no argument {name}{similar}")
+        for name, plain in (("num_visual_tokens", _plain), ("total_visual_tokens", _plain_value)):
+            named = [plain(part.pop(name, None)) for part in (kwargs, images_kwargs)]
+            named = [value for value in named if value is not None]
+            if len(named) > 1:
+                raise ValueError(f"The call names {name} twice, {named[0]} and in images_kwargs {named[1]}: name one.")
+            if named:
+                kwargs[name] = named[0]
         return kwargs
 
     def _check_budgets_for_server(self, kwargs: dict[str, Any]):
-        # vLLM asks for offsets, and caches an image with the whole list: in another place it would get another's budget
-        budgets = {**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens")
+        # vLLM asks for offsets, and caches an image under the whole list: at another position it would get a wrong one
+        budgets = kwargs.get("num_visual_tokens")
         if "vllm" in sys.modules and kwargs.get("return_text_replacement_offsets") and isinstance(budgets, list):
             raise ValueError(
                 f"num_visual_tokens={budgets}: vLLM would mix up the budgets of single images. Give an integer for all,"
@@ -207,29 +213,25 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
 
     def _share_total(self, kwargs: dict[str, Any], images, text) -> dict[str, Any]:
-        """The arguments with the budget of each image in the place of a `total_visual_tokens`."""
-        parts = (kwargs, kwargs.get("images_kwargs", {}))
-        totals = [_plain_value(part.pop("total_visual_tokens", None)) for part in parts]
-        totals = [total for total in totals if total is not None]
-        if not totals:
+        """The arguments with the budget of each image in place of a `total_visual_tokens`."""
+        total = kwargs.pop("total_visual_tokens", None)
+        if total is None:
             return kwargs
-        if totals != totals[:1] * len(totals):
-            raise ValueError(f"The call names several total_visual_tokens: {totals}.")
-        if any(part.pop("num_visual_tokens", None) is not None for part in parts):
-            raise ValueError(f"total_visual_tokens={totals[0]} and num_visual_tokens exclude each other: name one.")
-        if type(totals[0]) is not int:
-            raise ValueError(f"total_visual_tokens={totals[0]!r} must be an integer: the tokens of a text's images.")
+        if "num_visual_tokens" in kwargs:
+            raise ValueError(f"total_visual_tokens={total} and num_visual_tokens exclude each other: name one.")
+        if type(total) is not int:
+            raise ValueError(f"total_visual_tokens={total!r} must be an integer: the tokens of a text's images.")
         images = [] if images is None else images
         if isinstance(images, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in images):
             rows = [len(row) for row in images]
         elif text is not None:
             rows = [sample.count(self.image_token) for sample in ([text] if isinstance(text, str) else text)]
         else:
-            raise ValueError(f"total_visual_tokens={totals[0]} is shared by the images of each text: give the text.")
+            raise ValueError(f"total_visual_tokens={total} is shared by the images of each text: give the text.")
         shares = []
         for row, num_images in enumerate(rows):
             try:
-                shares += share_visual_tokens(totals[0], num_images, self._trained_budgets())
+                shares += share_visual_tokens(total, num_images, self._trained_budgets())
             except ValueError as error:
                 raise ValueError(f"Row {row}: {error}") from error
         return {**kwargs, "num_visual_tokens": shares}
@@ -260,11 +262,11 @@ class DeltaLlavaProcessor(ProcessorMixin):
         return bool(begins) and all(begins)
 
     def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-        """Opens images first, whatever [`open_image`] takes, so that an unreadable one is an error that names it."""
+        """Opens images first, in any form that [`open_image`] takes, so that an unreadable one is named."""
         if images is not None:
             images = self._open_images(images, {**kwargs, **kwargs.get("images_kwargs", {})})
             if isinstance(images, list) and all(isinstance(row, list) and not row for row in images):
-                images = None  # rows without images alone
+                images = None  # no row has an image
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def _open_images(self, images, kwargs: dict[str, Any]):
@@ -275,7 +277,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if images.ndim == 4:
             return [self._open_images(image, kwargs) for image in images]
         if kwargs.get("do_rescale", self.image_processor.do_rescale) is False:
-            return images  # scaled, as who calls says
+            return images  # the caller says that they are scaled
         return open_image(images, kwargs.get("input_data_format"))
 
     def validate_inputs(self, images=None, text=None, **kwargs):
@@ -283,7 +285,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
         if isinstance(text, list) and all(isinstance(sample, str) for sample in text):
             self._check_placeholders([sample.count(self.image_token) for sample in text], images)
         if images is None:
-            self._budgets({**kwargs, **kwargs.get("images_kwargs", {})}.get("num_visual_tokens"), [])
+            self._budgets(kwargs.get("num_visual_tokens"), [])
         super().validate_inputs(images=images, text=text, **kwargs)
 
     def _check_placeholders(self, placeholders: list[int], images):
@@ -302,29 +304,28 @@ class DeltaLlavaProcessor(ProcessorMixin):
             )
 
     def _process_images(self, images, num_visual_tokens: int | str | list[int | str] | None = None, **kwargs):
-        # The budget must not reach the image processor, which knows no such argument.
+        # The budget must not reach the image processor, which knows no such argument
         processed = self.image_processor(images, **kwargs)
         sizes = [_size(image, kwargs.get("input_data_format")) for image in make_flat_list_of_images(images)]
         processed["num_visual_tokens"] = self._budgets(num_visual_tokens, sizes)
         return processed, [self.replace_image_token(processed, index) for index in range(len(sizes))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder of image `image_idx`, once for each of its visual tokens."""
+        """The image tokens of image `image_idx`, which take the place of its placeholder."""
         return self.image_token * int(image_inputs["num_visual_tokens"][image_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
-        """Placeholders for images of these `(height, width)`; what servers plan a prompt's length by."""
+        """Image tokens for images of these `(height, width)`, by which servers plan a prompt's length."""
         if image_sizes is None:
             return MultiModalData()
         kwargs = self._check_arguments(kwargs)
-        arguments = {**kwargs, **kwargs.get("images_kwargs", {})}
-        if arguments.get("total_visual_tokens") is not None:
+        if "total_visual_tokens" in kwargs:
             raise ValueError(
-                "total_visual_tokens is shared among the images of a text, and image_sizes do not tell which share one:"
-                " give num_visual_tokens, a list as share_visual_tokens makes it."
+                "total_visual_tokens is shared by the images of a text, and image_sizes do not say which share one:"
+                " give num_visual_tokens, a list from share_visual_tokens."
             )
         return MultiModalData(
-            num_image_tokens=self._budgets(arguments.get("num_visual_tokens"), image_sizes),
+            num_image_tokens=self._budgets(kwargs.get("num_visual_tokens"), image_sizes),
             num_image_patches=[1] * len(image_sizes),
         )
 
@@ -332,15 +333,8 @@ class DeltaLlavaProcessor(ProcessorMixin):
         self, num_visual_tokens: int | str | list[int | str] | None, image_sizes: list[tuple[int, int]]
     ) -> list[int]:
         """The budget of each image; `image_sizes` are heights and widths, in either order."""
-        budgets = _plain(num_visual_tokens)
-        if budgets is None:
-            budgets = self.num_visual_tokens
-        if not isinstance(budgets, list):
-            budgets = [budgets] * len(image_sizes)
-        if len(budgets) != len(image_sizes):
-            raise ValueError(
-                f"num_visual_tokens names {len(budgets)} budgets, but there are {len(image_sizes)} images."
-            )
+        budgets = self.num_visual_tokens if num_visual_tokens is None else num_visual_tokens
+        budgets = budget_of_each_image(budgets, len(image_sizes))
         if "auto" in budgets:
             rule = self._patch_size(), self._trained_budgets(), self.num_visual_tokens
             budgets = [
@@ -354,11 +348,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
     def _check_budget(self, num_visual_tokens: int):
         if self.patch_grid_size is not None:
             query_grid_size(num_visual_tokens, self.patch_grid_size)
-        elif (
-            isinstance(num_visual_tokens, bool)
-            or num_visual_tokens < 1
-            or isqrt(num_visual_tokens) ** 2 != num_visual_tokens
-        ):
+        elif num_visual_tokens < 1 or isqrt(num_visual_tokens) ** 2 != num_visual_tokens:
             raise ValueError(f"num_visual_tokens={num_visual_tokens} must be a square: 1, 4, 9, 16, ...")
 
     @property
@@ -390,7 +380,7 @@ def _plain(num_visual_tokens: Any) -> int | str | list[int | str] | None:
 
 
 def _check_content(number: int, content: Any):
-    """Refuse what a chat template would leave out without a word."""
+    """Refuse what a chat template would silently leave out."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, (list, tuple)):
@@ -414,30 +404,30 @@ def open_image(
     max_pixels: int | None = None,
 ) -> Image.Image:
     """
-    Open an image as the model is to see it: upright, 8-bit RGB, transparency on white, of an animation the first frame.
+    Open an image as the model sees it: upright, 8-bit RGB, transparency on white, the first frame of an animation.
 
-    Inference, checking data and training open every image by this function, so that all of them see the same and
-    refuse the same. Beside limits on bytes, pixels (Pillow's `MAX_IMAGE_PIXELS`, twice), sides and their ratio, it
-    finds damage that Pillow passes over: a PNG's wrong checksums, missing rows and missing end, a JPEG's data that end
-    too early, too late or without an end marker.
+    Inference, data checks and training open every image by this function, so that all of them see and refuse the same.
+    Beside limits on bytes, pixels (twice Pillow's `MAX_IMAGE_PIXELS`), sides and their ratio, it finds damage that
+    Pillow does not: wrong checksums, missing rows or a missing end in a PNG, and JPEG data that end too early, too late
+    or without an end marker.
 
     Args:
         source:
             `str` or `Path` of a file, http(s) or `data:` URL, base64, `bytes` of a file in one of `IMAGE_FORMATS`, or a
             decoded image: PIL's, or an array or tensor of shape `(height, width)`, `(height, width, channels)` or
-            `(channels, height, width)` with 1, 3 or 4 channels. Values beyond 8 bits are scaled by the least of 8, 10,
-            12, 14 and 16 bits that holds the largest; floats span 0..1 or 0..255.
+            `(channels, height, width)` with 1, 3 or 4 channels. Integers beyond 8 bits are scaled by the fewest bits
+            (10, 12, 14 or 16) that hold the largest; floats span 0..1 or 0..255.
         input_data_format (`ChannelDimension` or `str`, *optional*):
-            `"channels_first"` or `"channels_last"` of an array whose shape does not tell.
+            `"channels_first"` or `"channels_last"`, for an array whose shape leaves it open.
         name (*optional*, defaults to `source`): What an error calls the image.
         max_pixels (`int`, *optional*): A lower limit on the pixels of a file than Pillow's.
 
     Returns:
-        `PIL.Image.Image`: In mode RGB. Of a file, its `info` holds `format` and EXIF's `orientation`.
+        `PIL.Image.Image`: In mode RGB. For a file, its `info` holds `format` and EXIF's `orientation`.
 
     Raises:
-        ValueError: Names the image and what is wrong with it. Its cause is a `PIL.Image.DecompressionBombError` where
-            the image is larger than a limit.
+        ValueError: Names the image and what is wrong with it. Its cause is a `PIL.Image.DecompressionBombError` if the
+            image is larger than a limit.
     """
     try:
         if isinstance(source, Image.Image):
@@ -445,12 +435,12 @@ def open_image(
         if isinstance(source, (np.ndarray, torch.Tensor)):
             return _from_array(source, input_data_format)
         return _from_file(read_image(source), max_pixels)
-    except Exception as error:  # Pillow's plugins raise what they like
+    except Exception as error:  # Pillow's plugins raise anything
         raise unreadable_image(source if name is None else name, error) from error
 
 
 def unreadable_image(source: Any, error: Exception) -> ValueError:
-    """The sentence that names an image and says by `error` why it is not read."""
+    """The error that names an image and says, from `error`, why it cannot be read."""
     return ValueError(f"Cannot read image {_name(source)}: {str(error) or type(error).__name__}")
 
 
@@ -462,21 +452,21 @@ def fetch_image(
     transport: httpx.BaseTransport | None = None,
 ) -> bytes:
     """
-    Get the bytes of an image from an http(s) URL, whatever `HF_HUB_OFFLINE` says of the Hub.
+    Get the bytes of an image from an http(s) URL, even with `HF_HUB_OFFLINE`, which is about the Hub.
 
     Args:
         url (`str`): The address. Up to `MAX_REDIRECTS` redirects are followed.
         timeout (`float`, *optional*, defaults to `FETCH_SECONDS`):
             Seconds for all of it, after which nothing more is looked up, connected to or read.
-        max_bytes (`int`, *optional*, defaults to `MAX_IMAGE_BYTES`): The longest answer that is taken.
+        max_bytes (`int`, *optional*, defaults to `MAX_IMAGE_BYTES`): The longest answer that is accepted.
         transport (`httpx.BaseTransport`, *optional*):
-            What sends each request, the redirected ones too. With one, the environment's proxies are not used.
+            Sends each request, also redirected ones. With it, the environment's proxies are not used.
 
     Returns:
         `bytes`: The answer.
 
     Raises:
-        Exception: The address does not answer in time, or with an error, or with too much, or compressed.
+        Exception: The answer is late, an error, too long, or compressed.
     """
     timeout = FETCH_SECONDS if timeout is None else timeout
     deadline = time.monotonic() + timeout
@@ -486,7 +476,7 @@ def fetch_image(
             raise TimeoutError
 
     def trace(step: str, info: dict[str, Any]):
-        # Closing the client ends what is open; a slow look-up or redirect must open nothing after that
+        # Closing the client ends what is open; a slow lookup or redirect must open nothing after that
         if step.endswith(("connect_tcp.started", "send_request_headers.started")):
             check_time()
 
@@ -494,8 +484,8 @@ def fetch_image(
         with client.stream("GET", url, extensions={"trace": trace}) as response:
             response.raise_for_status()
             encoding = response.headers.get("Content-Encoding", "identity")
-            if encoding.lower() != "identity":  # a few bytes of it may become gigabytes
-                raise ValueError(f"the server sends it compressed ({encoding}), which was not asked for")
+            if encoding.lower() != "identity":  # a few bytes may unpack to gigabytes
+                raise ValueError(f"the server sends it compressed ({encoding}), which was not requested")
             data = bytearray()
             for part in response.iter_raw():
                 check_time()
@@ -503,7 +493,7 @@ def fetch_image(
                 _check_length(len(data), max_bytes)
             return bytes(data)
 
-    # In a thread, because a time-out of httpx starts anew with each byte that arrives
+    # In a thread, because httpx's timeout starts again with each byte that arrives
     client = httpx.Client(
         headers={"Accept-Encoding": "identity"},
         timeout=timeout / 4,
@@ -534,7 +524,7 @@ def _name(source: Any) -> str:
 
 
 def read_image(source: Any) -> bytes:
-    """The bytes of a file, from any form of one that [`open_image`] takes."""
+    """The bytes of a file, in any form that [`open_image`] takes."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if not isinstance(source, (str, os.PathLike)):
@@ -562,13 +552,13 @@ def read_image(source: Any) -> bytes:
 
 
 def decode_data_url(url: str) -> bytes:
-    """The bytes in a `data:` URL, or a `ValueError` where their base64 is broken."""
+    """The bytes in a `data:` URL, or a `ValueError` if their base64 is broken."""
     header, _, content = url.partition(",")
     return _from_base64(content) if header.lower().endswith(";base64") else unquote_to_bytes(content)
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes of an image in base64, or a `ValueError` where it is none."""
+    """The bytes of an image in base64, or a `ValueError` if it is not one."""
     data = _from_base64(text)
     _open(BytesIO(data))
     return data
@@ -605,7 +595,7 @@ def _check_size(width: int, height: int, max_pixels: int | None = None):
 def _open(file: BytesIO) -> Image.Image:
     Image.init()
     try:
-        # AVIF and others depend on how Pillow was built
+        # AVIF and others depend on Pillow's build
         return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
     except Image.UnidentifiedImageError:
         raise ValueError(f"it is no image of the formats {', '.join(IMAGE_FORMATS)}") from None
@@ -634,12 +624,12 @@ def _check_depth(image: Image.Image):
     if highest < 64:
         raise ValueError(
             f"its 16-bit colours reach {256 * highest + 255} of 65535 at most, so they seem to have fewer bits, and"
-            " would come out all but black; convert it to 8 bits"
+            " would come out almost black; convert it to 8 bits"
         )
 
 
 def _check_png(image: Image.Image, data: bytes):
-    # Pillow looks neither at the checksums of the pixels' chunks nor whether all rows and the end have come
+    # Pillow checks neither the checksums of the pixels' chunks nor that all rows and the end are there
     chunks, chunk, position = [], b"", 8
     while not chunk.startswith(b"IEND"):
         if position + 12 > len(data):
@@ -652,7 +642,7 @@ def _check_png(image: Image.Image, data: bytes):
                 raise ValueError("the file is damaged: a checksum of its pixels or its end is wrong")
             chunks.append(chunk[4:])
     width, height, (depth, colour, _, _, is_interlaced) = *image.size, data[24:29]
-    # The rows that are missing come out as zeros, the last one at least
+    # Missing rows come out as zeros, the last row among them
     last = image.crop((0, height - 1, width, height)).getextrema()
     if not is_interlaced and np.any(last):
         return
@@ -675,13 +665,13 @@ def _check_png(image: Image.Image, data: bytes):
 
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xfe]")  # 0xff00 is a byte of data
 _MAX_JPEG_SCANS = 200  # each is a pass over all pixels, however few bytes it has
-_STRAY_BYTES = 32  # some cameras leave a few at the end of an image that is whole
+_STRAY_BYTES = 32  # some cameras leave a few at the end of a sound image
 _PADDING = bytes(16)  # more than libjpeg looks ahead
 _HOLE = bytes(16)
 
 
 class _JpegPart(bytes):
-    """What a decoder is handed. Pillow cuts off what was used, which tells how much was not."""
+    """Data for the decoder. Pillow slices off what it has used, which shows how much it has not."""
 
     file: "_WatchedJpeg"
 
@@ -699,10 +689,10 @@ class _JpegPart(bytes):
 
 class _WatchedJpeg(BytesIO):
     """
-    A JPEG file that finds damage in its data, of which libjpeg warns, but Pillow drops the warnings.
+    A JPEG file that finds damage in its data. libjpeg warns of it, but Pillow drops the warnings.
 
     Data with a hole hold too many or too few codes for their blocks. So the file is handed out in parts that end
-    shortly before and shortly after the last code of a run. There two bytes come one by one: a decoder that wants more
+    shortly before and shortly after the last code of a run. There two bytes come one by one: a decoder that needs more
     codes leaves a byte unused, the second at the latest, and one that has all of them skips both as stray.
     """
 
@@ -755,7 +745,7 @@ class _WatchedJpeg(BytesIO):
             position = max(start, start - 2 + int.from_bytes(data[start - 2 : start], "big"))
             segment = data[start:position]
             if kind < 0xC0 or 0xF0 <= kind <= 0xFD:
-                self.damage = "its data hold a marker that means nothing"
+                self.damage = "its data hold an unknown marker"
             is_arithmetic |= 0xC9 <= kind <= 0xCF and kind != 0xCC
             while kind == 0xC4 and len(segment) > 17:  # Huffman tables, each with its shortest code first
                 first_codes[segment[0]] = segment[17]
@@ -765,8 +755,8 @@ class _WatchedJpeg(BytesIO):
             num_scans += 1
             if num_scans > _MAX_JPEG_SCANS:
                 raise Image.DecompressionBombError(f"it has more than {_MAX_JPEG_SCANS} scans")
-            # Zero bits are the first code, again and again. Unless it ends a block, as in areas of one colour, no
-            # image has that
+            # Zero bits are the first code, again and again. No image has that, unless the code ends a block, as in
+            # areas of one colour
             _, last, refines = segment[-3:]
             first_used = [first_codes.get(0x10 | tables & 15, 0) for tables in segment[2:-3:2]]
             has_no_zeros = last > 0 and refines < 16 and any(code & 15 for code in first_used)
@@ -784,28 +774,17 @@ class _WatchedJpeg(BytesIO):
                 position = end.end()
                 if end[0][-1] & 7 != number & 7:
                     self.damage = "parts of its data are missing"
-        # libjpeg makes do without one where the bytes that follow, such as zeros, complete the last scan
+        # libjpeg accepts that if the bytes that follow, such as zeros, complete the last scan
         if not marker or kind == 0xD8:
             self.damage = "its end marker is missing"
-        return [] if is_arithmetic else runs  # libjpeg wants arithmetic codes in one piece
-
-
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+        return [] if is_arithmetic else runs  # libjpeg needs arithmetic codes in one piece
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        return orientation if orientation in _TRANSPOSITIONS else 1
-    except Exception:  # broken EXIF raises what it likes, and no viewer turns the image
+        return orientation if orientation in range(1, 9) else 1
+    except Exception:  # broken EXIF raises anything, and no viewer turns the image
         return 1
 
 
@@ -813,7 +792,7 @@ def _from_pil(image: Image.Image) -> Image.Image:
     _check_size(*image.size)
     if isinstance(image, ImageFile.ImageFile) and image.tile and image.format not in IMAGE_FORMATS:
         raise ValueError(f"its format {image.format} is none of {', '.join(IMAGE_FORMATS)}")
-    # Of deep colours Pillow keeps the upper 8 bits alone
+    # Of deep colours Pillow keeps only the upper 8 bits
     is_deep = re.search(";16[BLN]", str(getattr(image, "tile", ""))) and image.mode in ("RGB", "RGBA", "RGBa", "LA")
     image.load()
     if is_deep:
@@ -828,9 +807,9 @@ def _from_pil(image: Image.Image) -> Image.Image:
         upright = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     else:
         upright = image.convert("RGB")
-    if orientation != 1:
-        upright = upright.transpose(_TRANSPOSITIONS[orientation])
     upright.info = {}  # else it would be turned again
+    upright.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(upright, in_place=True)
     return upright
 
 
@@ -861,19 +840,19 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         rounding = 1e-3  # what a resampling adds
         maximum = 1 if high <= 1 + rounding else 255
         if not -rounding * maximum <= low <= high <= maximum * (1 + rounding):
-            raise ValueError(f"its values span {low:g}..{high:g}; floats are to span 0..1 or 0..255")
+            raise ValueError(f"its values span {low:g}..{high:g}; floats must span 0..1 or 0..255")
     elif values.dtype.kind == "b":
         maximum = 1
     else:
         if not 0 <= low <= high < 2**16:
-            raise ValueError(f"its values span {low:g}..{high:g}; integers are to lie in 0..65535")
+            raise ValueError(f"its values span {low:g}..{high:g}; integers must lie in 0..65535")
         maximum = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2**bits)
     return np.rint(values.clip(0, maximum) * (255 / maximum)).astype(np.uint8)
 
 
 DeltaLlavaProcessor.register_for_auto_class()
-# As an import does. transformers' loading of remote code does not, and dill, which `datasets` hands functions to other
-# processes by, then writes these classes out and cannot read them again
+# As an import does, but transformers' loading of remote code does not. Without it dill, by which `datasets` sends
+# functions to other processes, pickles these classes by value and cannot load them again
 setattr(importlib.import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Records of a JSON file, each as the one chat that training knows, with nothing in it dropped in silence."""
+"""Turns each record of a JSON file into the chat that training reads, and drops nothing silently."""
 
 import json
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any, NamedTuple, TextIO
 
-from .processing_delta_llava import decode_data_url
+from .processing_delta_llava import DeltaLlavaProcessor, decode_data_url
 
 
-IMAGE_MARKER = "<image>"
+PLACEHOLDER = DeltaLlavaProcessor.image_token
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -21,9 +21,9 @@ ROLES = {
     "assistant": "assistant",
     "model": "assistant",
 }
-# Where a record may have its turns, and what must be there beside it
+# Where a record may hold its turns, and what must accompany them
 FORMS = {"conversations": (), "messages": (), "texts": (), "prompt": ("completion",)}
-# They mean something that would be lost
+# They carry meaning that training would lose
 UNSUPPORTED_KEYS = ("video", "videos", "audio", "audios", "tools", "functions")
 UNSUPPORTED_TURN_KEYS = (
     *("image", "images", "video", "videos", "audio", "audios"),
@@ -32,8 +32,8 @@ UNSUPPORTED_TURN_KEYS = (
 LOSS_KEYS = ("loss", "weight", "train", "loss_mask", "train_on_turn")
 TURN_KEYS = {"from", "role", "value", "content", *LOSS_KEYS, *UNSUPPORTED_TURN_KEYS}
 SOURCE_KEYS = ("image", "image_url", "url", "path", "base64")
-# What other programs write where an image belongs
-FOREIGN_MARKER = re.compile(
+# What other programs write for an image
+FOREIGN_PLACEHOLDER = re.compile(
     r"(?!(?-i:<image>))(?:"
     r"<\|vision_start\|>(?:<\|image_pad\|>)*<\|vision_end\|>"
     r"|<\|?(?:image|/?img)[ _-]?(?:here|pad|token|soft_token|placeholder|(?P<number>\d+))?\|?>"
@@ -43,12 +43,12 @@ FOREIGN_MARKER = re.compile(
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CHARACTERS_PER_READ = 2**20
-_MAX_CHARACTERS_PER_RECORD = 2**26  # what is longer is a fault, most likely of a quotation mark
+_MAX_CHARACTERS_PER_RECORD = 2**26  # anything longer is an error, most likely a missing quotation mark
 
 _short = Repr()
 _short.maxstring = _short.maxother = 200
 _short.maxlist = _short.maxdict = 20
-short = _short.repr  # `repr` of what may be huge, or nested a thousand deep
+short = _short.repr  # `repr` of values that may be huge or deeply nested
 
 
 class BadRecord(ValueError):
@@ -61,7 +61,7 @@ class BadRecord(ValueError):
         kind (`str`, *optional*, defaults to `"record"`):
             The kind of fault, one of the keys of `delta_llava.train.check_data.FAULTS`.
         file (`str`, *optional*):
-            The image that is to blame, as the record names it.
+            The image at fault, as the record names it.
     """
 
     def __init__(self, reason: str, kind: str = "record", file: str | None = None):
@@ -72,18 +72,17 @@ class BadRecord(ValueError):
 
 def read_records(json_path: str | Path) -> Iterator[Any]:
     """
-    Yield the records of a JSON list, or of JSON lines, one by one, so that the file never lies in memory as a whole.
+    Yield the records of a JSON list or of JSON lines one by one; the file is never in memory as a whole.
 
     Args:
         json_path (`str` or `Path`):
             JSON file in UTF-8.
 
     Yields:
-        The records, of whatever type they are; in the place of one in which an object has a key twice, a
-        [`BadRecord`].
+        The records, of any type; a [`BadRecord`] in place of one in which an object has a key twice.
 
     Raises:
-        `ValueError`: The file is not JSON, maybe after many a good record, or it is no list, or an empty one.
+        `ValueError`: The file is not JSON (possibly after many good records), not a list, or an empty list.
     """
     found = None
     try:
@@ -105,8 +104,8 @@ def read_records(json_path: str | Path) -> Iterator[Any]:
 
 
 def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> Iterator[Any]:
-    # The standard library's decoder on a moving window: ijson is made for this, but its C parser turns half a surrogate
-    # pair into "?" without a word
+    # The standard library's decoder on a moving window. ijson is made for this, but its C parser silently replaces half
+    # a surrogate pair by "?"
     repeated_keys = []
 
     def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> It
             raise ValueError(f"record {index}: it is nested too deeply") from None
         except ValueError as error:  # a number of too many digits
             raise ValueError(f"record {index}: {error}") from None
-        if fault:  # or the record goes on in what is not yet read
+        if fault:  # unless the record continues in the part not yet read
             length = len(text) - position
             more = file.read(max(length, _CHARACTERS_PER_READ)) if length < _MAX_CHARACTERS_PER_RECORD else ""
             if more:
@@ -152,7 +151,7 @@ def _decode_records(file: TextIO, text: str, position: int, is_list: bool) -> It
 
 class Chat(NamedTuple):
     """
-    What a record says.
+    The contents of a record.
 
     Args:
         images (`list[str | dict]`):
@@ -160,9 +159,9 @@ class Chat(NamedTuple):
         messages (`list[dict]`):
             `{"role": …, "content": [{"type": "image", "text": None}, {"type": "text", "text": …}, …]}` for each turn.
         loss (`list[bool]`):
-            `False` for each message that the record asks not to learn.
+            For each message, `False` if the record excludes it from the loss.
         notes (`list[dict]`):
-            `{"kind": …, "reason": …}` for each harmless peculiarity, of the kinds in
+            `{"kind": …, "reason": …}` for each harmless oddity, of the kinds in
             `delta_llava.train.check_data.NOTES`.
     """
 
@@ -172,25 +171,23 @@ class Chat(NamedTuple):
     notes: list[dict[str, str]]
 
 
-def parse_record(record: Any, require_images: bool = False, one_answer: bool = False) -> Chat:
+def parse_record(record: Any, require_images: bool = False) -> Chat:
     """
-    Check one record and turn it into a chat. No file is looked at.
+    Check one record and turn it into a chat, without opening any file.
 
     Args:
         record (`dict`):
             A record of one of the forms that [`~delta_llava.train.data.load_llava_json`] lists.
         require_images (`bool`, *optional*, defaults to `False`):
-            Whether a record without an image is bad, as it is where the projector alone is trained.
-        one_answer (`bool`, *optional*, defaults to `False`):
-            Whether a record must be one question and one answer, all that stage 1 learns of it.
+            Whether a record must have an image, one question and one answer, as stage 1 takes it.
 
     Returns:
-        [`Chat`]: What it says.
+        [`Chat`]: The contents of the record.
 
     Raises:
-        [`BadRecord`]: The record cannot be trained on; its `kind` and its text say why.
+        [`BadRecord`]: The record cannot be trained on; `kind` and message say why.
     """
-    if isinstance(record, BadRecord):  # by its syntax
+    if isinstance(record, BadRecord):  # from `read_records`
         raise record
     if not isinstance(record, dict):
         raise BadRecord(f"the record is a {type(record).__name__}, not an object with id and conversations")
@@ -212,11 +209,14 @@ def parse_record(record: Any, require_images: bool = False, one_answer: bool = F
             "turns",
         )
     names = [f"turn {number}" for number in range(len(turns))]
-    if _says_something(record.get("system", ""), "system"):
+    system = record.get("system", "")
+    if not isinstance(system, str):
+        raise BadRecord(f"system is {short(system)}, not a text", "turns")
+    if system.strip():
         if roles[0] == "system":
             raise BadRecord("the record has a system prompt and a system turn: keep one", "turns")
         names, speakers, roles = ["the prompt", *names], ["the key system", *speakers], ["system", *roles]
-        turns = [{"value": record["system"]}, *turns]
+        turns = [{"value": system}, *turns]
 
     messages, loss, notes, sources, all_texts, num_images = [], [], [], [], True, 0
     for name, speaker, role, turn in zip(names, speakers, roles, turns, strict=True):
@@ -227,85 +227,80 @@ def parse_record(record: Any, require_images: bool = False, one_answer: bool = F
             all_texts = False
             content = _content_of_parts(value, name, num_images, sources, ignored)
         elif isinstance(value, str):
-            if form == "conversations" and _moves_marker(value):
-                notes.append({"kind": "marker_moved", "reason": f"{IMAGE_MARKER} comes after the question's text"})
+            moves = value.count(PLACEHOLDER) == 1 and not value.lstrip().startswith(PLACEHOLDER)
+            if form == "conversations" and moves:
+                notes.append({"kind": "placeholder_moved", "reason": f"{PLACEHOLDER} comes after the question's text"})
             content = _content_of_text(value, name, as_llava=form == "conversations")
         else:
             content = []
         if role != "user" and any(part["type"] == "image" for part in content):
-            raise BadRecord(f"{name} from {speaker} contains {IMAGE_MARKER}: only human turns may", "marker_in_answer")
+            raise BadRecord(
+                f"{name} from {speaker} contains {PLACEHOLDER}: only human turns may", "placeholder_in_answer"
+            )
         if not any(part["type"] == "image" or part["text"].strip() for part in content):
             raise BadRecord(f"{name} has the value {short(value)}, not a text", "turns")
         messages.append({"role": role, "content": content})
         num_images += sum(part["type"] == "image" for part in content)
         loss.append(_keeps_loss(turn, role, f"{name} from {speaker}"))
     if not any(keeps for keeps, role in zip(loss, roles, strict=True) if role == "assistant"):
-        raise BadRecord("the record keeps the loss of none of its answers: nothing is left to learn", "loss")
+        raise BadRecord("the record turns off the loss of all its answers: nothing is left to learn", "loss")
 
     if sources and images:
-        raise BadRecord("the record names images by itself and in the parts of its turns: keep one", "turns")
+        raise BadRecord("the record names images both by itself and in the parts of its turns: keep one", "turns")
     images = sources or images
     if require_images and not images:
         raise BadRecord("the record has no image, and this stage trains the projector alone", "no_image")
-    if one_answer and roles != ["user", "assistant"]:
+    if require_images and roles != ["user", "assistant"]:
         raise BadRecord(f"the turns are from {short(speakers)}: this stage takes one question and one answer", "answer")
-    _match(messages, num_images, images, may_insert=all_texts and form != "conversations")
-    if images and (foreign := foreign_markers(messages)):
-        notes.append({"kind": "foreign_text", "reason": f"{short(foreign[0][0])} is trained as a text"})
-    notes += [{"kind": "ignored_key", "reason": _printable(key)} for key in sorted(ignored)]
+    _match_images(messages, num_images, images, may_insert=all_texts and form != "conversations")
+    if images and (foreign := _foreign_placeholder(messages)):
+        notes.append({"kind": "foreign_text", "reason": f"{short(foreign)} is trained as text"})
+    keys = (key.encode(errors="backslashreplace").decode() for key in sorted(ignored))
+    notes += [{"kind": "ignored_key", "reason": key} for key in keys]
     return Chat(images, messages, loss, notes)
 
 
-def _match(messages: list[dict[str, Any]], num_markers: int, images: list, may_insert: bool):
-    """Check that each image has its place; if it may be, and there is no place at all, make the places."""
-    if num_markers == len(images):
+def _match_images(messages: list[dict[str, Any]], num_placeholders: int, images: list, may_insert: bool):
+    """Check that each image has a placeholder; where there is none at all, insert them if that is allowed."""
+    if num_placeholders == len(images):
         return
-    foreign = foreign_markers(messages) if num_markers < len(images) else []
-    if may_insert and not num_markers and not foreign:
-        # As TRL does with contents that are texts
+    foreign = _foreign_placeholder(messages) if num_placeholders < len(images) else None
+    if may_insert and not num_placeholders and not foreign:
+        # As TRL does when all contents are texts
         first = next(message for message in messages if message["role"] == "user")
         first["content"] = [{"type": "image", "text": None} for _ in images] + first["content"]
         return
-    reason = f"the conversation has {num_markers} {IMAGE_MARKER} and the record {len(images)} images"
+    reason = f"the conversation has {num_placeholders} {PLACEHOLDER} and the record {len(images)} images"
     if foreign:
-        raise BadRecord(f"{reason}; other programs write {short(foreign[0][0])} for an image", "marker_foreign")
-    raise BadRecord(reason, "marker_missing" if num_markers < len(images) else "marker_surplus")
+        raise BadRecord(f"{reason}; other programs write {short(foreign)} for an image", "placeholder_foreign")
+    raise BadRecord(reason, f"placeholder_{'missing' if num_placeholders < len(images) else 'surplus'}")
 
 
-def foreign_markers(messages: list[dict[str, Any]]) -> list[re.Match]:
-    """Find what other programs write for an image in the questions of a [`Chat`]'s messages, in their order."""
-    texts = [
-        part["text"]
-        for message in messages
-        if message["role"] == "user"
-        for part in message["content"]
-        if part["type"] == "text"
-    ]
-    return [match for text in texts for match in FOREIGN_MARKER.finditer(text)]
+def _foreign_placeholder(messages: list[dict[str, Any]]) -> str | None:
+    """The first text in the questions that other programs write for an image."""
+    contents = (message["content"] for message in messages if message["role"] == "user")
+    texts = (part["text"] for content in contents for part in content if part["type"] == "text")
+    return next((match[0] for text in texts for match in FOREIGN_PLACEHOLDER.finditer(text)), None)
 
 
 def name_keys(counts: Counter[str]) -> str:
-    """Name keys that are ignored, with the numbers of records that have them."""
+    """List ignored keys with the number of records that have each."""
     named = [f"{key!r} in {number:,}" for key, number in counts.most_common(20)]
     return ", ".join(named) + (f" and {len(counts) - 20:,} other keys" if len(counts) > 20 else "")
 
 
-def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can write a text: it cannot write half of a surrogate pair."""
-    return text == text.encode(errors="ignore").decode()
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+def _require_utf8(text: str, name: str, file: str | None = None):
+    if text != text.encode(errors="ignore").decode():
+        raise BadRecord(f"{name} holds half of a surrogate pair, which UTF-8 cannot encode", "text", file)
 
 
 def _without_none(mapping: dict) -> dict:
-    # Arrow writes None for every key that another record has
+    # Arrow writes None for every key that only other records have
     return {key: value for key, value in mapping.items() if value is not None} if None in mapping.values() else mapping
 
 
 def _one_of(mapping: dict, names: tuple[str, ...], where: str) -> Any:
-    """The value of the one of these keys that is there, or `None`."""
+    """The value of whichever of these keys is present, or `None`."""
     found = [name for name in names if name in mapping]
     if len(found) > 1:
         raise BadRecord(f"{where} has {' and '.join(found)}: keep one", "turns")
@@ -315,21 +310,15 @@ def _one_of(mapping: dict, names: tuple[str, ...], where: str) -> Any:
 def _refuse(mapping: dict, keys: tuple[str, ...], where: str):
     for key in keys:
         if mapping.get(key) not in (None, "", [], {}):
-            raise BadRecord(f"{where} has {key}, which cannot be trained on there", "unsupported")
-
-
-def _says_something(text: Any, where: str) -> bool:
-    if not isinstance(text, str):
-        raise BadRecord(f"{where} is {short(text)}, not a text", "turns")
-    return bool(text.strip())
+            raise BadRecord(f"{where} has {key}, which cannot be trained on", "unsupported")
 
 
 def _turns(record: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     forms = [form for form, others in FORMS.items() if form in record and all(key in record for key in others)]
     if not forms:
         raise BadRecord(
-            "conversations is not a list of turns, and neither messages nor texts nor prompt and completion are there: "
-            f"the record has {short(sorted(record))}",
+            "conversations is not a list of turns, and the record has neither messages nor texts nor prompt and "
+            f"completion: it has {short(sorted(record))}",
             "turns",
         )
     if len(forms) > 1:
@@ -340,14 +329,14 @@ def _turns(record: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
             _objects([{"role": role, "content": record[key]}] if isinstance(record[key], str) else record[key], key)
             for key, role in (("prompt", "user"), ("completion", "assistant"))
         )
-        # As TRL does: completions alone are learnt
+        # As in TRL, only completions are learnt
         for index, turn in enumerate(prompt):
             is_answer = ROLES.get(str(turn.get("role", turn.get("from")))) == "assistant"
             if is_answer and not turn.keys() & set(LOSS_KEYS):
                 prompt[index] = {**turn, "loss": False}
         return form, prompt + completion
     turns = _objects(record[form], form)
-    if form == "texts":  # of The Cauldron: pairs
+    if form == "texts":  # The Cauldron's pairs
         pairs, turns = turns, []
         for pair in pairs:
             answer = {key: value for key, value in pair.items() if key != "user"}
@@ -366,8 +355,8 @@ def _content_of_parts(
     parts: list, name: str, num_images: int, sources: list, ignored: set[str]
 ) -> list[dict[str, str | None]]:
     """
-    A turn's content, after `num_images` images in earlier ones. The images that its parts name are added to `sources`,
-    and keys unknown here to `ignored`.
+    A turn's content, after `num_images` images in earlier turns. Adds the images that its parts name to `sources`, and
+    unknown keys to `ignored`.
     """
     content = []
     for part in parts:
@@ -384,42 +373,37 @@ def _content_of_parts(
                 encoded = "base64" in part and isinstance(source, str)
                 sources.append(_image(f"data:;base64,{source}" if encoded else source, ignored))
             if part.get("index", num_images) != num_images:
-                raise BadRecord(f"{name} has image {short(part['index'])} where {num_images} is due", "part")
+                raise BadRecord(f"{name} has image {short(part['index'])} where {num_images} is expected", "part")
             num_images += 1
             known = {"type", "index", *SOURCE_KEYS}
         else:
-            raise BadRecord(f"{name} has the part {short(part)}: text, image and image_url may be its type", "part")
+            raise BadRecord(f"{name} has the part {short(part)}: its type must be text, image or image_url", "part")
         ignored |= {f"content[].{key}" for key in part.keys() - known}
     return content
 
 
 def _content_of_text(text: str, name: str, as_llava: bool) -> list[dict[str, str | None]]:
-    if not is_utf8(text):
-        raise BadRecord(f"{name} holds half of a surrogate pair, which UTF-8 cannot write", "text")
-    first, *others = (text.strip() if as_llava else text).split(IMAGE_MARKER)
+    _require_utf8(text, name)
+    first, *others = (text.strip() if as_llava else text).split(PLACEHOLDER)
     if as_llava and len(others) == 1:
-        # As LLaVA trains: the one image of a turn comes before its text
+        # As LLaVA trains, the only image of a turn comes before its text
         first, others = "", [f"{first}{others[0]}".strip()]
     content = [{"type": "text", "text": first}] if first else []
     for text in others:
         content.append({"type": "image", "text": None})
-        # LLaVA writes "<image>\n"; the chat template brings this line break itself
+        # LLaVA writes "<image>\n"; here the chat template adds the line break
         if text := text.removeprefix("\n"):
             content.append({"type": "text", "text": text})
     return content
-
-
-def _moves_marker(value: str) -> bool:
-    return value.count(IMAGE_MARKER) == 1 and not value.lstrip().startswith(IMAGE_MARKER)
 
 
 def _keeps_loss(turn: dict[str, Any], role: str, name: str) -> bool:
     said = {key: turn[key] for key in LOSS_KEYS if key in turn}
     for key, value in said.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise BadRecord(f"{name} has the {key} {short(value)}: true, false, 1 or 0 are possible", "loss")
+            raise BadRecord(f"{name} has the {key} {short(value)}: it must be true, false, 1 or 0", "loss")
         if value and role != "assistant":
-            raise BadRecord(f"{name} has the {key} {value}, but answers alone are learnt", "loss")
+            raise BadRecord(f"{name} has the {key} {value}, but only answers are learnt", "loss")
     if len(set(said.values())) > 1:
         raise BadRecord(f"{name} contradicts itself: {said}", "loss")
     return role != "assistant" or all(said.values())
@@ -435,7 +419,7 @@ def _record_images(record: dict[str, Any], ignored: set[str]) -> list[str | dict
 
 
 def _image(source: Any, ignored: set[str]) -> str | dict[str, Any]:
-    """An image's path, or its bytes as `datasets` has them."""
+    """An image's path, or its bytes as `datasets` stores them."""
     given = source
     if isinstance(source, dict):
         ignored |= {f"image.{key}" for key in _without_none(source).keys() - {"bytes", "path", "url"}}
@@ -447,8 +431,7 @@ def _image(source: Any, ignored: set[str]) -> str | dict[str, Any]:
         return {"bytes": source, "path": None}
     if not isinstance(source, str):
         raise BadRecord(f"image is {short(given)}, not a path or a list of paths")
-    if not is_utf8(source):
-        raise BadRecord(f"image {source!r} holds half of a surrogate pair, which UTF-8 cannot write", "text", source)
+    _require_utf8(source, f"image {source!r}", source)
     if source[:5].lower() == "data:":
         try:
             return {"bytes": decode_data_url(source), "path": None}

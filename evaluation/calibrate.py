@@ -1,15 +1,15 @@
 """
-Finds when a cascade (`delta_llava.cascade`) is to ask again, on validation questions of which the answers are known.
+Finds when a cascade (`delta_llava.cascade`) should ask again, on validation questions with known answers.
 
 ```
 python -m delta_llava.evaluation.calibrate --checkpoint checkpoints/delta-llava-vicuna-7b --json_path validation.json \\
     --image_folder images --budgets 16 144 --target_tokens 40
 ```
 
-Every budget of the checkpoint answers all questions: records of any form that training takes, each one question about
-its images and one short answer. An answer is right if it is the record's after the normalisation of the VQA evaluation.
-Of all thresholds at which an image costs no more visual tokens on average than the target, those of both passes
-together, the one with the highest accuracy goes into the checkpoint's `cascade.json`, which `cascade.generate` reads.
+The checkpoint answers all questions at each of its budgets: records of any form that training takes, each with one
+question about its images and one short answer. An answer is right if it equals the record's after the normalization of
+the VQA evaluation. Of all thresholds whose mean number of visual tokens per image, over both passes, is within the
+target, the one with the highest accuracy goes into the checkpoint's `cascade.json`, which `cascade.generate` reads.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from .metrics.normalization import comparable
 @dataclass
 class Cascade:
     """
-    What a cascade reaches at one threshold.
+    A cascade's figures at one threshold.
 
     Args:
         threshold (`float`): Mean log-probability below which it asks again, in nats.
-        mean_visual_tokens (`float`): Visual tokens of an image, of both passes.
-        accuracy, asked_again (`float`): Shares of the questions: answered right, and asked again.
+        mean_visual_tokens (`float`): Visual tokens per image, over both passes.
+        accuracy, asked_again (`float`): Shares of the questions that are answered right, and asked again.
     """
 
     threshold: float
@@ -49,23 +49,22 @@ class Cascade:
 
 def read_questions(json_path: str | Path, image_folder: str | Path) -> list[Chat]:
     """
-    Validation questions.
+    Reads validation questions.
 
     Args:
         json_path (`str` or `Path`): JSON list, or JSON lines, of records of any form that training takes.
         image_folder (`str` or `Path`): Folder of their images.
 
     Returns:
-        `list[Chat]`: Each of one question and one answer, its images as paths or bytes.
+        `list[Chat]`: Each with one question and one answer, and its images as paths or bytes.
 
     Raises:
-        ValueError: For a record that is not one question about at least one image and its answer, or an image that is
-            not there.
+        ValueError: If a record is not one question about at least one image with its answer, or an image is missing.
     """
     questions = []
     for index, record in enumerate(read_records(json_path)):
         try:
-            chat = parse_record(record, require_images=True, one_answer=True)
+            chat = parse_record(record, require_images=True)
         except BadRecord as error:
             raise ValueError(f"{json_path}, record {index}: {error}") from error
         images = [Path(image_folder, image) if isinstance(image, str) else image["bytes"] for image in chat.images]
@@ -85,13 +84,13 @@ def answer_all(
     max_new_tokens: int = 64,
 ) -> tuple[list[bool], list[float]]:
     """
-    Greedy answers at one budget.
+    Answers greedily at one budget.
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]), processor ([`DeltaLlavaProcessor`]): Of one checkpoint.
-        questions (`list[Chat]`): As [`read_questions`] gives them.
+        questions (`list[Chat]`): From [`read_questions`].
         num_visual_tokens (`int`): The budget of every image.
-        batch_size, max_new_tokens (`int`): Questions at a time, and the longest answer.
+        batch_size, max_new_tokens (`int`): Questions per batch, and the longest answer.
 
     Returns:
         `tuple[list[bool], list[float]]`: Which answers are right, and their mean log-probabilities in nats.
@@ -131,16 +130,16 @@ def cascades(
     small: tuple[list[bool], list[float]], large: list[bool], num_images: list[int], budgets: tuple[int, int]
 ) -> list[Cascade]:
     """
-    What every threshold reaches that makes a difference.
+    The cascades of all thresholds that differ in their answers.
 
     Args:
-        small (`tuple[list[bool], list[float]]`): What [`answer_all`] returns at the smaller budget.
+        small (`tuple[list[bool], list[float]]`): From [`answer_all`] at the smaller budget.
         large (`list[bool]`): Which answers are right at the larger one.
         num_images (`list[int]`): Of each question.
         budgets (`tuple[int, int]`): The smaller and the larger.
 
     Returns:
-        `list[Cascade]`: From the one that never asks again on; one that asks again whatever is not certain comes last.
+        `list[Cascade]`: From the one that never asks again to the one that asks again whenever it is not certain.
     """
     least_sure_first = sorted(zip(small[1], small[0], large, num_images, strict=True))
     scores = [score for score, *_ in least_sure_first]
@@ -157,18 +156,14 @@ def cascades(
 
 def choose(found: list[Cascade], target_tokens: float) -> Cascade:
     """
-    The most accurate cascade within a target; of equal ones, the cheapest.
-
-    Args:
-        found (`list[Cascade]`): As [`cascades`] gives them.
-        target_tokens (`float`): The most visual tokens that an image may cost on average.
+    The most accurate cascade with at most `target_tokens` visual tokens per image on average; of equals, the cheapest.
 
     Raises:
-        ValueError: If even the one that never asks again costs more.
+        ValueError: If even the one that never asks again needs more.
     """
     affordable = [point for point in found if point.mean_visual_tokens <= target_tokens]
     if not affordable:
-        raise ValueError(f"target_tokens={target_tokens:g} is less than the smaller budget, which every image costs.")
+        raise ValueError(f"target_tokens={target_tokens:g} is less than the smaller budget, which every image needs.")
     return max(affordable, key=lambda point: (point.accuracy, -point.mean_visual_tokens))
 
 
@@ -178,7 +173,7 @@ def draw(fixed: dict[int, float], found: list[Cascade], chosen: Cascade, budgets
 
     Args:
         fixed (`dict[int, float]`): Accuracy, from 0 to 1, of each budget by itself.
-        found (`list[Cascade]`), chosen ([`Cascade`]): Of a pair of budgets.
+        found (`list[Cascade]`), chosen ([`Cascade`]): For a pair of budgets.
         budgets (`tuple[int, int]`): The pair.
         output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
     """
@@ -214,13 +209,13 @@ def calibrate(
     max_new_tokens: int = 64,
 ) -> str:
     """
-    Finds the threshold, writes it into the checkpoint and draws the curve.
+    Finds the threshold, writes it to the checkpoint and draws the curve.
 
     Args:
-        checkpoint (`str` or `Path`): Folder, into which `cascade.json` is written.
+        checkpoint (`str` or `Path`): Folder, which gets `cascade.json`.
         json_path, image_folder (`str` or `Path`): See [`read_questions`].
         budgets (`tuple[int, int]`): The smaller and the larger budget of the cascade.
-        target_tokens (`float`): The most visual tokens that an image may cost on average.
+        target_tokens (`float`): Largest mean number of visual tokens per image.
         plot (`str` or `Path`, *optional*, defaults to `"cascade.png"`): The picture.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
         batch_size, max_new_tokens (`int`): See [`answer_all`].
@@ -229,13 +224,12 @@ def calibrate(
         `str`: A Markdown table of accuracy against visual tokens.
 
     Raises:
-        ValueError: For questions, budgets or a target that do not fit, or a checkpoint on the Hub, which cannot be
-            written.
+        ValueError: If questions, budgets, target or plot are not usable, or the checkpoint is not a folder.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 
     if not Path(checkpoint).is_dir():
-        raise ValueError(f"{checkpoint} is no folder, into which {CASCADE_NAME} could be written: download it first.")
+        raise ValueError(f"{checkpoint} is not a folder, which {CASCADE_NAME} could be written to: download it first.")
     folder, _ = locate(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -244,7 +238,8 @@ def calibrate(
     choose([Cascade(-inf, budgets[0], 0.0, 0.0)], target_tokens)
     if Path(plot).suffix[1:] not in FigureCanvasBase.filetypes or not Path(plot).parent.is_dir():
         raise ValueError(
-            f"plot={plot} must be a picture in a folder that exists: {sorted(FigureCanvasBase.filetypes)}."
+            f"plot={plot} must be a picture in an existing folder, of one of the types "
+            f"{sorted(FigureCanvasBase.filetypes)}."
         )
     questions = read_questions(json_path, image_folder)
 
@@ -278,17 +273,17 @@ def calibrate(
 
 
 def main(arguments: list[str] | None = None):
-    """Command line: prints the table, or one line that says what is wrong."""
+    """Command line: prints the table, or exits with one line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help=f"folder of a Delta-LLaVA model; gets {CASCADE_NAME}")
-    parser.add_argument("--json_path", required=True, help="validation questions, none of which was trained on")
+    parser.add_argument("--json_path", required=True, help="validation questions, not used in training")
     parser.add_argument("--image_folder", required=True)
     parser.add_argument("--budgets", type=int, nargs=2, required=True, metavar=("SMALLER", "LARGER"))
-    parser.add_argument("--target_tokens", type=float, required=True, help="mean visual tokens of an image, at most")
+    parser.add_argument("--target_tokens", type=float, required=True, help="largest mean of visual tokens per image")
     parser.add_argument("--plot", default="cascade.png", help="the picture (default: cascade.png)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: the checkpoint's)")
-    parser.add_argument("--batch_size", type=int, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--batch_size", type=int, default=16, help="questions per batch (default: 16)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="of an answer (default: 64)")
     options = parser.parse_args(arguments)
     try:

@@ -1,4 +1,4 @@
-"""What is evaluated: where a checkpoint's files lie, of which commit, and with which budgets."""
+"""The checkpoint to evaluate: its files, its commit, and the budgets that it allows."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from ..configuration_delta_llava import DeltaLlavaConfig
 from ..weights import refuse_adapter
 
 
-# All that loading needs where this package is installed.
+# All that loading needs if this package is installed
 FILES = ["*.json", "*.jinja", "*.safetensors", "*.model"]
 
 
 def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, str | None]:
     """
-    Finds a checkpoint's files, and downloads them where they are on the Hub.
+    Finds a checkpoint's files, and downloads them from the Hub if they are there.
 
     Args:
         checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
@@ -25,7 +25,7 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
         `tuple[Path, str or None]`: The folder, and the commit of what is on the Hub.
 
     Raises:
-        ValueError: If a revision of a folder is asked for, or it holds an adapter.
+        ValueError: If a folder is given with a revision, or holds an adapter.
         OSError: If there is neither such a folder nor such a repository.
     """
     if Path(checkpoint).is_dir():
@@ -35,7 +35,7 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
     else:
         try:
             folder = Path(snapshot_download(str(checkpoint), revision=revision, allow_patterns=FILES))
-        except ValueError as error:  # what cannot name a repository
+        except ValueError as error:  # not the name of a repository
             raise FileNotFoundError(f"{checkpoint} is neither a folder nor a repository of the Hub: {error}") from error
         commit = folder.name
     refuse_adapter(folder, checkpoint)
@@ -44,20 +44,20 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
 
 def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], fastv_layer: int | None = None):
     """
-    Checks at how many visual tokens per image a checkpoint is to be measured.
+    Checks the numbers of visual tokens per image at which a checkpoint is to be measured.
 
     Args:
         config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of LLaVA-1.5.
         num_visual_tokens (`list[int]`): Budgets; with FastV, how many tokens it keeps.
-        fastv_layer (`int`, *optional*): Layer behind which FastV drops visual tokens.
+        fastv_layer (`int`, *optional*): Layer after which FastV drops visual tokens.
 
     Raises:
         ValueError: If the checkpoint does not allow one of these, has no such layer, or is of another kind.
     """
     if config.model_type != ("llava" if fastv_layer is not None else DeltaLlavaConfig.model_type):
         raise ValueError(
-            f"The checkpoint has model_type={config.model_type!r}: one of delta_llava is measured without fastv_layer, "
-            f"one of llava (LLaVA-1.5) with it, and no other."
+            f"The checkpoint has model_type={config.model_type!r}, but must have delta_llava without fastv_layer, or "
+            "llava (LLaVA-1.5) with it."
         )
     if fastv_layer is None:
         valid = config.valid_visual_token_counts

@@ -1,16 +1,16 @@
 r"""
-Shows where the evidence for an answer lies: Grad-CAM on what the projector gives and on what it reads (Figure 1).
+Shows where the evidence for an answer is: Grad-CAM on the projector's output and on its input (Figure 1).
 
 ```
 python -m delta_llava.evaluation.gradcam --checkpoint checkpoints/delta-llava-vicuna-7b --image taxi.jpg \
     --question "What is weird about this picture?" --num_visual_tokens 16 64 144 --output gradcam.png
 ```
 
-Each row of the picture explains what the model answers at that budget, or `--answer` there.
+Each row of the picture explains the model's answer at that budget, or `--answer`.
 
 The maps are element-wise Grad-CAM: the gradient of the answer's log-probability times the feature, its positive part
-summed over the channels of each position. Plain Grad-CAM weighs a channel by its gradient's mean over all positions,
-which suits a classifier that pools them; a language model reads each token apart, so each keeps a gradient of its own.
+summed over the channels of each position. Plain Grad-CAM weights a channel by the mean of its gradient over all
+positions, which suits a classifier that pools them; a language model reads each token, so each keeps its own gradient.
 """
 
 import argparse
@@ -30,25 +30,25 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeatur
 from ..configuration_delta_llava import query_grid_size
 
 
-MAX_NEW_TOKENS = 256  # of an answer, which ends there if the model does not end it
+MAX_NEW_TOKENS = 256  # of an answer
 
 
 @dataclass
 class GradCam:
     """
-    Where the evidence for one answer lies at one budget. All tensors are float32, on the CPU, row by row of the image.
+    Where the evidence for one answer is at one budget. All tensors are float32, on the CPU, row by row of the image.
 
     image (`torch.Tensor` of shape `(height, width, 3)`):
-        What the vision tower sees, in 0 … 1: after cropping or padding, as far as patches cover it.
-    question, answer (`str`): What was asked, and the answer that is explained.
+        The vision tower's input, in 0 … 1: after cropping or padding, where whole patches cover it.
+    question, answer (`str`): The question, and the answer that is explained.
     num_visual_tokens (`int`): The budget V = g².
     score (`float`): Log-probability of the answer, in nats.
     output_map (`torch.Tensor` of shape `(g, g)`):
-        Relevance of each visual token, 0 or more, in no unit: compare it within a map only.
-    input_map (`torch.Tensor` of shape `(G, G)`): Relevance of what the projector reads of each patch.
+        Relevance of each visual token, 0 or more, without a unit: compare it only within a map.
+    input_map (`torch.Tensor` of shape `(G, G)`): Relevance of the projector's input from each patch.
     window_attention (`torch.Tensor` of shape `(G, G)`, *optional*):
-        Where in its own cell each visual token looks: attention weights, averaged over heads and added over feature
-        levels, so that every cell of (G/g)² patches sums to 1. `None` for a projector other than Delta-LLaVA's.
+        Where in its own cell each visual token looks: attention weights, averaged over heads and summed over feature
+        levels, so that every cell of (G/g)² patches sums to 1. `None` for projectors other than Delta-LLaVA's.
     """
 
     image: torch.Tensor
@@ -75,12 +75,12 @@ def grad_cam(
 
     Args:
         model ([`DeltaLlavaForConditionalGeneration`]): In any floating dtype; it is left as it was.
-        processor ([`DeltaLlavaProcessor`]): The one of the same checkpoint.
+        processor ([`DeltaLlavaProcessor`]): Of the same checkpoint.
         image (`Image.Image` or `str`): The image, or its file or URL.
-        question (`str`): What is asked about it.
+        question (`str`): The question about it.
         num_visual_tokens (`int`): The budget V = g² of the image, one that the patch grid allows.
-        answer (`str`, *optional*): The answer to explain. Defaults to what the model answers, decoded greedily.
-        earlier (`Sequence[tuple[str, str]]`, *optional*): Questions and answers that came before in the same chat.
+        answer (`str`, *optional*): The answer to explain. Defaults to the model's greedy answer.
+        earlier (`Sequence[tuple[str, str]]`, *optional*): Earlier questions and answers of the same chat.
 
     Returns:
         [`GradCam`]
@@ -106,7 +106,7 @@ def grad_cam(
         with torch.enable_grad(), _watch_projector(model.model.multi_modal_projector) as seen:
             score = _score(model, inputs, answer_ids)
             features = seen["query_features"], seen["memory_features"], seen["visual_tokens"]
-            # None of the parameters gets a gradient. A projector that does not read the memory leaves zeros there.
+            # No parameter gets a gradient. A projector that does not read the memory leaves zeros there
             gradients = torch.autograd.grad(score, features, materialize_grads=True)
 
     query_map, memory_map, output_map = map(_relevance, features, gradients)
@@ -136,7 +136,7 @@ def token_relevance(
     returns, so that an image whose visual tokens are cached is not encoded again.
 
     Args:
-        As for [`grad_cam`]; the answer must be given, and not be empty.
+        As for [`grad_cam`]; the answer is required, and must not be empty.
 
     Returns:
         `torch.Tensor` of shape `(g, g)`: 0 or more, float32, on the CPU.
@@ -169,7 +169,7 @@ def conversation(image: Image.Image | str, question: str, earlier: Sequence[tupl
 def encode_chat(
     model: PreTrainedModel, processor: ProcessorMixin, messages: list[dict], num_visual_tokens: int, **options
 ) -> BatchFeature:
-    """What the model takes of a chat, on its device; `options` are those of `apply_chat_template`."""
+    """The model's inputs for a chat, on its device; `options` are those of `apply_chat_template`."""
     budget = {"num_visual_tokens": num_visual_tokens}
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=budget, **options
@@ -185,11 +185,11 @@ def _encode_answer(
     prompt_ids: torch.Tensor,
     num_visual_tokens: int,
 ) -> tuple[BatchFeature, torch.Tensor]:
-    """The chat `asked` with its answer, and the ids of that."""
+    """The model's inputs for the chat `asked` with its answer, and the ids of the answer."""
     answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     inputs = encode_chat(model, processor, [*asked, answered], num_visual_tokens, continue_final_message=True)
     ids = inputs["input_ids"][0]
-    # The answer's tokens are those that the prompt does not have: the template may put a space before them.
+    # The answer's tokens are those that the prompt does not have: the template may put a space before them
     shared = min(len(ids), len(prompt_ids))
     return inputs, ids[int((ids[:shared] == prompt_ids[:shared]).cumprod(0).sum()) :]
 
@@ -207,7 +207,7 @@ def _relevance(features: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    # Not `train()` afterwards: a frozen part may be in another mode than the rest.
+    # Not `train()` afterwards: a frozen part may have a different mode
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -224,7 +224,7 @@ def _watch_projector(projector: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
     def before(module, arguments):
         query_features, memory_features, num_visual_tokens = arguments
-        # A frozen tower leaves no graph behind its features.
+        # The features of a frozen tower have no graph
         seen["query_features"] = query_features.detach().requires_grad_()
         seen["memory_features"] = memory_features.detach().requires_grad_()
         return seen["query_features"], seen["memory_features"], num_visual_tokens
@@ -235,13 +235,13 @@ def _watch_projector(projector: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def attend(module, arguments):
         queries, keys, _ = arguments
         num_patches = seen["query_features"].shape[1]
-        if queries is None:  # cells of a single patch, which gets all attention
+        if queries is None:  # cells of one patch, which gets all attention
             seen["window_attention"] = torch.ones([isqrt(num_patches)] * 2)
         else:
             seen["window_attention"] = _window_attention(module, queries, keys, num_patches)
 
     handles = [projector.register_forward_pre_hook(before), projector.register_forward_hook(after)]
-    # By its name: the class that came with a checkpoint is another object than the one here.
+    # By name: the class in a checkpoint's own code is another object
     cells = [module for module in projector.modules() if type(module).__name__ == "CellAttention"]
     handles += [module.register_forward_pre_hook(attend) for module in cells]
     try:
@@ -260,8 +260,8 @@ def _window_attention(
 
     Args:
         attention (`nn.MultiheadAttention`): Of the cells, with packed weights.
-        queries (`torch.Tensor` of shape `(1, V, hidden_size)`): One of each cell, row by row of the query grid.
-        keys (`torch.Tensor` of shape `(1, V, num_levels * (G/g)², hidden_size)`): What the query of a cell sees.
+        queries (`torch.Tensor` of shape `(1, V, hidden_size)`): One for each cell, row by row of the query grid.
+        keys (`torch.Tensor` of shape `(1, V, num_levels * (G/g)², hidden_size)`): Those that a cell's query sees.
         num_patches (`int`): G².
 
     Returns:
@@ -282,11 +282,11 @@ def _window_attention(
 
 def seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
     """
-    What the vision tower sees, for people to look at.
+    The vision tower's input as a picture.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(3, height, width)`): One image as the tower takes it.
-        processor ([`DeltaLlavaProcessor`]): The one that made it.
+        pixel_values (`torch.Tensor` of shape `(3, height, width)`): One image as the tower gets it.
+        processor ([`DeltaLlavaProcessor`]): The processor that made it.
         patch_size (`int`): Side of the tower's patches, in pixels.
 
     Returns:
@@ -309,14 +309,11 @@ def draw(explanations: list[GradCam], output: str | Path):
         output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
 
     Raises:
-        ValueError: If the picture's type is not known.
+        ValueError: If the picture's type is unknown.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
 
     with_windows = all(explanation.window_attention is not None for explanation in explanations)
     titles = [
@@ -327,10 +324,10 @@ def draw(explanations: list[GradCam], output: str | Path):
         *["Attention within each cell"] * with_windows,
     ]
     num_rows, num_columns = len(explanations), len(titles)
-    figure = plt.figure(figsize=(2.9 * num_columns, 3.4 * num_rows + 1.4), layout="constrained")
+    figure = Figure(figsize=(2.9 * num_columns, 3.4 * num_rows + 1.4), layout="constrained")
     figure.suptitle(_wrap(explanations[0].question), fontsize=14, fontweight="bold", parse_math=False)
     *rows, legend = figure.subfigures(num_rows + 1, 1, height_ratios=[*[3.4] * num_rows, 0.8])
-    # As multiples of an even spread, by which cells of different sizes compare
+    # As multiples of an even spread, so that cells of different sizes compare
     windows = [e.window_attention * e.input_map.numel() / e.num_visual_tokens for e in explanations if with_windows]
     for index, (row, explanation) in enumerate(zip(rows, explanations, strict=True)):
         row.suptitle(_wrap(_describe(explanation)), fontsize=11, parse_math=False)
@@ -346,12 +343,12 @@ def draw(explanations: list[GradCam], output: str | Path):
             (axes[2], explanation.output_map, "bilinear"),
             (axes[3], explanation.output_map, "nearest"),
         ):
-            peak = float(relevance.max()) or 1.0  # of an answer that hangs on nothing in the image
+            peak = float(relevance.max()) or 1.0  # of an answer that does not depend on the image
             share = relevance.numpy() / peak
             axis.imshow(
                 share,
                 cmap="jet",
-                alpha=0.1 + 0.6 * share,  # where there is no relevance, the image keeps its colours
+                alpha=0.1 + 0.6 * share,  # without relevance, the image keeps its colours
                 vmin=0,
                 vmax=1,
                 interpolation=interpolation,
@@ -373,7 +370,6 @@ def draw(explanations: list[GradCam], output: str | Path):
         label = "attention within a token's cell, as a multiple of an even spread"
         figure.colorbar(looked, cax=bars[1], orientation="horizontal", extend="both", label=label)
     figure.savefig(output, dpi=120)
-    plt.close(figure)
 
 
 def _describe(explanation: GradCam) -> str:
@@ -389,13 +385,13 @@ def _wrap(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None):
-    """Command line: writes the picture, prints the answers, or one line that says what is wrong."""
+    """Command line: writes the picture and prints the answers, or exits with one line that says what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder or repository of a Delta-LLaVA model")
     parser.add_argument("--image", required=True, help="file or URL")
     parser.add_argument("--question", required=True)
     parser.add_argument("--num_visual_tokens", type=int, nargs="+", required=True, help="a row of the picture each")
-    parser.add_argument("--answer", help="what to explain (default: what the model answers at each budget)")
+    parser.add_argument("--answer", help="the answer to explain (default: the model's at each budget)")
     parser.add_argument("--output", default="gradcam.png", help="the picture (default: gradcam.png)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights (default: the checkpoint's)")

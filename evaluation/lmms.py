@@ -6,14 +6,13 @@ lmms-eval --model delta_llava --model_args pretrained=ORG/NAME,num_visual_tokens
     --tasks pope --verbosity DEBUG
 ```
 
-Without `--verbosity DEBUG` that command reports an error and ends as if there had been none; `evaluation.run` does not.
-Its results name the model's arguments as they were given: the commit, and the budget where none was named, stand in a
-line of its log only. `evaluation.run` records both.
+Without `--verbosity DEBUG` that command reports an error but exits as if there had been none, unlike `evaluation.run`.
+Its results hold the model's arguments as given: the commit, and a budget that was not given, are only in its log.
+`evaluation.run` records both.
 """
 
 import json
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -23,43 +22,39 @@ from lmms_eval.protocol import ChatMessages
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    StoppingCriteria,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, StoppingCriteria
 
 from ..cascade import generate, read_calibration
 from ..llava import fit_spaces, pad_to_square
+from ..turns import TEMPLATES
 from .checkpoint import check_visual_tokens, locate
 from .fastv import fastv
 
 
-# For tasks that name no limit: as lmms-eval gives LLaVA.
+# For tasks without a limit: lmms-eval's for LLaVA
 MAX_NEW_TOKENS = 1024
-VICUNA = Path(__file__).parents[1] / "templates" / "vicuna-v1.jinja"
+VICUNA = TEMPLATES / "vicuna-v1.jinja"
 
 
 class DeltaLlava(lmms):
     """
-    A checkpoint at one number of visual tokens, answering what lmms-eval asks.
+    A checkpoint that answers lmms-eval's requests at one number of visual tokens.
 
     Args:
         pretrained (`str`): Folder or Hub repository of the checkpoint.
         revision (`str`, *optional*): Branch or commit of the repository.
         num_visual_tokens (`int` or `"auto"`, *optional*, defaults to the checkpoint's): Budget of each image; with
-            FastV, how many tokens it keeps of a question's images together. It may be changed between two tasks.
+            FastV, how many tokens it keeps of a question's images together. It may be changed between tasks.
         dtype (`str`, *optional*, defaults to `"auto"`): Dtype of the weights; `"auto"` is the checkpoint's.
-        batch_size (`int`, *optional*, defaults to 1): Requests that are answered at once, on each process.
+        batch_size (`int`, *optional*, defaults to 1): Requests per batch, on each process.
         device (`str`, *optional*): `"cuda"`, `"cpu"`, or `"auto"` to spread the weights over all GPUs. By default a GPU
-            where there is one, and each process its own.
+            if there is one, a different one for each process.
         attn_implementation (`str`, *optional*): As `from_pretrained` takes it.
         fastv_layer (`int`, *optional*): The checkpoint is transformers' LLaVA-1.5, and FastV drops its visual tokens
-            behind this layer. It is asked as LLaVA-1.5 was trained, and as checkpoints of ours are: pictures are padded
-            to squares and Vicuna's system prompt comes first, both of which llava-hf's checkpoints leave out.
-        cascade (`bool`, *optional*, defaults to `False`): Whether `delta_llava.cascade` answers, as the checkpoint was
-            calibrated. It may be changed between two tasks.
+            after this layer. It is asked in the way that LLaVA-1.5, and ours, were trained: with images padded to
+            squares and Vicuna's system prompt, both of which llava-hf's checkpoints omit.
+        cascade (`bool`, *optional*, defaults to `False`): Answer with `delta_llava.cascade`, as the checkpoint was
+            calibrated. It may be changed between tasks.
 
     Raises:
         ValueError: For a number of visual tokens that the checkpoint does not allow, a batch size below 1, a layer
@@ -82,7 +77,7 @@ class DeltaLlava(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size} must be a number from 1 on.")
+            raise ValueError(f"batch_size={batch_size} must be a number, 1 or more.")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -106,7 +101,7 @@ class DeltaLlava(lmms):
         if fastv_layer is None:
             asked = "visual tokens per image, prompts by the checkpoint's chat template"
         else:
-            asked = f"visual tokens per question kept by FastV after layer {fastv_layer}, prompts as of LLaVA-1.5"
+            asked = f"visual tokens per question kept by FastV after layer {fastv_layer}, prompts as for LLaVA-1.5"
             self.processor.image_processor = pad_to_square(self.processor.image_processor)
             template = VICUNA.read_text(encoding="utf-8")
             self.processor.chat_template = fit_spaces(template, self.processor.tokenizer)
@@ -115,54 +110,42 @@ class DeltaLlava(lmms):
             f"{pretrained}, commit {self.commit}, {self.model.dtype} on {self.device}, {num_visual_tokens} {asked}"
         )
 
-    def _pruned(self) -> AbstractContextManager:
-        """While it is open, FastV drops tokens if a layer was given."""
-        if self.fastv_layer is None:
-            return nullcontext()
-        return fastv(self.model, self.num_visual_tokens, self.fastv_layer)
-
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "DeltaLlava":
         """
-        Loads what `--model_args` names; it wins over `--batch_size`, for which lmms-eval always gives a value.
-
-        Args:
-            arg_string (`str`): `name=value,…`.
-            additional_config (`dict`, *optional*): Values of the command line's own options; None for not given.
-
-        Returns:
-            `DeltaLlava`: The model.
+        Loads the model of `--model_args`, `name=value,…`. They win over the command line's own options,
+        `additional_config`, because lmms-eval always has a value for `--batch_size`.
         """
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**given, **simple_parse_args_string(arg_string)})
 
     def mean_visual_tokens(self) -> float:
-        """Visual tokens of an image, of both passes of a cascade, since the last call, over all processes."""
+        """Mean per image over both passes of a cascade and all processes, since the last call."""
         tokens, images = self.accelerator.reduce(self.usage.to(self.device)).tolist()
         self.usage = torch.zeros(2)
         return tokens / max(images, 1)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go, and where lmms-eval gathers counts of several processes."""
+        """Where inputs go, and where lmms-eval gathers the counts of several processes."""
         return self.model.device
 
     def clean(self):
-        """Keeps the model, which lmms-eval would drop after a task to make room for a judge: the next task needs it."""
+        """Keeps the model for the next task; lmms-eval would drop it to make room for a judge."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """
-        Answers requests in batches of like generation arguments, the longest first.
+        Answers requests in batches with equal generation arguments, the longest first.
 
         Args:
             requests (`list[Instance]`): Each with the context, a function from a document to messages, generation
                 arguments, and the document's number, task and split.
 
         Returns:
-            `list[str]`: In the order of the requests, each ending before the first of `until`.
+            `list[str]`: In the order of the requests, each cut before the first of `until`.
 
         Raises:
-            RuntimeError: If documents cannot be answered; the message names task and documents.
+            RuntimeError: If documents cannot be answered; the message names the task and the documents.
         """
         groups = {}
         for index, request in enumerate(requests):
@@ -171,7 +154,7 @@ class DeltaLlava(lmms):
         description = f"answering, {self.num_visual_tokens} visual tokens"
         with tqdm(total=len(requests), desc=description, unit="request", disable=self.rank != 0) as progress:
             for arguments, indices in groups.items():
-                # What needs most memory comes first, and texts of like length need little padding.
+                # What needs most memory comes first, and texts of similar length need little padding
                 indices.sort(key=lambda index: len(requests[index].args[0]), reverse=True)
                 for first in range(0, len(indices), self.batch_size):
                     batch = indices[first : first + self.batch_size]
@@ -187,18 +170,19 @@ class DeltaLlava(lmms):
             options, until = generation_options(json.loads(arguments))
             inputs = self._inputs(requests)
             if self.cascade:
-                # Its answers end at the end token, as those did that it was calibrated on
+                # Its answers end at the end token, as they did in calibration
                 output = generate(self.model, **inputs, **options)
                 self.usage += torch.tensor([output.visual_tokens_used.sum(), len(inputs.get("pixel_values", ()))])
                 texts = self.processor.batch_decode(output.sequences, skip_special_tokens=True)
                 return [cut(text, until) for text in texts]
             prompt_length = inputs["input_ids"].shape[1]
             criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
-            with self._pruned():
+            pruned = self.fastv_layer is not None
+            with fastv(self.model, self.num_visual_tokens, self.fastv_layer) if pruned else nullcontext():
                 generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
             texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         except Exception as error:
-            # An answer that is missing must not count as a wrong one.
+            # A missing answer must not count as a wrong one
             raise RuntimeError(f"{where}, at {self.num_visual_tokens} visual tokens: {error}") from error
         return [cut(text, until) for text in texts]
 
@@ -221,32 +205,24 @@ class DeltaLlava(lmms):
         ).to(self.device, self.model.dtype)
 
     def loglikelihood(self, requests: list[Instance]):
-        """Not for chat models: lmms-eval asks them to generate."""
-        raise NotImplementedError("lmms-eval asks a chat model to generate; none of its chat tasks wants likelihoods.")
+        raise NotImplementedError("delta_llava is a chat model, and lmms-eval's chat tasks need no likelihoods.")
 
     def generate_until_multi_round(self, requests: list[Instance]):
-        """Not for Delta-LLaVA, which was trained on no such task."""
         raise NotImplementedError("delta_llava answers tasks of one round: output_type generate_until.")
 
 
 class UntilStrings(StoppingCriteria):
     """
-    Ends each row whose answer holds one of some strings.
+    Ends each row whose answer, after `prompt_length` tokens of the padded prompt, has one of the strings `until`.
 
-    transformers' own `stop_strings` also sees the prompt's end: after a prompt that ends in a line break, one more
-    would be the empty line that most tasks stop at.
-
-    Args:
-        processor (`ProcessorMixin`): For decoding.
-        until (`list[str]`): The strings.
-        prompt_length (`int`): Tokens of the padded prompts.
+    transformers' own `stop_strings` also reads the end of the prompt: after a prompt that ends in a line break, one
+    more would be the empty line that most tasks stop at.
     """
 
     def __init__(self, processor, until: list[str], prompt_length: int):
         self.processor, self.until, self.prompt_length = processor, until, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        """bool `(rows,)`: which rows of `input_ids` are done."""
         texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         done = [any(end in text for end in self.until) for text in texts]
         return torch.tensor(done, device=input_ids.device)
@@ -263,7 +239,7 @@ def generation_options(arguments: dict) -> tuple[dict, list[str]]:
         `tuple[dict, list[str]]`: Both. Without a temperature above 0 the answer is greedy.
 
     Raises:
-        ValueError: If `until` is of another kind.
+        ValueError: If `until` is of another type, or has an empty string.
     """
     options = {"max_new_tokens": MAX_NEW_TOKENS, **arguments}
     until = options.pop("until", None) or []
@@ -277,16 +253,7 @@ def generation_options(arguments: dict) -> tuple[dict, list[str]]:
 
 
 def cut(text: str, until: list[str]) -> str:
-    """
-    What stands before the first of some strings.
-
-    Args:
-        text (`str`): An answer.
-        until (`list[str]`): The strings.
-
-    Returns:
-        `str`: The text's beginning, or all of it where it holds none of them.
-    """
+    """An answer up to the first of the strings `until`, or all of it."""
     for end in until:
         text = text.partition(end)[0]
     return text

@@ -1,4 +1,4 @@
-"""What this package's entry point tells lmms-eval; apart from the model, whose import waits for lmms-eval's own."""
+"""The entry point of lmms-eval's plug-in: in its own file, because the model can only be imported after lmms-eval."""
 
 from lmms_eval.models.registry_v2 import ModelManifest
 

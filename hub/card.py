@@ -1,47 +1,28 @@
 """
 The card of a published checkpoint: `model_card.md`, filled from the checkpoint's own records.
 
-Nothing in it is typed. What the model is made of stands in `config.json` and `training/sources.yaml`, how it was
-trained in `training/` (`delta_llava.train` writes it), what it costs `delta_llava.costs` computes, and what it reaches
-stands in evaluation results, `results/tokens-*.json`, one file for each number of visual tokens:
-
-```
-{
-  "num_visual_tokens": 144,
-  "toolkit": "lmms-eval 0.7.3, bfloat16",
-  "date": "2026-11-21",
-  "commit": "<what was evaluated, if it is on the Hub>" or null,
-  "weights": {"model-00001-of-00003.safetensors": "<SHA-256 of the file, in hexadecimal>", ...},
-  "results": [
-    {
-      "task": "gqa", "name": "GQA", "dataset": "lmms-lab-encoder/GQA",
-      "config": "testdev_balanced_instructions" or null,
-      "split": "testdev", "metric": "exact_match", "value": 61.9, "unit": "percent" or "points",
-      "prompt_variant": "default", "num_samples": 12578
-    }
-  ]
-}
-```
-
-Every key must be there, and no other. A file has each task, dataset, split, metric and prompt variant once, and is
-about the weights that lie beside it: results of others are refused.
+Nothing in it is typed by hand. What the model is made of comes from `config.json` and `training/sources.yaml`, how it
+was trained from `training/`, which `delta_llava.train` writes, its costs from `delta_llava.costs`, and its scores from
+`results/tokens-*.json`, which `delta_llava.results` describes. Results of weights other than those beside them are
+refused.
 """
 
 import json
-import math
 import traceback
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from .. import costs
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..llava import GAP, NO_GAP
+from ..results import measurement, read_results
+from ..turns import TEMPLATES
 from ..weights import weight_digests
-from .assemble import TEMPLATES, is_repository
+from .client import is_repository
 
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
@@ -49,21 +30,6 @@ FAMILY = Path(__file__).parent / "checkpoints.yaml"
 TEXT_TOKENS, NEW_TOKENS = 68, 30  # of the paper's figure 3
 LOG = {"num_rows", "num_processes", "batch_size", "versions", "log_history"}
 DATA_FILES = (".json", ".jsonl", ".parquet")
-UNITS = ("percent", "points")
-RESULT_FILE = {"num_visual_tokens": int, "toolkit": str, "date": str, "commit": (str, type(None))}
-RESULT_FILE |= {"weights": dict, "results": list}
-RESULT = {
-    "task": str,
-    "name": str,
-    "dataset": str,
-    "config": (str, type(None)),
-    "split": str,
-    "metric": str,
-    "value": (int, float),
-    "unit": str,
-    "prompt_variant": str,
-    "num_samples": int,
-}
 
 
 def build_card(
@@ -77,41 +43,41 @@ def build_card(
     family: str | Path = FAMILY,
 ) -> ModelCard:
     """
-    Fill the card of a checkpoint.
+    Fills the card of a checkpoint.
 
     Args:
         checkpoint (`str` or `Path`): Its folder.
-        repo_id (`str`): `ORG/NAME` that it will have.
-        revision (`str`, *optional*, defaults to `main`): Branch that it will lie on.
+        repo_id (`str`): `ORG/NAME` that it will be published as.
+        revision (`str`, *optional*, defaults to `main`): Branch that it will be published on.
         num_visual_tokens (`int`, *optional*, defaults to the checkpoint's): Default budget on that branch.
-        base_model (`list[str]`, *optional*): `ORG/NAME` of tower and language model, where `training/sources.yaml` does
-            not tell.
-        datasets (`list[str]`, *optional*): What was trained on, where the recipes do not tell: `ORG/NAME` of data sets
-            on the Hub, and others in words.
-        license (`str`, *optional*): The language model's, where `family` does not tell.
-        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): With licenses and data sets by name.
+        base_model (`list[str]`, *optional*): `ORG/NAME` of tower and language model, if `training/sources.yaml` does
+            not have them.
+        datasets (`list[str]`, *optional*): Training data, if the recipes do not have it: `ORG/NAME` of data sets on the
+            Hub, and descriptions of others.
+        license (`str`, *optional*): The language model's, if `family` does not have it.
+        family (`str` or `Path`, *optional*, defaults to `hub/checkpoints.yaml`): Licenses and data sets by name.
 
     Returns:
-        `ModelCard`: With metadata.
+        `ModelCard`: Text and metadata.
 
     Raises:
-        ValueError: A field is unfilled (the message says what to give), a record cannot be read, a file of results is
-            not as described above, or the checkpoint was not trained for the budget.
+        ValueError: A field is unfilled (the message says what to give), a record or a file of results cannot be read,
+            or the checkpoint was not trained for the budget.
     """
     checkpoint = Path(checkpoint)
     config = DeltaLlavaConfig.from_pretrained(checkpoint)
     num_visual_tokens = num_visual_tokens or config.num_visual_tokens
     if num_visual_tokens not in config.visual_token_budgets:
         raise ValueError(
-            f"num_visual_tokens={num_visual_tokens} is none of {config.visual_token_budgets}, which {checkpoint} was "
-            "trained for."
+            f"num_visual_tokens={num_visual_tokens} must be one of {config.visual_token_budgets}, which {checkpoint} "
+            "was trained for."
         )
     family = yaml.safe_load(Path(family).read_text(encoding="utf-8"))
     for name in datasets or ():
         if not name.strip() or not name.isprintable() or "huggingface.co/" in name or name.startswith(("/", "~", ".")):
             raise ValueError(
-                f"datasets={name!r} must be one line: ORG/NAME of a data set on the Hub, without the address, or words "
-                "for data that is not there, and not its path."
+                f"datasets={name!r} must be one line: ORG/NAME of a data set on the Hub, without the address, or a "
+                "description of other data, not its path."
             )
     sources = _sources(checkpoint, base_model)
     stages = _stages(checkpoint)
@@ -125,7 +91,7 @@ def build_card(
         pipeline_tag="image-text-to-text",
         tags=["delta-llava", "vision-language", "visual-token-compression"],
         base_model=list(dict.fromkeys(filter(is_repository, sources.values()))),
-        base_model_relation="finetune",  # of two, the Hub would think that they were merged
+        base_model_relation="finetune",  # without it the Hub takes two base models for a merge
         datasets=list(filter(is_repository, datasets)) or None,
         model_name=repo_id.rpartition("/")[2],
         eval_results=[
@@ -137,7 +103,7 @@ def build_card(
                 dataset_split=result["split"],
                 metric_type=result["metric"],
                 metric_name=f"{result['name']}, {result['metric']}, {num_visual_tokens} visual tokens, prompt "
-                f"{result['prompt_variant']}",  # the Hub has one name for all results on a split
+                f"{result['prompt_variant']}",  # the Hub groups results on a split under one name
                 metric_value=result["value"],
                 source_name=results[num_visual_tokens]["toolkit"],
                 source_url=f"https://huggingface.co/{repo_id}/blob/{revision or 'main'}/"
@@ -168,8 +134,27 @@ def build_card(
     return _render(data, fields)
 
 
+def eval_results_yaml(card: ModelCard) -> str:
+    """
+    A card's results as a file of `.eval_results/`, where the Hub's benchmarks read them. It replaces `model-index`, the
+    card's own metadata of results.
+    """
+    entries = [
+        EvalResultEntry(
+            dataset_id=result.dataset_type,
+            task_id=result.dataset_config or "default",
+            value=result.metric_value,
+            source_url=result.source_url,
+            source_name=result.source_name,
+            notes=result.metric_name,
+        )
+        for result in card.data.eval_results or ()
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
 def _render(data: ModelCardData, fields: dict[str, Any]) -> ModelCard:
-    """Fill the template, once so that what is undefined, None or empty is an error: `from_template` leaves it out."""
+    """Fills the template, first so that an undefined, None or empty field is an error: `from_template` omits it."""
     loader = FileSystemLoader(TEMPLATE.parent, encoding="utf-8")
     environment = Environment(loader=loader, undefined=StrictUndefined, finalize=_filled)
     try:
@@ -177,7 +162,7 @@ def _render(data: ModelCardData, fields: dict[str, Any]) -> ModelCard:
     except UndefinedError as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(TEMPLATE)]
         raise ValueError(
-            f"{TEMPLATE.name}, line {frames[-1].lineno}, has an unfilled field, which build_card must give: {error}. "
+            f"{TEMPLATE.name}, line {frames[-1].lineno}, has a field that build_card does not fill: {error}. "
             f"The line: {frames[-1].line}"
         ) from error
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **fields)
@@ -194,13 +179,13 @@ def _sources(checkpoint: Path, base_model: list[str] | None) -> dict[str, str]:
     sources = _read(file) if file.exists() else {}
     if base_model:
         if len(base_model) != 2:
-            raise ValueError(f"base_model={base_model} must name two: the vision tower and the language model.")
+            raise ValueError(f"base_model={base_model} must name two: the vision tower, then the language model.")
         sources |= zip(("vision_tower", "language_model"), base_model, strict=True)
     for part in ("vision_tower", "language_model"):
         if not is_repository(sources.get(part) or ""):
             raise ValueError(
-                f"{file} names {sources.get(part)!r} as the {part.replace('_', ' ')}, which is no repository of the "
-                "Hub: name vision tower and language model as ORG/NAME, by --base_model."
+                f"{file} names {sources.get(part)!r} as the {part.replace('_', ' ')}, which is not a repository of the "
+                "Hub: name vision tower and language model as ORG/NAME, with --base_model."
             )
     return sources
 
@@ -212,7 +197,7 @@ def _is_padded(checkpoint: Path) -> bool:
 
 
 def _is_vicuna(checkpoint: Path) -> bool:
-    """Whether the chat template is `templates/vicuna-v1.jinja`, as it is or with the spaces of `llava.fit_spaces`."""
+    """Whether the chat template is `templates/vicuna-v1.jinja`, with or without the spaces of `llava.fit_spaces`."""
     file, template = checkpoint / "chat_template.jinja", (TEMPLATES / "vicuna-v1.jinja").read_text(encoding="utf-8")
     return file.exists() and file.read_text(encoding="utf-8") in (template, template.replace(NO_GAP, GAP))
 
@@ -222,9 +207,9 @@ def _license(language_model: str, known: dict[str, str], license: str | None) ->
         raise ValueError(f"license={license}, but that of {language_model} is {known[language_model]}.")
     license = license or known.get(language_model)
     if not license:
-        raise ValueError(f"The license of {language_model} is unknown: name it as the Hub does, by --license.")
+        raise ValueError(f"The license of {language_model} is unknown: give the Hub's name of it with --license.")
     if license == "other":
-        raise ValueError("license=other would need a name and a link, which the card has no place for.")
+        raise ValueError("license=other needs a name and a link, and the card has no place for them.")
     return license
 
 
@@ -241,7 +226,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _stages(checkpoint: Path) -> list[dict[str, Any]]:
-    """Recipe and log of every stage behind the checkpoint, in their order."""
+    """Recipe and log of every stage that the checkpoint went through, in their order."""
     folder = checkpoint / "training"
     stages = []
     for stage in ("pretrain", "finetune"):
@@ -251,17 +236,17 @@ def _stages(checkpoint: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"{file.with_suffix('.json')} lacks {sorted(missing)}.")
             data = recipe.get("stream") or recipe.get("json_path")
             if not data:
-                raise ValueError(f"{file} names neither json_path nor stream: it is no recipe of delta_llava.train.")
+                raise ValueError(f"{file} names neither json_path nor stream: it is not a recipe of delta_llava.train.")
             history = log["log_history"]
             if not history or "train_runtime" not in history[-1]:
-                raise ValueError(f"{file.with_suffix('.json')} tells of a run that has not ended.")
+                raise ValueError(f"{file.with_suffix('.json')} is the log of a run that has not ended.")
             stages.append(
                 {
                     "name": file.stem,
                     "recipe": recipe,
                     "data": data,
                     "num_steps": history[-1]["step"],
-                    "loss": _last(history, "loss"),
+                    "loss": next((entry["loss"] for entry in reversed(history) if "loss" in entry), None),
                     "seconds": history[-1]["train_runtime"],
                     "has_curves": file.with_suffix(".png").exists(),
                     **{name: log[name] for name in ("num_rows", "num_processes", "batch_size", "versions")},
@@ -270,34 +255,29 @@ def _stages(checkpoint: Path) -> list[dict[str, Any]]:
     return stages
 
 
-def _last(log_history: list[dict[str, float]], name: str) -> float | None:
-    return next((entry[name] for entry in reversed(log_history) if name in entry), None)
-
-
 def _datasets(stages: list[dict[str, Any]], known: dict[str, str], is_converted: bool) -> list[str]:
     names, unknown = [], []
     for stage in stages:
         # LLaVA's files may have been cleaned: llava_v1_5_mix665k.clean.json
         name = known.get(stage["data"].partition(".")[0])
-        # A file of two names, drawings/train.json, could be those of a repository too
+        # drawings/train.json, a file in a folder, has the form of a repository's name
         if name is None and is_repository(stage["data"]) and Path(stage["data"]).suffix not in DATA_FILES:
             name = stage["data"]
         (unknown if name is None else names).append(name or stage["data"])
     if unknown or (is_converted and not stages):
-        told = f"of {sorted(set(unknown))}" if unknown else "that the converted weights were trained on"
+        which = f"of {sorted(set(unknown))}" if unknown else "that the converted weights were trained on"
         raise ValueError(
-            f"The data sets {told} are unknown: name them by --datasets, as ORG/NAME where they are on the Hub, and "
-            "else in words, as in --datasets 'Our own drawings'."
+            f"The data sets {which} are unknown: name them with --datasets, as ORG/NAME if they are on the Hub, or "
+            "describe them in words, as in --datasets 'Our own drawings'."
         )
     return list(dict.fromkeys(names))
 
 
 def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, Any]]:
-    """Files of evaluation results by their number of visual tokens, the largest first."""
+    """Files of evaluation results by number of visual tokens, the largest first."""
     results, weights = {}, None
     for file in sorted((checkpoint / "results").glob("tokens-*.json")):
-        content = _read(file)
-        _check_fields(content, RESULT_FILE, str(file))
+        content = read_results(file)
         budget = content["num_visual_tokens"]
         if budget not in config.valid_visual_token_counts:
             raise ValueError(
@@ -308,51 +288,16 @@ def _results(checkpoint: Path, config: DeltaLlavaConfig) -> dict[int, dict[str, 
         weights = weights or weight_digests(checkpoint)
         if content["weights"] != weights:
             raise ValueError(f"{file} is about other weights than those in {checkpoint}: evaluate these.")
-        seen = {}
-        for index, result in enumerate(content["results"]):
-            where = f"{file}, results[{index}]"
-            _check_fields(result, RESULT, where)
-            if not math.isfinite(result["value"]):
-                raise ValueError(f"{where}: value is {result['value']}, but must be finite.")
-            if result["unit"] not in UNITS:
-                raise ValueError(f"{where}: unit is {result['unit']!r}, but must be one of {UNITS}.")
-            if result["num_samples"] < 1:
-                raise ValueError(f"{where}: num_samples is {result['num_samples']}, but must be 1 or more.")
-            if (first := seen.setdefault(_what(result), index)) != index:
-                raise ValueError(f"{where}: measures what results[{first}] measures: keep one.")
         results[budget] = {**content, "file": file.name}
     return dict(sorted(results.items(), reverse=True))
 
 
-def _check_fields(found: Any, expected: dict[str, Any], where: str):
-    if not isinstance(found, dict) or found.keys() != expected.keys():
-        if not isinstance(found, dict):
-            raise ValueError(f"{where}: found {found!r} instead of {list(expected)}.")
-        unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
-        raise ValueError(f"{where}: unknown are {unknown}, missing are {missing}.")
-    for name, kind in expected.items():
-        value = found[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{where}: {name} is {value!r}, but must be of type {kind}.")
-        if value in ("", []):
-            raise ValueError(f"{where}: {name} is empty.")
-        if isinstance(value, str) and set("|\r\n") & set(value):
-            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without a '|', for the card's table.")
-
-
-def _what(result: dict[str, Any]) -> tuple:
-    """All of a result that tells what was measured."""
-    return tuple(
-        result[name] for name in ("task", "name", "dataset", "config", "split", "metric", "unit", "prompt_variant")
-    )
-
-
 def _result_rows(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for everything that was measured, with its value at each budget that it was measured at."""
+    """A row for each measurement and number of samples, with its value at each budget."""
     rows = {}
     for budget, content in results.items():
         for result in content["results"]:
-            row = rows.setdefault((*_what(result), result["num_samples"]), {**result, "values": {}})
+            row = rows.setdefault((*measurement(result), result["num_samples"]), {**result, "values": {}})
             row["values"][budget] = result["value"]
     return list(rows.values())
 
@@ -362,18 +307,6 @@ def _costs(config: DeltaLlavaConfig) -> dict[str, Any]:
     budgets = sorted({*config.visual_token_budgets, config.patch_grid_size**2}, reverse=True)
     try:
         answers = {budget: costs.inference_costs(config, budget, TEXT_TOKENS, NEW_TOKENS) for budget in budgets}
-    except ValueError as error:  # a kind of backbone that it does not know
+    except ValueError as error:  # a backbone that torch cannot count
         return {"parameters": None, "unknown": str(error)}
-    smallest = min(answer[part] for answer in answers.values() for part in costs.FLOP_PARTS)
-    size, unit = costs.flops_unit(1e3 * smallest)  # with three digits after the point, none is zero
-    return {
-        "parameters": costs.parameter_counts(config),
-        "flops_unit": unit,
-        "rows": {
-            budget: {
-                "flops": [answer[part] / size for part in costs.FLOP_PARTS],
-                "kv_cache": answer["kv_cache_bytes"] / 1e6,
-            }
-            for budget, answer in answers.items()
-        },
-    }
+    return {"parameters": costs.parameter_counts(config), "table": costs.costs_table(answers)}

@@ -5,19 +5,19 @@ Converts published checkpoints into Hub layout.
 python -m delta_llava.hub.convert --checkpoint llava-hf/llava-1.5-7b-hf --output_dir checkpoints/llava-1.5-7b
 ```
 
-What the checkpoint is, its files say:
+The kind of checkpoint is read from its files:
 
 - LLaVA-1.5, of transformers (the organisation llava-hf on the Hub) or of the LLaVA code base
   (`liuhaotian/llava-v1.5-7b`). Its projector is kept, as the MLP of the `residual` variant with a gate of zero: without
-  any training the result is that LLaVA-1.5 at all patches, and LLaVA-1.5 on pooled features below. With
-  `--projector_variant released` (or `paper`) a fresh projector takes its place, to be trained from stage 1 on.
+  any training the result is that LLaVA-1.5 at all patches, and LLaVA-1.5 on pooled features at fewer tokens. With
+  `--projector_variant released` (or `paper`) a fresh projector replaces it, to be trained from stage 1 on.
 - A whole checkpoint of Delta-LLaVA's authors, whose code is the LLaVA code base.
-- A projector that stage 1 of that code base has saved (`mm_projector.bin`, the file or its folder), of either kind. It
-  needs `--language_model`, the model that it was trained with.
+- A projector saved by stage 1 of that code base (`mm_projector.bin`, the file or its folder), of either kind. It needs
+  `--language_model`, the model that it was trained with.
 
-A checkpoint of the LLaVA code base has a tower of its own, or names one as `mm_vision_tower` in its config.json;
-`--vision_tower` says where that is now. Weights are read from safetensors or PyTorch files, the latter by
-`torch.load(weights_only=True)`. Only safetensors are written. Memory holds the model once.
+A checkpoint of the LLaVA code base has its own tower, or names one as `mm_vision_tower` in its config.json;
+`--vision_tower` says where that is now. Weights are read from safetensors or PyTorch files, the latter with
+`torch.load(weights_only=True)`. Only safetensors are written. The model is in memory once.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     AddedToken,
     AutoModel,
@@ -44,11 +45,13 @@ from ..llava import fit_spaces, pad_to_square
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..weights import check_finite
-from .assemble import (
+from .layouts import FRESH, Source, StoredTensor, projector_from_released, read_source
+from .parts import (
     add_tokens,
+    brief_list,
     build_config,
     build_generation_config,
-    check_image_size,
+    build_processor,
     check_logits,
     find_chat_template,
     join,
@@ -56,7 +59,6 @@ from .assemble import (
     text_logits,
     write_sources,
 )
-from .layouts import FRESH, Source, StoredTensor, few, projector_from_released, read_source
 
 
 __all__ = ["Conversion", "StoredTensor", "convert", "main", "projector_from_released"]
@@ -70,12 +72,12 @@ class Conversion:
     What became of every tensor.
 
     Args:
-        layout (`str`): What the checkpoint was found to be.
+        layout (`str`): Kind of the checkpoint.
         config (`DeltaLlavaConfig`): The configuration as saved.
-        used (`dict[str, list[StoredTensor]]`): Those that `"vision_tower"`, `"projector"` and `"language_model"` were
+        used (`dict[str, list[StoredTensor]]`): Tensors that `"vision_tower"`, `"projector"` and `"language_model"` were
             loaded from.
-        fresh (`list[str]`): The projector's weights that no file held and that were initialized instead.
-        left (`dict[StoredTensor, str]`): Tensors that the new checkpoint has no use for, and why.
+        fresh (`list[str]`): The projector's weights that no file held, which were initialized instead.
+        left (`dict[StoredTensor, str]`): Tensors that the new checkpoint does not use, and why.
     """
 
     layout: str
@@ -102,22 +104,22 @@ def convert(
     Converts a checkpoint of another layout and saves it with its processor and code files.
 
     The new checkpoint is written to `output_dir` + `.incomplete`, loaded from there to compare its logits with the
-    language model's own, and renamed.
+    language model's own, then renamed.
 
     Args:
         checkpoint (`str` or `Path`): Folder, `mm_projector.bin` or Hub repository.
         output_dir (`str` or `Path`): New or empty folder for the new checkpoint.
         language_model (`str`, *optional*): Folder or Hub repository of the language model that a stage-1 projector was
-            trained with. For a whole checkpoint it is the name of its base model, if config.json does not have it.
-        vision_tower (`str`, *optional*): Folder or Hub repository of the vision tower, in place of the name in
+            trained with. For a whole checkpoint, the name of its base model, if config.json does not have it.
+        vision_tower (`str`, *optional*): Folder or Hub repository of the vision tower, instead of the one in
             config.json.
         num_visual_tokens (`list[int]`, *optional*): Budgets of a Delta-LLaVA whose config.json has no `scale_factor`,
-            or those that a fresh projector will be trained for (without them, the configuration's default). LLaVA-1.5's
+            or those that a fresh projector will be trained for (by default the configuration's default). LLaVA-1.5's
             own projector was trained for all patches.
-        projector_variant (`str`, *optional*): `"residual"` keeps LLaVA-1.5's projector, `"released"` and `"paper"` put
-            a fresh one in its place. Defaults to `"residual"` for LLaVA-1.5; Delta-LLaVA's is `"released"`.
-        chat_template (`str` or `Path`, *optional*): Jinja file. Needed where the family of the language model has none
-            here (Vicuna v1 for Llama, ChatML for Qwen), or the checkpoint brings another one.
+        projector_variant (`str`, *optional*): `"residual"` keeps LLaVA-1.5's projector, `"released"` and `"paper"`
+            replace it by a fresh one. Defaults to `"residual"` for LLaVA-1.5; Delta-LLaVA's is `"released"`.
+        chat_template (`str` or `Path`, *optional*): Jinja file. Needed if the family of the language model has none
+            here (Vicuna v1 for Llama, ChatML for Qwen) or the checkpoint has a different one.
         dtype (`str`, *optional*, defaults to `"auto"`): `"float32"`, `"float16"`, `"bfloat16"`, or `"auto"` for that of
             most of the language model's weights.
         seed (`int`, *optional*, defaults to 0): Seed of the weights that no file holds.
@@ -143,7 +145,7 @@ def convert(
                 " projector, of the variant 'released': leave the option out."
             )
         processor, config, generation_config = _configure(checkpoint, source, variant, num_visual_tokens, chat_template)
-        left = _leave(source, config, keeps_projector=variant == source.projector)
+        left = _leave_unused(source, config, keeps_projector=variant == source.projector)
         model, expected, fresh = _load(checkpoint, source, config, processor.tokenizer, dtype, seed)
         if head := config.tie_word_embeddings and source.parts["language_model"].pop("lm_head.weight", None):
             left[head] = "tied to the embeddings"
@@ -165,7 +167,7 @@ def _configure(
     num_visual_tokens: list[int] | None,
     chat_template: str | Path | None,
 ) -> tuple[DeltaLlavaProcessor, DeltaLlavaConfig, GenerationConfig]:
-    """All of the new checkpoint but its weights."""
+    """The new checkpoint without its weights."""
     try:
         # The configuration is given, because config.json may name a model type that transformers does not know
         tokenizer = AutoTokenizer.from_pretrained(source.text_folder, config=source.text_config)
@@ -176,7 +178,7 @@ def _configure(
         ) from error
     template = find_chat_template(source.text_config, chat_template, tokenizer)
     add_tokens(tokenizer)
-    # An `<image>` that was there already may be one that swallows the spaces around it
+    # If the tokenizer already had `<image>`, it may be one that swallows the spaces around it
     tokenizer.add_tokens(AddedToken(DeltaLlavaProcessor.image_token, normalized=False), special_tokens=True)
     config = build_config(
         source.vision_config,
@@ -191,16 +193,11 @@ def _configure(
     if variant == "residual" and (has_registers or source.select_strategy not in (None, patches_alone)):
         raise ValueError(
             f"vision_feature_select_strategy={source.select_strategy!r} in the config.json of {checkpoint} does not"
-            f" leave the patches of its {config.vision_config.model_type} alone, and {patches_alone!r} is what is known"
-            f" here. {FRESH}"
+            f" select the patches of its {config.vision_config.model_type}; only {patches_alone!r} is supported."
+            f" {FRESH}"
         )
-    processor = DeltaLlavaProcessor(
-        image_processor=pad_to_square(source.image_processor) if source.is_padded else source.image_processor,
-        tokenizer=tokenizer,
-        chat_template=fit_spaces(template, tokenizer),
-    )
-    processor.adopt_budgets(config)
-    check_image_size(processor, config)
+    image_processor = pad_to_square(source.image_processor) if source.is_padded else source.image_processor
+    processor = build_processor(image_processor, tokenizer, fit_spaces(template, tokenizer), config)
     return processor, config, build_generation_config(source.text_folder, source.text_config, tokenizer, template)
 
 
@@ -215,8 +212,8 @@ def _budgets(checkpoint: str, source: Source, variant: str, num_visual_tokens: l
     if scale_factor is None:
         if num_visual_tokens is None:
             raise ValueError(
-                f"checkpoint={checkpoint} has no scale_factor in a config.json: name the visual tokens per image that"
-                " it was trained for by --num_visual_tokens."
+                f"checkpoint={checkpoint} has no scale_factor in a config.json: say with --num_visual_tokens how many"
+                " visual tokens per image it was trained for."
             )
         return num_visual_tokens
     if grid_size % scale_factor:
@@ -238,17 +235,17 @@ def _budgets(checkpoint: str, source: Source, variant: str, num_visual_tokens: l
     return budgets
 
 
-def _leave(source: Source, config: DeltaLlavaConfig, keeps_projector: bool) -> dict[StoredTensor, str]:
-    """Takes out of the parts what the new checkpoint has no use for, and says why."""
+def _leave_unused(source: Source, config: DeltaLlavaConfig, keeps_projector: bool) -> dict[StoredTensor, str]:
+    """Removes from the parts what the new checkpoint does not use; returns it with the reasons."""
     num_layers, last = source.vision_config.num_hidden_layers, config.vision_config.num_hidden_layers
 
     def reason_to_leave(part: str, name: str) -> str | None:
         if part == "text_half":
             return "the contrastive model's other half"
         if part == "projector" and not keeps_projector:
-            return "LLaVA-1.5's projector: a fresh one takes its place"
+            return "LLaVA-1.5's projector: a fresh one replaces it"
         if name.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
-            return "buffer that is computed from the configuration"
+            return "buffer computed from the configuration"
         layer = re.match(r".*layers?\.(\d+)\.", name)
         if part == "vision_tower" and layer and last <= int(layer[1]) < num_layers:
             return f"layer after the tower's layer {last}, the last one that is read"
@@ -273,10 +270,10 @@ def _load(
     dtype: str,
     seed: int,
 ) -> tuple[DeltaLlavaForConditionalGeneration, torch.Tensor, list[str]]:
-    """Loads the parts and joins them; returns the model, the language model's logits, and what no file held."""
+    """Loads and joins the parts; returns the model, the language model's logits, and what no file held."""
     sizes = Counter()
     for part, tensors in source.parts.items():
-        for stored in tensors.values():
+        for stored in tqdm(tensors.values(), desc=f"checking the {part.replace('_', ' ')}", unit=" tensors"):
             if stored.tensor.dtype not in _DTYPES.values():
                 raise ValueError(
                     f"{stored} has dtype {stored.tensor.dtype} instead of one of {list(_DTYPES)}: quantized checkpoints"
@@ -304,7 +301,7 @@ def _load(
         elif tensor.tensor.shape != expected[name].shape:
             problems.append(_misshapen(tensor, expected[name].shape))
     if problems:
-        raise ValueError(f"{checkpoint} cannot be converted: {few(problems, '; ')}.")
+        raise ValueError(f"{checkpoint} cannot be converted: {brief_list(problems, '; ')}.")
     if source.text_config.tie_word_embeddings and (
         language.get_output_embeddings().weight is not language.get_input_embeddings().weight
     ):
@@ -321,7 +318,7 @@ def _load(
     if set(sizes) != {dtype}:
         for name, weight in model.state_dict().items():
             if not weight.isfinite().all():
-                raise ValueError(f"{name} does not fit into {dtype}: name a wider one by --dtype.")
+                raise ValueError(f"{name} does not fit into {dtype}: choose a wider one with --dtype.")
     return model, expected_logits, fresh
 
 
@@ -346,7 +343,7 @@ def _load_part(
     )
     problems += [f"nothing was found for {part}.{name}" for name in sorted(info["missing_keys"])]
     for name, _, shape in sorted(info["mismatched_keys"]):
-        # Of a base model's names the loader knows the prefix
+        # The loader gives a base model's names with its prefix
         tensor = stored.get(name) or stored[name.removeprefix(f"{model.base_model_prefix}.")]
         problems.append(_misshapen(tensor, shape))
     problems += [f"the new checkpoint has no place for {stored[name]}" for name in sorted(info["unexpected_keys"])]
@@ -358,7 +355,7 @@ def _misshapen(tensor: StoredTensor, shape: torch.Size) -> str:
 
 
 def _report(conversion: Conversion) -> str:
-    """Every tensor that was left, then the parts that the others make."""
+    """Every tensor that was left out, then the parts made of the others."""
 
     def line(label: str, tensors: list[StoredTensor]) -> str:
         megabytes = sum(stored.tensor.nbytes for stored in tensors) / 1e6
@@ -380,13 +377,13 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder, mm_projector.bin or repository to convert")
     parser.add_argument("--output_dir", required=True, help="new folder for the checkpoint")
-    parser.add_argument("--language_model", help="folder or repository: the one that mm_projector.bin was trained with")
+    parser.add_argument("--language_model", help="folder or repository: what mm_projector.bin was trained with")
     parser.add_argument("--vision_tower", help="folder or repository (default: mm_vision_tower in config.json)")
     parser.add_argument("--num_visual_tokens", type=int, nargs="+", help="budgets, of Delta-LLaVA without scale_factor")
     parser.add_argument(
         "--projector_variant",
         choices=["residual", "released", "paper"],
-        help="what LLaVA-1.5 gets: residual keeps its projector (default), the others put a fresh one in its place",
+        help="for LLaVA-1.5: residual keeps its projector (default), the others replace it by a fresh one",
     )
     parser.add_argument("--chat_template", help="Jinja file, for families other than Llama and Qwen")
     parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: the language model's)")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,11 +16,12 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..weights import weight_files
-from .assemble import is_repository
+from .client import is_repository
+from .parts import brief_list
 
 
-# For each layout the beginnings of its tensors' names (the first that matches counts) and the part that loads such a
-# tensor, by the rest of its name. Towers of older transformers carry one prefix more, `vision_model.`.
+# For each layout, how its tensors' names begin (the first match counts), and the part that loads such a tensor under
+# the rest of its name. Towers of older transformers have one more prefix, `vision_model.`.
 _LLAVA_HF = {
     r"(?:model\.)?vision_tower\.(?:vision_model\.)?": "vision_tower.",
     r"(?:model\.)?multi_modal_projector\.": "projector.",
@@ -37,9 +37,9 @@ _VISION_TOWER = {
     r"(?=text_model\.|text_projection\.|visual_projection\.|logit_)": "text_half.",
     r"(?:vision_model\.)?": "vision_tower.",
 }
-# LLaVA-1.5's projector as transformers and as its code base name it
+# LLaVA-1.5's projector, as transformers and as its code base name it
 _LLAVA_MLP = {r"(?:linear_1|0)\.": "mlp.0.", r"(?:linear_2|2)\.": "mlp.2."}
-# Delta-LLaVA's as its authors name it, in the order of its steps
+# Delta-LLaVA's, as its authors name it, in the order of its steps
 _RENAMED = {
     r"combined_block\.ntb\.patch_embed\.conv\.": "refinement_block.attention_input.",
     r"combined_block\.ntb\.norm_mhsa\.": "refinement_block.attention.input_norm.",
@@ -59,9 +59,9 @@ _RENAMED = {
     r"mlp\.": "mlp.",
 }
 
-# Of a repository: all but the weights
+# All of a repository but the weights
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
-FRESH = "--projector_variant released takes its tower and its language model, and a fresh projector."
+FRESH = "--projector_variant released takes its tower and its language model, with a fresh projector."
 
 
 @dataclass(eq=False, repr=False)
@@ -72,7 +72,7 @@ class StoredTensor:
     Args:
         file (`Path`): The file.
         name (`str`): Its name there.
-        tensor (`torch.Tensor`): What it holds, mapped from the file.
+        tensor (`torch.Tensor`): The tensor, mapped from the file.
     """
 
     file: Path
@@ -87,7 +87,7 @@ class StoredTensor:
 
 @dataclass
 class Source:
-    """What was found in a checkpoint. Tensors are sorted by part, under the names that the part loads them by."""
+    """What a checkpoint holds. Tensors are sorted by part, under the names that the part loads."""
 
     layout: str
     vision_config: PreTrainedConfig
@@ -98,7 +98,7 @@ class Source:
     projector: str  # "released" for Delta-LLaVA's, "residual" for LLaVA-1.5's, which is that variant's MLP
     scale_factor: int | None  # patches along one side of the cells that Delta-LLaVA was trained for
     query_feature_layer: int
-    select_strategy: str | None  # what becomes of the tower's first token, where a config.json says it
+    select_strategy: str | None  # whether the tower's first token is dropped, if a config.json says so
     is_padded: bool  # whether images are padded to squares
     sources: dict[str, str]
 
@@ -111,7 +111,7 @@ def read_source(
     projector_variant: str | None,
     chat_template: str | Path | None,
 ) -> Source:
-    """Finds the layout of a checkpoint by its files, and what it holds."""
+    """Recognizes the layout of a checkpoint, and reads what it holds."""
     folder = Path(checkpoint)
     if not folder.is_file():
         folder = _fetch(checkpoint, "checkpoint", revision)
@@ -122,8 +122,8 @@ def read_source(
     if settings.get("model_type") == "llava" and "vision_config" in settings:
         if language_model or vision_tower:
             raise ValueError(
-                f"checkpoint={checkpoint} is a LLaVA of transformers and holds its own parts: leave language_model="
-                f"{language_model} and vision_tower={vision_tower} out."
+                f"checkpoint={checkpoint} is a LLaVA of transformers and holds its own parts: leave out "
+                f"language_model={language_model} and vision_tower={vision_tower}."
             )
         return _read_llava_hf(checkpoint, folder, settings, projector_variant in (None, "residual"))
     weights = [] if folder.is_file() or "mm_vision_tower" not in settings else _read_weights(folder)
@@ -131,14 +131,13 @@ def read_source(
     if not weights and not projector_file.exists():
         raise ValueError(
             f"checkpoint={checkpoint} is of no known layout: its config.json has model_type="
-            f"{settings.get('model_type')!r}, and it should be a LLaVA of transformers (model_type 'llava' with a"
-            " vision_config), or of the LLaVA code base, with mm_vision_tower in its config.json and all weights or"
-            " mm_projector.bin."
+            f"{settings.get('model_type')!r}. Known are LLaVA of transformers (model_type 'llava' with a vision_config)"
+            " and of the LLaVA code base, with mm_vision_tower in config.json and all weights or mm_projector.bin."
         )
     if settings.get("mm_use_im_start_end") and chat_template is None:
         raise ValueError(
             f"mm_use_im_start_end in the config.json of {checkpoint} puts tokens around each image: name a Jinja file"
-            " by --chat_template that writes them."
+            " that writes them with --chat_template."
         )
     for field, allowed in {
         "image_aspect_ratio": ("square", "pad"),
@@ -151,7 +150,7 @@ def read_source(
             )
     tower = vision_tower or settings.get("mm_vision_tower")
     if tower is None:
-        raise ValueError(f"checkpoint={checkpoint} does not name its vision tower: name it by --vision_tower.")
+        raise ValueError(f"checkpoint={checkpoint} does not name its vision tower: name it with --vision_tower.")
 
     if weights:
         layout = "whole checkpoint of the LLaVA code base"
@@ -159,8 +158,8 @@ def read_source(
         parts = _by_part(weights, _LLAVA_CODE_BASE)
     elif language_model is None:
         raise ValueError(
-            f"{projector_file.name} of {checkpoint} holds a projector alone: name the language model that it was"
-            " trained with by --language_model."
+            f"{projector_file.name} of {checkpoint} holds only a projector: name the language model that it was"
+            " trained with, with --language_model."
         )
     else:
         layout = "stage-1 projector of the LLaVA code base"
@@ -168,7 +167,9 @@ def read_source(
         text_config = AutoConfig.from_pretrained(text_folder)
         parts = _by_part(_read_file(projector_file), _LLAVA_CODE_BASE)
         if other := parts.keys() - {"projector"}:
-            raise ValueError(f"{projector_file} should hold a projector alone, but holds {few(parts[min(other)])} too.")
+            raise ValueError(
+                f"{projector_file} should hold only a projector, but also holds {brief_list(parts[min(other)])}."
+            )
         parts |= _by_part(_required_weights(text_folder, language_model), _LANGUAGE_MODEL)
     projector, parts["projector"] = _recognize_projector(checkpoint, parts.get("projector", {}), settings)
 
@@ -209,7 +210,7 @@ def _read_llava_hf(checkpoint: str, folder: Path, settings: dict, keeps_projecto
         if keeps_projector and found != allowed:
             raise ValueError(
                 f"{field}={getattr(config, field)!r} in the config.json of {checkpoint} is not LLaVA-1.5's, whose"
-                f" projector reads one layer, by two maps with biases and 'gelu' between them. {FRESH}"
+                f" projector reads one layer, with two linear maps with biases and 'gelu' between them. {FRESH}"
             )
     parts = _by_part(_required_weights(folder, checkpoint), _LLAVA_HF)
     parts["projector"] = {_rename(name, _LLAVA_MLP): tensor for name, tensor in parts.get("projector", {}).items()}
@@ -241,7 +242,7 @@ def _recognize_projector(
     if "q_proj_1.shared_weight.weight" in stored:
         return "released", projector_from_released(stored)
     renamed = {_rename(name, _LLAVA_MLP): tensor for name, tensor in stored.items()}
-    # Of what is missing here, conversion names every tensor, unless a fresh projector is asked for
+    # Conversion names every tensor that is missing here, unless a fresh projector is asked for
     if renamed.keys() <= {f"mlp.{layer}.{name}" for layer in "02" for name in ("weight", "bias")} and kind in (
         None,
         "mlp2x_gelu",
@@ -249,7 +250,8 @@ def _recognize_projector(
         return "residual", renamed
     raise ValueError(
         f"checkpoint={checkpoint} holds neither Delta-LLaVA's projector, which has q_proj_1.shared_weight.weight, nor"
-        f" LLaVA-1.5's 'mlp2x_gelu': its mm_projector_type is {kind!r}, and its projector's weights are {few(stored)}."
+        f" LLaVA-1.5's 'mlp2x_gelu': its mm_projector_type is {kind!r}, and its projector's weights are"
+        f" {brief_list(stored)}."
     )
 
 
@@ -258,8 +260,8 @@ def projector_from_released(state_dict: dict[str, torch.Tensor]) -> dict[str, to
     Renames the weights of a published projector.
 
     Args:
-        state_dict (`dict[str, torch.Tensor]`): Published names, without the prefix `model.mm_projector.` that they have
-            in a checkpoint.
+        state_dict (`dict[str, torch.Tensor]`): Weights by their published names, without a checkpoint's prefix
+            `model.mm_projector.`.
 
     Returns:
         `dict[str, torch.Tensor]`: The same tensors under names that `DeltaProjector` loads with `strict=True`.
@@ -270,48 +272,48 @@ def projector_from_released(state_dict: dict[str, torch.Tensor]) -> dict[str, to
     for name in state_dict:
         if not any(re.match(published, name) for published in _RENAMED):
             raise ValueError(
-                f"{name!r} is no weight of the published projector, whose names begin with"
+                f"{name!r} is not a weight of the published projector, whose names begin with"
                 " q_proj_1, k_proj_1, v_proj_1, clip_attn, mlp or combined_block.ntb."
             )
     return {_rename(name, _RENAMED): tensor for name, tensor in state_dict.items()}
 
 
 def _text_config(checkpoint: str, settings: dict) -> PreTrainedConfig:
-    """The language model's configuration, which LLaVA's code base keeps in one dict with its own settings."""
+    """The language model's configuration, which LLaVA's code base mixes with its own settings."""
     family = settings["model_type"].removeprefix("llava").removeprefix("_")
     model_type = {"": "llama", "qwen": "qwen2"}.get(family, family)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model_type={settings['model_type']!r} in the config.json of {checkpoint} names no language model that"
-            " transformers knows; 'llava_llama', 'llava_qwen2' and 'llava_seed_oss' are examples of those that do."
+            " transformers knows, as 'llava_llama', 'llava_qwen2' and 'llava_seed_oss' do."
         )
-    # Old files hold arguments of generate and names of classes too: what matters are the fields of the family
+    # Old files also hold arguments of `generate` and names of classes: only the family's own fields count
     known = set(CONFIG_MAPPING[model_type]().to_dict()) | {"rope_theta", "rope_scaling"}
     known -= {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
     return CONFIG_MAPPING[model_type](**{field: value for field, value in settings.items() if field in known})
 
 
 def _base_model(settings: dict, checkpoint: str) -> str:
-    """What a model was trained from, as long as that is the name of a repository; otherwise the checkpoint itself."""
+    """What a model was trained from, if that is the name of a repository; otherwise the checkpoint itself."""
     name = settings.get("_name_or_path") or ""
     return name if is_repository(name) else checkpoint
 
 
 def _public_name(name: str) -> str:
-    """Of a path on another machine, the last name alone, as [`write_sources`] has it for paths on this one."""
+    """The last name of a path on another machine; [`write_sources`] does so for paths on this one."""
     return name if Path(name).exists() or is_repository(name) else Path(name).name
 
 
 def _fetch(name: str, argument: str, revision: str | None = None, weights: bool = True) -> Path:
-    """The folder of that name, or the part of the repository that is needed, in the cache."""
+    """The folder of that name, or the needed files of the repository, in the cache."""
     if Path(name).is_dir():
         return Path(name)
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise ValueError(f"{argument}={name} is not a folder here, and no repository can be named so.") from None
+        raise ValueError(f"{argument}={name} is not a folder here, and cannot be the name of a repository.") from None
     folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES))
-    # The first format that there is: the same weights are not fetched twice
+    # The first format that exists: the same weights are not fetched twice
     for pattern in ("model*.safetensors", "pytorch_model*.bin", "mm_projector.bin") if weights else ():
         snapshot_download(name, revision=revision, allow_patterns=pattern)
         if any(folder.glob(pattern)):
@@ -320,7 +322,7 @@ def _fetch(name: str, argument: str, revision: str | None = None, weights: bool 
 
 
 def _read_weights(folder: Path) -> list[StoredTensor]:
-    """All tensors of a model's files, of the first format that there is; none if there is none."""
+    """All tensors of a model's files, in the first format that exists, if any."""
     for single in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / single).exists() or (folder / f"{single}.index.json").exists():
             return [tensor for name in weight_files(folder, single) for tensor in _read_file(folder / name)]
@@ -341,8 +343,8 @@ def _read_file(file: Path) -> list[StoredTensor]:
         tensors = load_state_dict(file, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"{file} is refused, because it holds more than tensors and could run code when it is read"
-            " (torch.load with weights_only=True). Ask whoever made it for safetensors."
+            f"{file} is refused, because it holds more than tensors and could run code when read (torch.load with"
+            " weights_only=True). Ask its author for safetensors."
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
@@ -367,9 +369,3 @@ def _rename(name: str, beginnings: dict[str, str]) -> str:
         if match := re.match(beginning, name):
             return match.expand(ours) + name[match.end() :]
     return name
-
-
-def few(names: Iterable[str], separator: str = ", ") -> str:
-    names = list(names)
-    more = f"{separator}and {len(names) - 4} more" if len(names) > 4 else ""
-    return separator.join(names[:4]) + more or "none"

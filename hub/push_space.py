@@ -1,11 +1,11 @@
 r"""
-Publishes the page of a checkpoint as a Space of the Hub: one atomic commit of app, metadata and this package's source.
+Publishes a checkpoint's page as a Space of the Hub: one atomic commit of app, metadata and this package's source.
 
 ```
 python -m delta_llava.hub.push_space --checkpoint ORG/delta-llava-7b-elastic --repo_id ORG/delta-llava --dry_run
 ```
 
-`--dry_run` prints what would be sent, and sends nothing. The Space answers by the commit that the checkpoint's `main`
+`--dry_run` prints what would be sent, and sends nothing. The Space serves the commit that the checkpoint's `main`
 (or `--revision`) is at now: push again to serve a newer one.
 """
 
@@ -13,20 +13,11 @@ import argparse
 import json
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    SpaceCard,
-    constants,
-    hf_hub_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
 
 from ..configuration_delta_llava import DeltaLlavaConfig
-from .assemble import is_repository
-from .push import Refusal, is_same, print_changes, talking_to_the_hub
+from .client import Refusal, check_repositories, explain_hub_errors, list_files, print_changes, without_same
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -43,16 +34,16 @@ SOURCES = (
     "serving/feature_cache.py",
     "serving/image_guard.py",
 )
-POINTER = "checkpoint.json"  # names what the app serves, and marks a Space as one of ours
+POINTER = "checkpoint.json"  # says what the app serves, and marks a Space as ours
 
 
 def space_files(checkpoint: str, commit: str) -> dict[str, bytes]:
     """
-    Everything that a Space consists of, by its name there.
+    All files of a Space, by name.
 
     Args:
         checkpoint (`str`): `ORG/NAME` on the Hub.
-        commit (`str`): The commit of it that is to be served.
+        commit (`str`): Its commit to serve.
 
     Returns:
         `dict[str, bytes]`: The page, its requirements and examples; README.md and `checkpoint.json`, which name the
@@ -74,27 +65,25 @@ def push_space(
     checkpoint: str, repo_id: str, revision: str | None = None, private: bool = False, dry_run: bool = False
 ) -> str | None:
     """
-    Publish a Space that serves a checkpoint of the Hub.
+    Publishes a Space that serves a checkpoint of the Hub.
 
     Args:
         checkpoint (`str`): `ORG/NAME` of a Delta-LLaVA model on the Hub.
         repo_id (`str`): `ORG/NAME` of the Space.
         revision (`str`, *optional*, defaults to `main`): Branch or commit of the checkpoint.
-        private (`bool`, *optional*, defaults to `False`): Whether a new Space is to be private.
+        private (`bool`, *optional*, defaults to `False`): Make a new Space private.
         dry_run (`bool`, *optional*, defaults to `False`): Print what would be sent, and send nothing.
 
     Returns:
         `str`: The commit that the Space is at; `None` for a dry run.
 
     Raises:
-        ValueError: A name is no name of a repository, the checkpoint or its revision is not on the Hub or is no
-            Delta-LLaVA model, the Space holds another app, or was to be private and is public.
-        OSError: The Hub refuses or cannot be reached, or somebody else has pushed meanwhile.
+        ValueError: A name is not ORG/NAME, the checkpoint or its revision is not on the Hub or not a Delta-LLaVA model,
+            or the Space holds another app or is public though `private` was asked for.
+        OSError: The Hub refuses or cannot be reached, or somebody else has pushed in the meantime.
     """
-    for name, value in (("checkpoint", checkpoint), ("repo_id", repo_id)):
-        if not is_repository(value):
-            raise ValueError(f"{name}={value} must be ORG/NAME, of letters, digits, '-', '_' and '.'.")
-    with talking_to_the_hub(repo_id):
+    check_repositories(checkpoint=checkpoint, repo_id=repo_id)
+    with explain_hub_errors(repo_id):
         api = HfApi()
         model = _check_checkpoint(api, checkpoint, revision)
         print(f"{checkpoint} at {model.sha} to the Space {repo_id}")
@@ -107,9 +96,7 @@ def push_space(
             raise Refusal(f"The Space {repo_id} is public: make it private in its settings, or push without --private.")
         print_changes(changes, len(additions))
         if model.private or model.gated:
-            print(
-                f"{checkpoint} is not open to all: give the Space a secret HF_TOKEN that may read it, in its settings."
-            )
+            print(f"{checkpoint} is not public: give the Space a secret HF_TOKEN that may read it, in its settings.")
         if dry_run:
             return None
         if changes:
@@ -121,36 +108,33 @@ def push_space(
 
 
 def _check_checkpoint(api: HfApi, checkpoint: str, revision: str | None):
-    """The Hub's description of a checkpoint's commit, after a look whether it is one of ours."""
+    """The Hub's description of a checkpoint's commit, which must be a Delta-LLaVA model."""
     try:
         model = api.model_info(checkpoint, revision=revision)
         config = hf_hub_download(checkpoint, "config.json", revision=model.sha)
     except RepositoryNotFoundError as error:
-        raise Refusal(f"checkpoint={checkpoint} cannot be found on the Hub: push it by hub.push first.") from error
+        raise Refusal(f"checkpoint={checkpoint} cannot be found on the Hub: push it with hub.push first.") from error
     except RevisionNotFoundError as error:
         raise Refusal(f"checkpoint={checkpoint} has no revision {revision}.") from error
     except RemoteEntryNotFoundError as error:
-        raise Refusal(f"checkpoint={checkpoint} has no config.json: it is no model.") from error
+        raise Refusal(f"checkpoint={checkpoint} has no config.json: it is not a model.") from error
     model_type = json.loads(Path(config).read_text(encoding="utf-8")).get("model_type")
     if model_type != DeltaLlavaConfig.model_type:
-        raise Refusal(
-            f"checkpoint={checkpoint} is a model of type {model_type}, and not {DeltaLlavaConfig.model_type}."
-        )
+        raise Refusal(f"checkpoint={checkpoint} is a model of type {model_type}, not {DeltaLlavaConfig.model_type}.")
     return model
 
 
 def _changes(
     api: HfApi, repo_id: str, additions: list[CommitOperationAdd]
 ) -> tuple[str, list[CommitOperationAdd | CommitOperationDelete]]:
-    """A Space's head, and what makes it hold these files, and in our folders no others; additions first."""
+    """A Space's head, and what makes it hold these files, and no others in our folders; additions first."""
     head = api.space_info(repo_id).sha
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=head, repo_type="space")
-    remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    remote = list_files(api, repo_id, head, repo_type="space")
     if "app.py" in remote and POINTER not in remote:
         raise Refusal(f"The Space {repo_id} holds another app, which a push would replace: name another Space.")
-    changes = [addition for addition in additions if not is_same(addition, remote.pop(addition.path_in_repo, None))]
-    left = [name for name in remote if name.startswith(("delta_llava/", "examples/"))]
-    return head, [*changes, *map(CommitOperationDelete, left)]
+    added = {addition.path_in_repo for addition in additions}
+    deleted = [name for name in remote if name.startswith(("delta_llava/", "examples/")) and name not in added]
+    return head, [*without_same(additions, remote), *map(CommitOperationDelete, deleted)]
 
 
 def main(arguments: list[str] | None = None):

@@ -1,7 +1,7 @@
 """
-Answers about one picture as a stranger would let a published commit answer: run by `verify`, not imported by it.
+Has a published commit answer about one picture, as a stranger would: run by `verify`, not imported by it.
 
-It knows nothing of `delta_llava`, installed or not, and loads the code that lies beside the weights.
+It does not import `delta_llava`, even if that is installed, and loads the code beside the weights.
 """
 
 import json
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 def answer(model_name: str, revision: str | None = None, num_visual_tokens: int | None = None) -> dict:
-    """Tokens of a greedy answer about a drawn picture, at the default budget if none is named."""
+    """Tokens of a greedy answer about a drawn picture, at the default budget unless one is given."""
     options = {"revision": revision, "trust_remote_code": True}
     model, info = AutoModelForImageTextToText.from_pretrained(
         model_name, **options, dtype="auto", device_map="auto", output_loading_info=True

@@ -6,9 +6,9 @@ python -m delta_llava.hub.verify --checkpoint checkpoints/delta-llava-7b-144 --r
     --revision COMMIT
 ```
 
-The commit is downloaded into an empty cache, and a hash of each tensor compared with the local file's. Then a new
-process without the package `delta_llava`, without a network and without the login lets both models answer about one
-picture. `TMPDIR` says where there is room for the download.
+The commit is downloaded into an empty cache, and a hash of each tensor is compared with the local one's. Then a new
+process, without the package `delta_llava`, a network or the login, has both models answer a question about one picture.
+`TMPDIR` says where the download goes.
 """
 
 import argparse
@@ -24,10 +24,11 @@ import torch
 from huggingface_hub import snapshot_download
 
 from ..weights import read_weights
+from .client import explain_hub_errors
 
 
 STRANGER = Path(__file__).with_name("stranger.py")
-# All that loading reads. What somebody else has put beside it, as weights in another format, is left there.
+# All that loading reads, without what others have put beside it, such as weights in another format
 LOADED = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors")
 
 
@@ -39,37 +40,36 @@ def verify(
     home: str | Path | None = None,
 ):
     """
-    Verify a commit, and say so.
+    Verifies a commit, and prints that it did.
 
     Args:
         checkpoint (`str` or `Path`): The folder that was pushed.
         repo_id (`str`), revision (`str`): Repository and commit.
-        num_visual_tokens (`int`, *optional*, defaults to the folder's): Default budget that the commit shall have.
+        num_visual_tokens (`int`, *optional*, defaults to the folder's): Default budget to expect.
         home (`str` or `Path`, *optional*, defaults to a new folder that is deleted afterwards):
-            For `HF_HOME`: empty, or as the verification of another branch of the repository has left it.
+            For `HF_HOME`: empty, or as another branch's verification has left it.
 
     Raises:
-        RuntimeError: It does not load, or differs; the message says in what.
-        OSError: The Hub refuses or cannot be reached, or falls silent.
-        ValueError: A weight is not finite, or the weights of one of both cannot be read.
+        RuntimeError: It does not load, or differs; the message says how.
+        OSError: The Hub refuses, cannot be reached or stops answering.
+        ValueError: A weight is not finite, or the weights of either cannot be read.
     """
-    from .push import talking_to_the_hub  # which imports this module
-
     if home is None:
         with tempfile.TemporaryDirectory() as home:
             return verify(checkpoint, repo_id, revision, num_visual_tokens, home)
     what = f"{repo_id} at {revision}"
-    print(f"verifying {what} with a cache of its own", flush=True)
-    with talking_to_the_hub(repo_id):
+    print(f"verifying {what} with an empty cache", flush=True)
+    with explain_hub_errors(repo_id):
         folder = snapshot_download(repo_id, revision=revision, cache_dir=Path(home, "hub"), allow_patterns=LOADED)
     published, local = _tensor_hashes(folder), _tensor_hashes(checkpoint)
     if differing := sorted(name for name in published.keys() | local.keys() if published.get(name) != local.get(name)):
         raise RuntimeError(f"{what}: {len(differing)} of {len(local)} tensors differ: {', '.join(differing[:10])}")
 
-    # What is published by now is run, and needs neither the Hub nor who is logged in there
-    taken = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_CACHE")}
-    environment = {name: value for name, value in environment.items() if name not in taken}
+    # Published code is run, which needs neither the Hub nor the login
+    login = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.endswith("_CACHE") and name not in login
+    }
     environment |= {"HF_HOME": str(Path(home).resolve()), "HF_HUB_OFFLINE": "1"}
     asked = [
         {"model_name": repo_id, "revision": revision},
@@ -86,8 +86,8 @@ def verify(
     if published_answer != local_answer:
         raise RuntimeError(f"{what} answers {published_answer}, the model in {checkpoint} {local_answer}.")
     print(
-        f"Verified {what}: {len(local)} tensors are those of the local files, and both models give the same answer, by "
-        f"default with {published_answer['num_visual_tokens']} visual tokens.",
+        f"Verified {what}: {len(local)} tensors equal the local ones, and both models give the same answer, with "
+        f"{published_answer['num_visual_tokens']} visual tokens by default.",
         flush=True,
     )
 

@@ -1,1 +1,1 @@
-"""What serves a checkpoint: vLLM's plug-in, the network policy for images, features kept for the next question."""
+"""Serving a checkpoint: vLLM's plug-in, checks of requests and images, and a cache of image features."""

@@ -14,14 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 class FeatureCache:
     """
-    Visual tokens by image and budget, on the model's device, the least recently used of which make way for new ones.
+    Visual tokens by image and budget, on the model's device; the least recently used make way for new ones.
 
     Args:
-        max_bytes (`int`, *optional*, defaults to 256 MiB): The most bytes that are kept; 0 keeps nothing.
+        max_bytes (`int`, *optional*, defaults to 256 MiB): The most bytes to keep; 0 keeps nothing.
 
     Attributes:
         hits (`int`), misses (`int`): Images that were found, and that were not.
-        num_bytes (`int`): What is kept now.
+        num_bytes (`int`): Bytes that are kept now.
     """
 
     def __init__(self, max_bytes: int = 2**28):
@@ -53,7 +53,7 @@ class FeatureCache:
             return features
 
     def put(self, key: Any, features: torch.Tensor):
-        """Keep `(V, hidden_size)` visual tokens, unless they alone are more than `max_bytes`."""
+        """Keep `(V, hidden_size)` visual tokens, unless they alone exceed `max_bytes`."""
         with self._lock:
             if key in self._features or features.nbytes > self.max_bytes:
                 return
@@ -68,11 +68,11 @@ def cache_image_features(model: PreTrainedModel, cache: FeatureCache):
     """
     Make a loaded model look for the visual tokens of an image in a cache before it encodes the image.
 
-    Of a batch the model encodes the images that are missing, and no image twice. An image is the values of its pixels,
-    so the same file under another name is found. The output of a cached `get_image_features` holds `pooler_output`
-    alone. With gradients, in training, while a graph is compiled, and where hidden states, attentions or a tuple are
-    asked for, the model works as without a cache. Its weights must not change meanwhile: a call in training mode clears
-    the cache, other changes need `cache.clear()`.
+    Of a batch the model encodes the images that are missing, and no image twice. An image is identified by its pixels,
+    so the same file under another name is found. The output of a cached `get_image_features` holds only
+    `pooler_output`. With gradients, in training, while a graph is compiled, and if hidden states, attentions or a tuple
+    are requested, the model works as without a cache. Its weights must not change meanwhile: a call in training mode
+    clears the cache, other changes need `cache.clear()`.
 
     Args:
         model (`DeltaLlavaForConditionalGeneration` or `DeltaLlavaModel`): The model, which is changed in place.
@@ -82,7 +82,7 @@ def cache_image_features(model: PreTrainedModel, cache: FeatureCache):
 
     ```python
     >>> cache_image_features(model, cache := FeatureCache(max_bytes=2**30))
-    >>> for question in questions:  # about one image, which is encoded for the first alone
+    >>> for question in questions:  # about one image, which is encoded only for the first
     ...     model.generate(**processor(images=image, text=question, return_tensors="pt"))
     ```"""
 
@@ -108,7 +108,7 @@ def cache_image_features(model: PreTrainedModel, cache: FeatureCache):
             for key, projected in zip(missing, encoded.pooler_output, strict=True):
                 features[key] = projected.clone()  # a view would keep its whole batch in memory
                 cache.put(key, features[key])
-        # Copies, so that nobody changes what others will find
+        # Copies, so that a caller cannot change the cache
         return BaseModelOutputWithPooling(pooler_output=[features[key].clone() for key in keys])
 
     # Bound, so that a copy of the model encodes its images itself
@@ -116,5 +116,5 @@ def cache_image_features(model: PreTrainedModel, cache: FeatureCache):
 
 
 def _digest(image: torch.Tensor) -> bytes:
-    # A cryptographic one: nobody may make an image that is taken for another one
+    # Cryptographic, so that nobody can make an image with another's digest
     return hashlib.blake2b(image.contiguous().view(torch.uint8).numpy(), digest_size=32).digest()

@@ -1,4 +1,4 @@
-"""What images a stranger may name: no local files, no addresses of private networks, nothing too large or too slow."""
+"""Which images a client may name: no local files, no addresses of private networks, nothing too large or too slow."""
 
 import ipaddress
 import socket
@@ -20,13 +20,13 @@ from ..processing_delta_llava import (
 )
 
 
-# Decoding takes up to 16 bytes for each pixel, so that not all threads may do it at once
+# Decoding takes up to 16 bytes for each pixel, so not all threads may decode at once
 _DECODING = BoundedSemaphore(4)
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# Global to Python 3.11, but set aside: protocols (and Oracle's metadata), relays of 6to4, documentation, and the hosts
-# that answer Azure's and Equinix's machines alone
-_SET_ASIDE = [
+# Global to Python 3.11, but reserved: protocols (and Oracle's metadata), relays of 6to4, documentation, and the hosts
+# that answer only Azure's and Equinix's machines
+_RESERVED = [
     ipaddress.ip_network(name)
     for name in ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20", "168.63.129.16/32", "192.80.8.124/32")
 ]
@@ -35,16 +35,16 @@ _SET_ASIDE = [
 @dataclass(frozen=True)
 class ImageGuard:
     """
-    Opens what a client of a server names as an image, by [`open_image`], after checking that the client may name it.
+    Opens an image that a client of a server names, by [`open_image`], after checking that the client may name it.
 
-    A `data:` URL, base64 and bytes are always taken, and an http(s) address if it is public: all addresses that its
-    name resolves to are checked, of redirects too, and the connection goes to one of them without a second look-up.
+    A `data:` URL, base64 and bytes are always accepted, and an http(s) address if it is public: all addresses that its
+    name resolves to are checked, also of redirects, and the connection goes to one of them without a second lookup.
     Local paths, `file://`, other schemes and addresses with a password in them are refused.
 
     Args:
         allow_local_images (`bool`, *optional*, defaults to `False`):
             Whether a client may name files of this machine and addresses that are not public.
-        max_bytes (`int`, *optional*, defaults to 32 MiB): The longest file that is taken.
+        max_bytes (`int`, *optional*, defaults to 32 MiB): The longest file that is accepted.
         max_pixels (`int`, *optional*, defaults to 50 million): The most pixels that it may have.
         timeout (`float`, *optional*, defaults to 20): Seconds for fetching an address, with all redirects.
 
@@ -78,7 +78,7 @@ class ImageGuard:
         return self.check(source)[1]
 
     def check(self, source: str | bytes) -> tuple[bytes, Image.Image]:
-        """[`ImageGuard`]'s call, which returns the bytes of the file, too."""
+        """As [`ImageGuard`]'s call, but returns the bytes of the file, too."""
         try:
             data = self._read(source)
             if len(data) > self.max_bytes:
@@ -110,10 +110,10 @@ class ImageGuard:
 
 
 class _PublicTransport(httpx.BaseTransport):
-    """Sends a request to a public address that it has looked up and checked itself, or not at all."""
+    """Sends a request only to a public address that it has looked up and checked itself."""
 
     def __init__(self):
-        # A connection is made for one name and not kept for another one of the same address
+        # A connection for one name must not serve another name of the same address
         limits = httpx.Limits(max_keepalive_connections=0)
         self._transport = httpx.HTTPTransport(limits=limits)
 
@@ -122,7 +122,7 @@ class _PublicTransport(httpx.BaseTransport):
         if url.userinfo:
             raise PermissionError(f"{url.host} is named with a user or password, which is not allowed")
         for address in (addresses := public_addresses(url.host, url.port)):
-            # The header Host is the name's already; the certificate must be, too
+            # The Host header already has the name; the certificate must be the name's, too
             to_address = httpx.Request(
                 request.method,
                 url.copy_with(host=address),
@@ -145,8 +145,8 @@ def public_addresses(host: str, port: int | None = None) -> list[str]:
     Look up the IP addresses of a host, and refuse it if one of them is not public.
 
     Args:
-        host (`str`): A name, or an address in any spelling that the system takes (`127.1`, `0x7f000001`).
-        port (`int`, *optional*): Where a connection is to go.
+        host (`str`): A name, or an address in any spelling that the system accepts (`127.1`, `0x7f000001`).
+        port (`int`, *optional*): Port of the connection.
 
     Returns:
         `list[str]`: The addresses, in the system's order.
@@ -160,7 +160,7 @@ def public_addresses(host: str, port: int | None = None) -> list[str]:
     addresses = list(dict.fromkeys(address for *_, (address, *_) in found))
     for address in addresses:
         if not _is_public(ipaddress.ip_address(address)):
-            # Not which one: that is a network's own affair
+            # The address itself would reveal a private network
             raise PermissionError(f"{host} is not a public address")
     return addresses
 
@@ -174,5 +174,5 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
             return _is_public(inner)
         if address not in _GLOBAL_UNICAST:
             return False
-    is_set_aside = any(address in network for network in _SET_ASIDE)
-    return address.is_global and not (address.is_multicast or address.is_reserved or is_set_aside)
+    is_reserved_here = any(address in network for network in _RESERVED)
+    return address.is_global and not (address.is_multicast or address.is_reserved or is_reserved_here)

@@ -29,24 +29,24 @@ from .image_guard import ImageGuard
 logger = logging.get_logger(__name__)
 
 MAX_BODY_BYTES = 2**26
-# Of "{", "[" and ",", in texts as well: parsed, 64 MiB of them are gigabytes
+# Of "{", "[" and ",", also in texts: parsed, 64 MiB of them are gigabytes
 MAX_STRUCTURE = 100_000
-# No tokens are longer on average, so that a text of more need not be tokenized to be too long
+# No text has longer tokens on average, so a text of more than this for each token of the context is not tokenized
 _MAX_TOKEN_BYTES = 32
-_MAX_BIASED_TOKENS = 300  # as OpenAI has it
+_MAX_BIASED_TOKENS = 300  # OpenAI's limit
 _LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens")
-# Requests may be as long and as deep as they like
+# A request may be of any length and depth
 _short = Repr()
 _short.maxstring = _short.maxother = 60
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image_url", "input_image")
-# What transformers' handlers raise for a request of another shape than they expect
+# What transformers' handlers raise for a request of an unexpected shape
 _REQUEST_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RecursionError, TemplateError)
 
 
 @dataclass
 class _Image:
-    """An image of a request: where its address is to be written, and what was said of it."""
+    """An image of a request: its address, its detail, and where its `data:` URL goes."""
 
     owner: dict[str, Any]
     key: str
@@ -75,7 +75,7 @@ class _Number:
 
 
 _FLAG = _Number(False, True, bool)
-# Colder is as good as 0, and ends in numbers that are none
+# Lower temperatures are as good as 0, and end in NaN
 _SAMPLING = {"temperature": _Number(0.01, 2, or_zero=True), "top_p": _Number(0, 1)}
 
 
@@ -83,17 +83,17 @@ class RequestGuard:
     """
     ASGI middleware for transformers' server of one Delta-LLaVA checkpoint.
 
-    A request is answered by 400, in OpenAI's form, if a budget, an image, a length or its shape is wrong. Images are
-    opened here and handed on as `data:` URLs, so that the app behind opens no other address. Each gets a budget: the
-    request's (`num_visual_tokens` in `chat_template_kwargs` or `processor_kwargs`, one for all images or a list), or
-    else that of its `detail`: for `"low"` the smallest trained one that is 16 or more (or the smallest there is), for
-    `"high"` the largest trained one, for `"auto"` the default.
+    A request with a wrong budget, image, length or shape gets an error 400 in OpenAI's form. Images are opened here and
+    passed on as `data:` URLs, so that transformers opens no address. Each gets a budget: the request's
+    (`num_visual_tokens` in `chat_template_kwargs` or `processor_kwargs`), or else that of its `detail`: for `"low"` the
+    smallest trained one from 16 up (or the smallest of all), for `"high"` the largest trained one, for `"auto"` the
+    default. See "How a budget is decided" in `configuration_delta_llava.py`.
 
     Args:
         app (`ASGIApp`): The app of `transformers serve`.
         checkpoint (`str`): The one model that is served.
         config (`DeltaLlavaConfig`), processor (`DeltaLlavaProcessor`): Those of the checkpoint.
-        default_budget (`int` or `"auto"`): Budget of an image of which a request says nothing.
+        default_budget (`int` or `"auto"`): Budget of an image for which a request sets none.
         guard (`ImageGuard`): What opens images.
     """
 
@@ -126,7 +126,7 @@ class RequestGuard:
             "frequency_penalty": _Number(-0.9, 2),  # 1 more is transformers' repetition_penalty
             "seed": _Number(-(2**63), 2**63 - 1, int),
         }
-        # Of the rest of a generation's fields, some fail deep in it, some never end, and some take all memory
+        # The other fields of a generation may fail deep inside it, never end, or take all memory
         self.generation_fields = {
             **_SAMPLING,
             **dict.fromkeys(("max_new_tokens", "max_length"), length),
@@ -139,14 +139,14 @@ class RequestGuard:
             "eos_token_id": self.token,
             "pad_token_id": self.token,
         }
-        # Addresses that answer slowly must not keep other images waiting
+        # Slow addresses must not keep other images waiting
         self.fetching, self.opening = CapacityLimiter(32), CapacityLimiter(4)
         self.answering = CapacityLimiter(256)
         # Arguments of the processor, and tokens of the chat template, are not a client's to set
         self.taken_names = {"messages", *processor._known_arguments(), *processor.tokenizer.special_tokens_map}
         for call in (ProcessorMixin.apply_chat_template, ProcessorMixin.__call__):
             self.taken_names.update(inspect.signature(call).parameters)
-        # What the chat template adds to the first message, and to each further one
+        # Tokens that the chat template adds to the first message, and to each further one
         lengths = [
             self._num_tokens(
                 processor.apply_chat_template(
@@ -157,19 +157,12 @@ class RequestGuard:
             for num_messages in (1, 3)
         ]
         self.first_overhead, self.next_overhead = lengths[0], math.ceil((lengths[1] - lengths[0]) / 2)
-        chat, completion, response = (
-            params.__mutable_keys__
-            for params in (
-                TransformersCompletionCreateParamsStreaming,
-                TransformersTextCompletionCreateParams,
-                TransformersResponseCreateParamsStreaming,
-            )
-        )
-        budget = {"chat_template_kwargs", "processor_kwargs"}
+        chat = {*TransformersCompletionCreateParamsStreaming.__mutable_keys__, "processor_kwargs"}
+        response = {*TransformersResponseCreateParamsStreaming.__mutable_keys__, "processor_kwargs"}
         self.endpoints = {
-            "/v1/chat/completions": (self._check_chat, chat | budget),
-            "/v1/responses": (self._check_response, response | budget),
-            "/v1/completions": (self._check_completion, completion),
+            "/v1/chat/completions": (self._check_chat, {*chat, "chat_template_kwargs"}),
+            "/v1/responses": (self._check_response, {*response, "chat_template_kwargs"}),
+            "/v1/completions": (self._check_completion, TransformersTextCompletionCreateParams.__mutable_keys__),
             "/load_model": (None, {"model"}),
         }
 
@@ -177,7 +170,7 @@ class RequestGuard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if scope["method"] in ("GET", "OPTIONS") and scope["path"] == "/v1/models":
-            # transformers lists the Hub's cache, of which nothing else is served, and fails where there is none
+            # transformers would list the Hub's cache, which is not served, and fails without one
             models = [{"id": self.checkpoint, "object": "model", "created": 0, "owned_by": ""}]
             return await JSONResponse({"object": "list", "data": models})(scope, receive, send)
         has_started = False
@@ -209,7 +202,7 @@ class RequestGuard:
             await openai_error(message, status)(scope, receive, send)
 
     async def _checked(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """The request as it is handed on."""
+        """The request as it is passed on."""
         if scope["path"] not in self.endpoints:
             raise _Refusal(f"There is no {scope['path']} here: POST to {', '.join(self.endpoints)}", 404)
         data = await _read_body(receive)
@@ -221,7 +214,7 @@ class RequestGuard:
                 f" {', '.join(self.generation_fields)} in generation_config, as the text of a JSON object."
             )
         if body.get("model") not in (None, self.checkpoint):
-            raise _Refusal(f"This server serves {self.checkpoint} alone, not {_short.repr(body['model'])}.")
+            raise _Refusal(f"This server serves only {self.checkpoint}, not {_short.repr(body['model'])}.")
         if check:
             await check(body)
         data = json.dumps(body, ensure_ascii=False).encode()
@@ -236,7 +229,7 @@ class RequestGuard:
         return scope, replay
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send):
-        """Runs the app in a thread: transformers tokenizes and scales images where others wait for their next token."""
+        """Runs the app in a thread: transformers' preprocessing would delay the next tokens of other requests."""
         loop = asyncio.get_running_loop()
 
         def from_thread(call):
@@ -254,7 +247,7 @@ class RequestGuard:
         return len(self.processor.tokenizer.tokenize(text))
 
     def _num_image_tokens(self, budget: Any, num_images: int) -> list[int]:
-        """Of each image; `"auto"` counts as the most that it may be."""
+        """Of each image; `"auto"` counts as the largest budget that it may choose."""
         sizes = [(MAX_IMAGE_SIDE, MAX_IMAGE_SIDE)] * num_images
         return self.processor._get_num_multimodal_tokens(sizes, num_visual_tokens=budget)["num_image_tokens"]
 
@@ -269,7 +262,7 @@ class RequestGuard:
         await self._check_prompt(body, images, texts, len(messages))
 
     async def _check_response(self, body: dict[str, Any]):
-        body.setdefault("stream", False)  # as OpenAI has it; transformers streams
+        body.setdefault("stream", False)  # OpenAI's default; that of transformers is True
         images, texts, items = [], [], body.get("input")
         instructions = body.get("instructions")
         if instructions is not None and not isinstance(instructions, str):
@@ -316,7 +309,7 @@ class RequestGuard:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _Refusal(f"{place} must be a message with a role, but is {_short.repr(message)}.")
         message = {name: value for name, value in message.items() if value is not None}
-        if calls := message.pop("tool_calls", None):  # transformers takes them instead of the content
+        if calls := message.pop("tool_calls", None):  # transformers reads them instead of the content
             if not isinstance(calls, list):
                 raise _Refusal(f"{place}.tool_calls must be a list, but is {_short.repr(calls)}.")
             for number, call in enumerate(calls):
@@ -373,12 +366,12 @@ class RequestGuard:
         await self._check_fields(body, [], texts)
 
     async def _check_prompt(self, body: dict[str, Any], images: list[_Image], texts: list[str], num_messages: int):
-        """What chats and responses have in common: the budget of each image, all lengths, and the images."""
+        """Checks for both chats and responses: the budget of each image, all lengths, and the images."""
         template_kwargs = _object(body, "chat_template_kwargs")
         budget = self._requested_budget(body, template_kwargs)
         if budget is None:
             budget = [self.budget_of_detail[image.detail] for image in images]
-        # One for all is right or wrong without images, too
+        # One for all is checked without images, too
         num_images = len(images) if isinstance(budget, list) else max(len(images), 1)
         budgets = self._num_image_tokens(budget, num_images)[: len(images)]
         body["chat_template_kwargs"] = {**template_kwargs, "num_visual_tokens": budget} if images else template_kwargs
@@ -388,7 +381,7 @@ class RequestGuard:
         await self._open(images)
 
     def _requested_budget(self, body: dict[str, Any], template_kwargs: dict[str, Any]) -> Any:
-        """Takes the budget out of wherever a request names it."""
+        """The budget of a request, taken out of every place that may hold it."""
         found = [template_kwargs.pop("num_visual_tokens", None)]
         for owner in (template_kwargs, body):
             processor_kwargs = _object(owner, "processor_kwargs")
@@ -396,7 +389,7 @@ class RequestGuard:
             found.append(processor_kwargs.pop("num_visual_tokens", None))
             if processor_kwargs:
                 raise _Refusal(
-                    f"processor_kwargs takes num_visual_tokens alone here, not {', '.join(processor_kwargs)}."
+                    f"processor_kwargs takes only num_visual_tokens here, not {', '.join(processor_kwargs)}."
                 )
         # The rest are variables of the chat template
         if taken := self.taken_names & template_kwargs.keys():
@@ -465,7 +458,7 @@ class RequestGuard:
         return {token: bound.check(f"logit_bias of token {token}", value) for token, value in bias.items()}
 
     async def _open(self, images: list[_Image]):
-        """Write each image into the request as a `data:` URL, one after the other, since all of them take memory."""
+        """Write each image into the request as a `data:` URL, one after the other to limit the memory."""
         guard = self.guard
 
         def data_url(image: _Image) -> str:
@@ -501,7 +494,7 @@ def openai_error(message: str, status: int) -> JSONResponse:
 
 
 class _Refusal(ValueError):
-    """What is wrong with a request, in a sentence."""
+    """A sentence that says what is wrong with a request."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -518,7 +511,7 @@ async def _read_body(receive: Receive) -> bytes:
         if num_bytes <= MAX_BODY_BYTES:
             data += message.get("body", b"")
         is_whole = not message.get("more_body", False)
-    if num_bytes > MAX_BODY_BYTES:  # said after the last of them, since before it no client listens
+    if num_bytes > MAX_BODY_BYTES:  # only after the last of them does a client read the answer
         raise _Refusal(f"The request has {num_bytes} bytes, more than {MAX_BODY_BYTES}.", 413)
     return bytes(data)
 
@@ -558,7 +551,7 @@ def _check_call(function: Any, place: str):
 def _parse(data: bytes | str, name: str) -> dict[str, Any]:
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number} is no number")
+            raise ValueError(f"{number} is not a finite number")
         return value
 
     raw = data.encode(errors="surrogatepass") if isinstance(data, str) else data
@@ -567,7 +560,7 @@ def _parse(data: bytes | str, name: str) -> dict[str, Any]:
     try:
         body = json.loads(data, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
-        raise _Refusal(f"{name} is no JSON: {error}") from error
+        raise _Refusal(f"{name} is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise _Refusal(f"{name} must be a JSON object, but is {_short.repr(body)}.")
     return body

@@ -23,24 +23,24 @@ from ..processing_delta_llava import DeltaLlavaProcessor
 
 class _Processor(DeltaLlavaProcessor):
     def _check_budgets_for_server(self, kwargs):
-        """Takes lists: what is below caches each image with its own budget."""
+        """Accepts lists: the classes below cache each image with its own budget."""
 
 
 class _ProcessingInfo(MultiModalProcessingInfo):
     def get_hf_processor(self, **kwargs) -> DeltaLlavaProcessor:
-        """The package's own, whatever `--trust-remote-code` says. No argument of a request decides how it loads."""
+        """The package's own, whatever `--trust-remote-code` says. No argument of a request changes how it loads."""
         processor = self.ctx.get_hf_processor(_Processor)
-        processor.patch_grid_size = self.get_hf_config().patch_grid_size  # a processor need not have been saved with it
+        processor.patch_grid_size = self.get_hf_config().patch_grid_size  # a processor may be saved without it
         return processor
 
     def get_max_image_tokens(self) -> int:
-        """The largest budget of all that fit a prompt: any request may ask for it."""
+        """The largest budget that fits into a prompt: any request may ask for it."""
         budgets = self.get_hf_config().valid_visual_token_counts
         return max(budget for budget in budgets if budget < self.ctx.model_config.max_model_len)
 
 
 class _MultiModalProcessor(MultiModalProcessor):
-    """Hands `num_visual_tokens` on as one budget for each image, and hashes each image with its own."""
+    """Passes `num_visual_tokens` on as one budget for each image, and hashes each image with its own."""
 
     def get_dummy_inputs(self, *args, **kwargs):
         largest = {"num_visual_tokens": self.info.get_max_image_tokens()}
@@ -50,11 +50,11 @@ class _MultiModalProcessor(MultiModalProcessor):
         budgets = self._check(inputs)
         try:
             return super().apply(replace(inputs, hf_processor_mm_kwargs={"num_visual_tokens": budgets}), timing_ctx)
-        except ValueError as error:  # its cause is what our processor says of an image; vLLM's own words leave it out
+        except ValueError as error:  # its cause is our processor's message about an image, which vLLM's omits
             raise VLLMValidationError(str(error.__cause__ or error)) from error
 
     def _check(self, inputs) -> list[int]:
-        """The budget of each image, or the client's error: what the model refuses later would end the engine."""
+        """The budget of each image, or an error for the client: an error of the model would end the engine."""
         named = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if value is not None}
         if unknown := named.keys() - {"num_visual_tokens"}:
             raise VLLMValidationError(
@@ -62,13 +62,13 @@ class _MultiModalProcessor(MultiModalProcessor):
                 parameter="mm_processor_kwargs",
             )
         images = inputs.mm_data_items.get_items("image", ImageProcessorItems)
-        # A client that names an image by its id alone sends no pixels
+        # A client may name a cached image by its id and send no pixels
         sizes = [(1, 1) if image is None else images.get_image_size(index) for index, image in enumerate(images)]
         named = self.info.ctx.get_merged_mm_kwargs(named)
         budgets = named.get("num_visual_tokens")
         if "auto" in (budgets if isinstance(budgets, list) else [budgets]) and any(image is None for image in images):
             raise VLLMValidationError(
-                "num_visual_tokens='auto' asks for the size of an image, so send the image itself, not its uuid alone.",
+                "num_visual_tokens='auto' needs the size of an image: send the image itself, not only its uuid.",
                 parameter="mm_processor_kwargs",
             )
         try:
@@ -97,6 +97,6 @@ class DeltaLlavaForConditionalGeneration(TransformersMultiModalForCausalLM):
             for name in ("vision_tower", "multi_modal_projector"):
                 for module in list(self.model.get_submodule(name).modules()):
                     for child_name, child in module.named_children():
-                        if isinstance(child, nn.Linear):  # vLLM's, so that the rest leaves it as it is
+                        if isinstance(child, nn.Linear):  # becomes vLLM's own, which super() leaves as it is
                             setattr(module, child_name, replace_linear_class(child))
         super().recursive_replace()

@@ -1,4 +1,4 @@
-"""What this package's entry point tells vLLM; apart from the classes, whose import waits until vLLM needs them."""
+"""This package's entry point for vLLM. The classes are in a module of their own, imported when vLLM needs them."""
 
 
 def register():

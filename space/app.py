@@ -1,12 +1,12 @@
 """
-A page on which anyone sees what a visual token buys: one question, two budgets, both answers and what each took.
+A page that shows what a visual token buys: one question, two budgets, both answers and what each cost.
 
 ```
 python app.py --checkpoint ORG/NAME
 ```
 
-In a Space, `checkpoint.json` beside this file names the checkpoint and its commit, as `delta_llava.hub.push_space` has
-written.
+In a Space, `checkpoint.json` beside this file names the checkpoint and its commit; `delta_llava.hub.push_space` writes
+it.
 """
 
 import argparse
@@ -42,18 +42,18 @@ EXAMPLES = {
     "Which digit is at the top left?": HERE / "examples" / "scene-00059.png",
 }
 MAX_QUESTION = 1000  # characters
-MAX_SIDE = 1024  # pixels that are kept of an image, far more than a tower reads
+MAX_SIDE = 1024  # pixels to which images are reduced, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
 MAX_VISITORS = 200  # whose images, of up to 3 MiB, and chats are kept
 SIDES = ("Budget A", "Budget B")
-TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # what FLOPs are counted for before a question is asked
+TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # for the FLOPs that are shown before a question is asked
 
-# On a phone the answers stand below the fold
+# On a phone the answers are below the fold
 TO_ANSWERS = "() => { if (innerWidth < 700) document.querySelector('.side').scrollIntoView({behavior: 'smooth'}); }"
 
 
 class Watch(StoppingCriteria):
-    """Takes the time of every token, and ends an answer that nobody waits for any more."""
+    """Records the time of every token, and ends an answer that nobody waits for any more."""
 
     def __init__(self):
         self.times = []
@@ -65,7 +65,7 @@ class Watch(StoppingCriteria):
 
 
 class Upload(gr.Image):
-    """Hands over the bytes of an upload, which the guard opens: Gradio would open any file, of any size."""
+    """Passes on the bytes of an upload, which the guard opens: Gradio would open any file, of any size."""
 
     is_template = True  # to the browser it is an Image
 
@@ -73,9 +73,9 @@ class Upload(gr.Image):
         if payload is None:
             return None
         file = Path(payload.path or "").resolve()
-        # Gradio itself looks at the paths of those clients alone that say that they send a file
+        # Gradio checks the path only if the client says that it sends a file
         if not (file.is_file() and file.is_relative_to(Path(self.GRADIO_CACHE).resolve())):
-            raise gr.Error("That is no uploaded image: upload one.")
+            raise gr.Error("That is not an uploaded image: upload one.")
         return file.read_bytes()
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
@@ -117,8 +117,8 @@ class Budget(gr.HTML):
 
     def preprocess(self, payload):
         if payload not in self.budgets:
-            raise gr.Error(f"{payload} is no budget of this checkpoint: choose one of {self.budgets}.")
-        return self.budgets[self.budgets.index(payload)]  # an integer, as 4.0 and true are none
+            raise gr.Error(f"{payload} is not a budget of this checkpoint: choose one of {self.budgets}.")
+        return self.budgets[self.budgets.index(payload)]  # an integer, which 4.0 and true are not
 
     def postprocess(self, value):
         return value
@@ -126,7 +126,7 @@ class Budget(gr.HTML):
 
 class Page:
     """
-    A checkpoint, and what the page does with it. One question is answered at a time: timings would mix otherwise.
+    A checkpoint, and what the page does with it. One question is answered at a time, so that timings do not mix.
 
     Args:
         checkpoint (`str` or `Path`): Folder, or `ORG/NAME` of a Hub repository.
@@ -143,12 +143,12 @@ class Page:
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
-        # The first pass at a budget takes longer than all later ones, and would mislead its first visitor
+        # The first pass at a budget takes longer than all later ones, and would mislead the first visitor
         for budget in self.config.visual_token_budgets:
             next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
 
     def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
-        """Of one answer; `None` where `costs` does not know the backbones."""
+        """FLOPs of one answer; `None` if `costs` does not know the backbones."""
         try:
             costs = inference_costs(self.config, budget, text_tokens, new_tokens)
         except ValueError:
@@ -171,7 +171,7 @@ class Page:
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def answer(self, image: Image.Image, question: str, earlier: list, budget: int) -> Iterator[tuple[str, dict]]:
-        """Yields the answer as it grows, and what it took up to there."""
+        """Yields the answer as it grows, and what it cost so far."""
         started, hits = time.perf_counter(), self.cache.hits
         messages = conversation(image, question, earlier)
         inputs = encode_chat(self.model, self.processor, messages, budget, add_generation_prompt=True)
@@ -192,7 +192,7 @@ class Page:
                     do_sample=False,
                 )
             except Exception:
-                streamer.end()  # else the reader would wait for ever
+                streamer.end()  # else the reader would wait forever
                 raise
 
         text = ""
@@ -219,7 +219,7 @@ class Page:
 
 
 def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -> str:
-    """The image under a grid of one cell for each visual token, dimmed where these mattered less for the answer."""
+    """The image under a grid of one cell for each visual token, dimmed where a token mattered less for the answer."""
     side = isqrt(budget)
     lines = "".join(f"M{i} 0V{side}M0 {i}H{side}" for i in range(1, side))
     picture = shade = ""
@@ -328,7 +328,7 @@ def build(page: Page) -> gr.Blocks:
         largest = max((number for number in flops if number), default=None)
         described = []
         for budget, number, t in zip(budgets, flops, took, strict=True):
-            notes = ["Image encoded before, and not again."] if t and t["is_cached"] else []
+            notes = ["Image already encoded, so not again."] if t and t["is_cached"] else []
             if budget not in trained:
                 notes.append("Not trained at this budget: expect worse answers.")
             described.append(figures(budget, number, largest, t, notes))
@@ -358,7 +358,7 @@ def build(page: Page) -> gr.Blocks:
         try:
             for update in answer_both(question.strip(), session["image"], session["seen"], turns, budgets):
                 if session["turns"] is not turns:
-                    return  # there is a new image or chat, in which this answer has no place
+                    return  # a new image or chat, to which this answer does not belong
                 yield update
         except ValueError as refusal:
             yield {alert: message(str(refusal))}
@@ -380,7 +380,7 @@ def build(page: Page) -> gr.Blocks:
         for side, budget in enumerate(budgets):
             for answer, spent in page.answer(image, question, earlier[side], budget):
                 answers[side], took[side] = answer, spent
-                turns[len(earlier[side]) :] = [turn]  # from the first word on: a chat goes on after a stopped answer
+                turns[len(earlier[side]) :] = [turn]  # from the first word, so that a chat goes on after a stop
                 yield {
                     box: "",
                     chats[side]: chat(turns, side),

@@ -50,8 +50,8 @@ from ..hub.assemble import assemble
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..train.batches import Collator, fit_rows
 from ..train.data import load_llava_json
-from ..train.pretrain import PLAIN_TEMPLATE
 from ..train.trainer import DeltaLlavaTrainer
+from ..turns import TEMPLATES
 from .meteor import MeteorProcessor, meteor_from
 from .methods import (
     ALL_PATCHES,
@@ -129,7 +129,7 @@ def train(run: Run, settings: Settings, scenes: Path, folder: Path):
         model, processor_class = meteor_from(model, **method.meteor), MeteorProcessor
     processor = processor_class.from_pretrained(folder)
     losses = []
-    for stage, template in (("pretrain", PLAIN_TEMPLATE.read_text(encoding="utf-8")), ("finetune", None)):
+    for stage, template in (("pretrain", (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")), ("finetune", None)):
         model.requires_grad_(stage == "finetune")
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(True)

@@ -93,7 +93,7 @@ def tiny_tokenizer():
 def tiny_config(tiny_tokenizer):
     """A 12x12 grid of patches (budgets 1, 4, 9, 16, 36, 144) and a two-layer Llama; a test overrides what it wants."""
 
-    def make(siglip=False, **overrides):
+    def make(siglip=False, drops=True, **overrides):
         size = {
             "hidden_size": 32,
             "intermediate_size": 64,
@@ -121,6 +121,8 @@ def tiny_config(tiny_tokenizer):
             "visual_token_budgets": [1, 4, 9, 16, 36, 144],
             "vision_feature_select_strategy": "full" if siglip else "default",
         }
+        if not drops:  # drop path is random
+            defaults |= {f"{branch}_drop_path": 0.0 for branch in ("attention", "convolution", "mlp")}
         return DeltaLlavaConfig(**{**defaults, **overrides})
 
     return make
@@ -178,18 +180,29 @@ def noise():
 
 
 @pytest.fixture
-def httpserver_url():
-    """`httpserver_url(folder)`: serves the folder on loopback and returns its URL."""
+def http_server():
+    """`http_server(handler)`: starts a server on loopback with this request handler, and returns it."""
     servers = []
 
-    def serve(folder):
-        handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    def serve(handler):
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.handle_error = lambda *args: None  # clients that go away
+        # The default interval makes each shutdown wait for half a second
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
+        return server
 
     yield serve
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture
+def httpserver_url(http_server):
+    """`httpserver_url(folder)`: serves the folder on loopback and returns its URL."""
+
+    def serve(folder):
+        return f"http://127.0.0.1:{http_server(partial(SimpleHTTPRequestHandler, directory=folder)).server_port}"
+
+    return serve

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from fnmatch import fnmatch
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -28,8 +27,8 @@ LFS_THRESHOLD = 10 * 2**20  # bytes
 GITATTRIBUTES = b"".join(
     b"%s filter=lfs diff=lfs merge=lfs -text\n" % pattern for pattern in (b"*.bin", b"*.model", b"*.safetensors")
 )
-# What the Hub says with a status. The client takes a 409 with this text at the creation of a repository for a reason
-# to ask again at once, and any other for the news that the repository exists.
+# The Hub's messages by status. At the creation of a repository, the client retries after a 409 with this message, and
+# takes any other 409 for a repository that exists.
 MESSAGES = {
     401: "Invalid credentials in Authorization header",
     403: "You have no right to do this",
@@ -116,9 +115,7 @@ class Repository:
     private: bool
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    announced: set[str] = field(default_factory=set)  # LFS objects that may be uploaded
-    objects: dict[str, bytes] = field(default_factory=dict)  # those that were, by their sha256
+    objects: dict[str, bytes] = field(default_factory=dict)  # uploaded ones, by SHA-256
 
     def commit(self, branch: str, files: dict[str, File], title: str, message: str = "") -> Commit:
         parent = self.branches.get(branch, "")
@@ -129,7 +126,7 @@ class Repository:
         return self.commits[sha]
 
     def resolve(self, revision: str) -> Commit:
-        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        sha = self.branches.get(revision, revision)
         found = [commit for name, commit in self.commits.items() if len(sha) >= 7 and name.startswith(sha)]
         if len(found) != 1:
             raise Refusal(404, f"{self.id} has no revision {revision}", "RevisionNotFound")
@@ -141,18 +138,15 @@ class Repository:
             commits.append(self.commits[parent])
         return commits
 
-    def entries(self, revision: str, expand: bool) -> dict[str, dict[str, Any]]:
-        """Files and folders by their path, as the tree and the paths are listed."""
-        log = self.log(revision)
+    def entries(self, revision: str) -> dict[str, dict[str, Any]]:
+        """Files and folders by path, as the tree lists them."""
+        commit = self.resolve(revision)
         entries = {}
-        for path, file in sorted(log[0].files.items()):
+        for path, file in sorted(commit.files.items()):
             for folder in map(str, list(PurePosixPath(path).parents)[-2::-1]):
-                oid = hashlib.sha1(f"{log[0].sha}/{folder}".encode()).hexdigest()
+                oid = hashlib.sha1(f"{commit.sha}/{folder}".encode()).hexdigest()
                 entries[folder] = {"type": "directory", "path": folder, "oid": oid, "size": 0}
             entries[path] = file.describe(path)
-            if expand:
-                *_, last = takewhile(lambda commit, path=path, file=file: commit.files.get(path) == file, log)
-                entries[path]["lastCommit"] = {"id": last.sha, "title": last.title, "date": last.date}
         return entries
 
 
@@ -160,7 +154,7 @@ ROUTES: list[tuple[str, re.Pattern, bool, Callable]] = []
 
 
 def route(method: str, template: str, write: bool = False):
-    """Has the decorated method answer `method template`, where every `{name}` becomes an argument of it.
+    """Makes the decorated method answer `method template`; each `{name}` is an argument.
 
     A Space is a repository whose name begins with `spaces/`, as in its addresses.
     """
@@ -185,15 +179,15 @@ def metadata(readme: bytes) -> dict[str, Any]:
 
 class LoopbackHub:
     """
-    The server, running from its creation until `close`.
+    The server, which runs from its creation until `close`.
 
     Args:
         home (`Path`): Folder for the cache of subprocesses, see `environment`.
 
     Attributes:
         url (`str`): The endpoint.
-        datasets (`set[str]`): Names of the data sets that are there, which can be looked up and not read.
-        requests (`list[str]`): What was asked, as `"METHOD path"`. The client's look-up of agents is left out.
+        datasets (`set[str]`): Names of data sets that exist, but cannot be read.
+        requests (`list[str]`): The requests, as `"METHOD path"`, without the client's look-up of agents.
         environment (`dict[str, str]`): Variables that point a subprocess here, with the token and an empty cache.
     """
 
@@ -225,33 +219,31 @@ class LoopbackHub:
 
     def fail(self, at: int, how: int | str | bytes, times: int = 1):
         """
-        Lets requests fail.
+        Makes requests fail.
 
         Args:
             at (`int`): Number of the first one, counted from now: 1 is the next.
-            how (`int`, `str` or `bytes`): A status of `MESSAGES`; `"reset"` (the connection, and nothing is done),
-                `"reset_after"` (it is done, but the answer is lost) or `"stall"` (silence until `release`); or what is
-                answered instead, with a status of 200, while nothing is done.
+            how (`int`, `str` or `bytes`): A status of `MESSAGES`; `"reset"` (of the connection, and nothing is done),
+                `"reset_after"` (it is done, but the answer is lost) or `"stall"` (silence until `release`); or an
+                answer to send instead, with status 200, while nothing is done.
             times (`int`, *optional*, defaults to 1): Number of requests in a row.
         """
-        if not isinstance(how, bytes) and how not in (*MESSAGES, "reset", "reset_after", "stall"):
-            raise ValueError(f"how={how!r} is none of {[*MESSAGES, 'reset', 'reset_after', 'stall']}.")
         with self._lock:
             self._failures |= dict.fromkeys(range(self._count + at, self._count + at + times), how)
 
     def recover(self):
-        """Lets no further request fail."""
+        """Ends all failures."""
         with self._lock:
             self._failures.clear()
 
     def release(self):
-        """Drops the connections that are stalled now, unanswered."""
+        """Drops the stalled connections without an answer."""
         with self._lock:
             self._released.set()
             self._released = threading.Event()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """What a reader of the revision sees."""
+        """The files that a reader of the revision sees."""
         with self._lock:
             commit = self.repositories[repo_id].resolve(revision)
             return {path: file.data for path, file in commit.files.items()}
@@ -267,14 +259,14 @@ class LoopbackHub:
             return [commit.sha for commit in self.repositories[repo_id].log(branch)]
 
     def receive(self, method: str, path: str) -> tuple[int | str | bytes | None, threading.Event]:
-        """Records a request; returns how it shall fail, and the event that ends a stall."""
+        """Records a request; returns how it fails, and the event that ends a stall."""
         with self._lock:
             self._count += 1
             self.requests.append(f"{method} {path}")
             return self._failures.pop(self._count, None), self._released
 
     def answer(self, method: str, path: str, query: str, headers: Any, body: bytes) -> Answer:
-        """Does what a request asks for, or raises a `Refusal`."""
+        """Answers a request, or raises a `Refusal`."""
         path = path.replace("/api/spaces/", "/api/models/spaces/")
         credentials = headers.get("Authorization")
         request = Request(parse_qs(query), headers, body, authorised=credentials == f"Bearer {TOKEN}")
@@ -285,7 +277,7 @@ class LoopbackHub:
             arguments = {name: unquote(value) for name, value in found.groupdict().items()}
             with self._lock:
                 if write and not request.authorised:
-                    # A repository that a stranger may not write to is for the client one that is not there.
+                    # To the client, a repository that a stranger may not write to does not exist
                     raise Refusal(401, code="RepoNotFound" if "repo" in arguments and not credentials else "")
                 if "repo" in arguments:
                     arguments["repo"] = self._repository(arguments["repo"], request.authorised)
@@ -313,13 +305,6 @@ class LoopbackHub:
             raise Refusal(404, f"Collection {slug} not found")
         return collection
 
-    @route("GET", "/api/whoami-v2")
-    def whoami(self, request: Request):
-        if not request.authorised:
-            raise Refusal(401)
-        role = {"displayName": "loopback", "role": "write", "createdAt": now()}
-        return {"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token", "accessToken": role}}
-
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self, request: Request):
         try:
@@ -341,10 +326,6 @@ class LoopbackHub:
         self.repositories[repo_id] = repo = Repository(repo_id, private)
         repo.commit("main", {".gitattributes": File(GITATTRIBUTES)}, "initial commit")
         return {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
-
-    @route("DELETE", "/api/repos/delete", write=True)
-    def delete_repo(self, request: Request):
-        del self.repositories[self._repository(self._named(request.json), authorised=True).id]
 
     @route("GET", "/api/models/{repo}")
     @route("GET", "/api/models/{repo}/revision/{revision}")
@@ -379,34 +360,20 @@ class LoopbackHub:
     @route("GET", "/api/models/{repo}/tree/{revision}")
     @route("GET", "/api/models/{repo}/tree/{revision}/{path}")
     def tree(self, request: Request, repo: Repository, revision: str, path: str = ""):
-        entries = repo.entries(revision, expand=request.query.get("expand") == ["true"])
+        entries = repo.entries(revision)
         if path and entries.get(path, {}).get("type") != "directory":
-            raise Refusal(404, f"{path} is no folder of {repo.id}", "EntryNotFound")
+            raise Refusal(404, f"{path} is not a folder of {repo.id}", "EntryNotFound")
         inside = {name: entry for name, entry in entries.items() if name.startswith(path and f"{path}/")}
         if request.query.get("recursive") != ["true"]:
             inside = {name: entry for name, entry in inside.items() if str(PurePosixPath(name).parent) == (path or ".")}
         return list(inside.values())
 
-    @route("POST", "/api/models/{repo}/paths-info/{revision}")
-    def paths_info(self, request: Request, repo: Repository, revision: str):
-        form = parse_qs(request.body.decode())
-        entries = repo.entries(revision, expand=form.get("expand") == ["true"])
-        return [entries[path] for path in form.get("paths", []) if path in entries]
-
     @route("GET", "/api/models/{repo}/refs")
     def list_refs(self, request: Request, repo: Repository):
-        def listed(kind, refs):
-            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": sha} for name, sha in refs.items()]
-
-        refs = {"branches": listed("heads", repo.branches), "tags": listed("tags", repo.tags)}
-        return {**refs, "converts": [], "pullRequests": []}
-
-    @route("GET", "/api/models/{repo}/commits/{revision}")
-    def list_commits(self, request: Request, repo: Repository, revision: str):
-        return [
-            {"id": c.sha, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": USER}]}
-            for c in repo.log(revision)
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in repo.branches.items()
         ]
+        return {"branches": branches, "tags": [], "converts": [], "pullRequests": []}
 
     @route("POST", "/api/models/{repo}/branch/{branch}", write=True)
     def create_branch(self, request: Request, repo: Repository, branch: str):
@@ -421,17 +388,6 @@ class LoopbackHub:
             raise Refusal(403, "Cannot delete the branch main")
         if repo.branches.pop(branch, None) is None:
             raise Refusal(404, f"{repo.id} has no branch {branch}", "RevisionNotFound")
-
-    @route("POST", "/api/models/{repo}/tag/{revision}", write=True)
-    def create_tag(self, request: Request, repo: Repository, revision: str):
-        if request.json["tag"] in repo.tags:
-            raise Refusal(409, f"Tag {request.json['tag']} already exists")
-        repo.tags[request.json["tag"]] = repo.resolve(revision).sha
-
-    @route("DELETE", "/api/models/{repo}/tag/{tag}", write=True)
-    def delete_tag(self, request: Request, repo: Repository, tag: str):
-        if repo.tags.pop(tag, None) is None:
-            raise Refusal(404, f"{repo.id} has no tag {tag}", "RevisionNotFound")
 
     @route("POST", "/api/models/{repo}/preupload/{revision}", write=True)
     def preupload(self, request: Request, repo: Repository, revision: str):
@@ -448,8 +404,6 @@ class LoopbackHub:
 
     @route("POST", "/api/models/{repo}/commit/{revision}", write=True)
     def create_commit(self, request: Request, repo: Repository, revision: str):
-        if "create_pr" in request.query:
-            raise Refusal(400, "The loopback Hub has no pull requests")
         if revision not in repo.branches:
             raise Refusal(404, f"{repo.id} has no branch {revision}", "RevisionNotFound")
         header, *operations = [json.loads(line) for line in request.body.splitlines()]
@@ -459,7 +413,6 @@ class LoopbackHub:
         files = dict(head.files)
         for operation in operations:
             key, value = operation["key"], operation["value"]
-            inside = [name for name in files if name.startswith(value["path"].rstrip("/") + "/")]
             if key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]))
             elif key == "lfsFile":
@@ -468,9 +421,7 @@ class LoopbackHub:
                 files[value["path"]] = File(repo.objects[value["oid"]], lfs=True)
             elif key == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
-            elif key == "deletedFolder" and inside:
-                files = {name: file for name, file in files.items() if name not in inside}
-            elif key in ("deletedFile", "deletedFolder"):
+            elif key == "deletedFile":
                 raise Refusal(404, f"A file with this name doesn't exist: {value['path']}", "EntryNotFound")
             else:
                 raise Refusal(400, f"The loopback Hub does not know the operation {key}")
@@ -484,7 +435,6 @@ class LoopbackHub:
         for wanted in request.json["objects"]:
             entry = {"oid": wanted["oid"], "size": wanted["size"]}
             if wanted["oid"] not in repo.objects:
-                repo.announced.add(wanted["oid"])
                 entry["actions"] = {
                     "upload": {"href": f"{base}/upload/{wanted['oid']}"},
                     "verify": {"href": f"{base}/verify"},
@@ -492,12 +442,10 @@ class LoopbackHub:
             objects.append(entry)
         return {"transfer": "basic", "objects": objects}
 
-    # The client sends no token here: the address is the permission.
+    # The client sends no token here: the address is the permission
     @route("PUT", r"/{path}\.git/info/lfs/objects/upload/{oid}")
     def lfs_upload(self, request: Request, path: str, oid: str):
         repo = self._repository(path, authorised=True)
-        if oid not in repo.announced:
-            raise Refusal(403, f"The LFS object {oid} was not announced")
         if hashlib.sha256(request.body).hexdigest() != oid:
             raise Refusal(400, f"These are not the bytes of the LFS object {oid}")
         repo.objects[oid] = request.body
@@ -514,31 +462,10 @@ class LoopbackHub:
         if path not in commit.files:
             raise Refusal(404, f"{repo.id} has no file {path}", "EntryNotFound", headers)
         file = commit.files[path]
-        headers |= {"ETag": f'"{file.oid}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers |= {"ETag": f'"{file.oid}"', "Content-Type": "application/octet-stream"}
         if file.lfs:
             headers |= {"X-Linked-Etag": f'"{file.oid}"', "X-Linked-Size": str(len(file.data))}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-        if not wanted:
-            return Answer(200, headers, file.data)
-        start, size = int(wanted[1]), len(file.data)
-        end = min(int(wanted[2] or size - 1), size - 1)
-        if start > end:
-            raise Refusal(416, "No such range", headers={"Content-Range": f"bytes */{size}"})
-        return Answer(206, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"}, file.data[start : end + 1])
-
-    @route("GET", "/api/collections")
-    def list_collections(self, request: Request):
-        limit = int(request.query.get("limit", ["100"])[0])
-        listed = []
-        for collection in self.collections.values():
-            owned = collection["owner"]["name"] in request.query.get("owner", [collection["owner"]["name"]])
-            items = {f"{item['type']}s/{item['id']}" for item in collection["items"]}
-            held = items.intersection(request.query.get("item", items)) or "item" not in request.query
-            if owned and held and (request.authorised or not collection["private"]):
-                # Four items and no position of its own, as on the Hub
-                whole = {name: value for name, value in collection.items() if name != "position"}
-                listed.append({**whole, "items": collection["items"][:4]})
-        return listed[:limit]
+        return Answer(200, headers, file.data)
 
     @route("POST", "/api/collections", write=True)
     def create_collection(self, request: Request):
@@ -570,10 +497,6 @@ class LoopbackHub:
         collection |= request.json
         return {"data": collection}
 
-    @route("DELETE", "/api/collections/{slug}", write=True)
-    def delete_collection(self, request: Request, collection: dict[str, Any]):
-        del self.collections[collection["slug"]]
-
     @route("POST", "/api/collections/{slug}/items", write=True)
     def add_item(self, request: Request, collection: dict[str, Any]):
         item, note = request.json["item"], request.json.get("note")
@@ -584,27 +507,6 @@ class LoopbackHub:
         entry = {"_id": object_id, **item, "position": len(collection["items"]), "note": note and {"text": note}}
         collection["items"].append(entry)
         return collection
-
-    @route("PATCH", "/api/collections/{slug}/items/{item}", write=True)
-    def update_item(self, request: Request, collection: dict[str, Any], item: str):
-        entry = self._item(collection, item)
-        if "note" in request.json:
-            entry["note"] = {"text": request.json["note"]}
-        if "position" in request.json:
-            collection["items"].remove(entry)
-            collection["items"].insert(request.json["position"], entry)
-            for position, known in enumerate(collection["items"]):
-                known["position"] = position
-
-    @route("DELETE", "/api/collections/{slug}/items/{item}", write=True)
-    def delete_item(self, request: Request, collection: dict[str, Any], item: str):
-        collection["items"].remove(self._item(collection, item))
-
-    def _item(self, collection: dict[str, Any], object_id: str) -> dict[str, Any]:
-        for entry in collection["items"]:
-            if entry["_id"] == object_id:
-                return entry
-        raise Refusal(404, f"The collection has no item {object_id}")
 
 
 class _Server(ThreadingHTTPServer):
@@ -618,7 +520,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         hub, url, body = self.server.hub, urlsplit(self.path), self._read_body()
-        if url.path == "/api/agent-harnesses":  # a look-up of the client's own, at most once in a process
+        if url.path == "/api/agent-harnesses":  # a look-up of the client's own, once per process
             self._send(Answer(200, {}, b'{"standardEnvVars": [], "harnesses": {}}'))
             return
         how, released = hub.receive(self.command, url.path)
@@ -668,7 +570,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.content)
 
     def _reset(self):
-        # Closing without lingering sends RST in place of FIN. The file over the socket would keep it open.
+        # Closing without lingering sends RST instead of FIN. The file over the socket would keep it open
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.rfile.close()
         self.connection.close()

@@ -114,7 +114,7 @@ def test_what_follows_a_shorter_answer_counts_for_nothing(tiny_model, prompts):
 def test_images_without_a_place_are_an_error(tiny_model, prompts):
     inputs = prompts(4)
     for change, found in ((inputs["pixel_values"][:3], 3), (None, 0), (inputs["pixel_values"].repeat(2, 1, 1, 1), 8)):
-        with pytest.raises(ValueError, match=rf"places for \[1, 0, 2, 1\] images, but there are {found}"):
+        with pytest.raises(ValueError, match=rf"image tokens for \[1, 0, 2, 1\] images, but there are {found}"):
             generate(
                 tiny_model(),
                 **{**inputs, "pixel_values": change, "num_visual_tokens": None},

@@ -38,19 +38,36 @@ def in_fresh_process(tmp_path):
     return run
 
 
-def test_all_auto_classes_load_the_folder(checkpoint, in_fresh_process):
-    output = in_fresh_process(f"""
-import json
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
+def test_all_auto_classes_load_the_folder_and_save_it_again_with_all_code(checkpoint, in_fresh_process, tmp_path):
+    saved = "AutoModelForImageTextToText", "AutoModel", "AutoProcessor"
+    load = """
+import transformers
 
-classes = AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
-loaded = [auto.from_pretrained({str(checkpoint)!r}, trust_remote_code=True) for auto in classes]
-print(json.dumps([type(item).__name__ for item in loaded]))
-assert all(type(item).__module__.startswith("transformers_modules.") for item in loaded)
+def load(auto, folder):
+    loaded = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules."), loaded
+    return loaded
+"""
+    output = in_fresh_process(f"""{load}
+for auto in {saved}:
+    load(auto, {str(checkpoint)!r}).save_pretrained(auto)
+classes = "AutoConfig", "AutoModelForMultimodalLM", *{saved}
+print(*(type(load(auto, {str(checkpoint)!r})).__name__ for auto in classes))
 """)
     model = "DeltaLlavaForConditionalGeneration"
-    expected = ["DeltaLlavaConfig", "DeltaLlavaModel", model, model, "DeltaLlavaProcessor"]
-    assert json.loads(output.splitlines()[-1]) == expected
+    expected = ["DeltaLlavaConfig", model, model, "DeltaLlavaModel", "DeltaLlavaProcessor"]
+    assert output.splitlines()[-1].split() == expected
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert len(auto_map) == 5
+    for auto in saved:
+        assert {path.name for path in (tmp_path / auto).glob("*.py")} == CODE_FILES
+        for name in CODE_FILES:
+            assert (tmp_path / auto / name).read_text() == (checkpoint / name).read_text()
+        name = "processor_config.json" if auto == "AutoProcessor" else "config.json"
+        found = json.loads((tmp_path / auto / name).read_text())["auto_map"]
+        assert auto in found and (auto == "AutoProcessor" or found == auto_map)
+    code = f"{load}\nfor auto in {saved}: load(auto, auto)"
+    in_fresh_process(code, HF_HOME=str(tmp_path / "another_empty_cache"))
 
 
 def test_pipeline_answers_chats_at_any_budget(checkpoint, in_fresh_process, noise, tmp_path):
@@ -80,34 +97,11 @@ def test_saving_and_loading_keeps_every_logit(tiny_model, tiny_processor, checkp
     assert torch.equal(loaded(**inputs).logits, tiny_model()(**inputs).logits)
 
 
-@pytest.mark.parametrize("part", ["AutoModelForImageTextToText", "AutoModel", "AutoProcessor"])
-def test_a_part_saved_again_alone_loads_again_with_all_code(checkpoint, in_fresh_process, tmp_path, part):
-    again = tmp_path / "again"
-    in_fresh_process(f"""
-from transformers import {part}
-{part}.from_pretrained({str(checkpoint)!r}, trust_remote_code=True).save_pretrained({str(again)!r})
-""")
-    assert {path.name for path in again.glob("*.py")} == CODE_FILES
-    for name in CODE_FILES:
-        assert (again / name).read_text() == (checkpoint / name).read_text()
-    config = json.loads((again / ("processor_config.json" if part == "AutoProcessor" else "config.json")).read_text())
-    assert part in config["auto_map"]
-    if part != "AutoProcessor":
-        assert config["auto_map"] == json.loads((checkpoint / "config.json").read_text())["auto_map"]
-        assert len(config["auto_map"]) == 5
-    in_fresh_process(
-        f"from transformers import {part}; {part}.from_pretrained({str(again)!r}, trust_remote_code=True)",
-        HF_HOME=str(tmp_path / "another_empty_cache"),
-    )
-
-
 def test_the_code_needs_nothing_but_torch_transformers_and_what_they_bring(checkpoint):
     from transformers.dynamic_module_utils import get_imports
 
     imported = {name for file in CODE_FILES for name in get_imports(checkpoint / file)}
     assert imported - set(sys.stdlib_module_names) == {"PIL", "huggingface_hub", "numpy", "torch", "transformers"}
-    for file in CODE_FILES:
-        assert "delta_llava." not in (checkpoint / file).read_text().replace("delta_llava.Delta", "")
 
 
 def test_another_release_is_refused_below_the_range_and_warned_of_above(checkpoint, in_fresh_process):

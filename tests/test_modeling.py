@@ -1,16 +1,13 @@
 """The model: what every user of a transformers VLM expects of it, at any budget, in any mix."""
 
-import copy
-import itertools
 import json
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -18,22 +15,18 @@ from transformers import (
     BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
-    GPT2Config,
     GPTJConfig,
     GraniteConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PhiConfig,
     Qwen2Config,
     ResNetConfig,
-    TextIteratorStreamer,
     TorchAoConfig,
 )
 from trl.trainer.utils import add_fused_lm_head
 
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
 from delta_llava.configuration_delta_llava import RELEASE
-from delta_llava.hub.assemble import join
+from delta_llava.hub.parts import join
 
 
 ALL_BUDGETS = [1, 4, 9, 16, 36, 144]
@@ -41,8 +34,8 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture
-def mixed_batch(noise):
-    """Rows with two images, none, one and three: texts, images of each row, budgets of each row."""
+def mixed_batch(tiny_processor, noise):
+    """Rows with two images, none, one and three, at mixed budgets: as one padded batch, and each by itself."""
     first, second, third, fourth, fifth, sixth = noise(6)
     texts = [
         "USER: <image>\n<image>\nWhat differs? ASSISTANT:",
@@ -52,44 +45,35 @@ def mixed_batch(noise):
     ]
     images = [[first, second], [], [third], [fourth, fifth, sixth]]
     budgets = [[36, 4], [], [144], [1, 16, 9]]
-    return texts, images, budgets
 
+    def inputs(images, text, budgets):
+        return tiny_processor()(images=images, text=text, num_visual_tokens=budgets, padding=True, return_tensors="pt")
 
-def single(processor, text, images, budgets):
-    if not images:
-        return processor(text=text, return_tensors="pt")
-    return processor(images=images, text=text, num_visual_tokens=budgets, return_tensors="pt")
+    rows = [inputs(*row) for row in zip(images, texts, budgets, strict=True)]
+    return inputs(images, texts, [budget for row in budgets for budget in row]), rows
 
 
 def new_tokens(model, inputs, **options):
     return model.generate(**inputs, **{**GREEDY, **options})[:, inputs["input_ids"].shape[1] :]
 
 
-def flat(rows):
-    return [entry for row in rows for entry in row]
-
-
 @pytest.mark.parametrize("siglip", [False, True])
-def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, tiny_processor, mixed_batch, siglip):
-    model, processor = tiny_model(siglip=siglip), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_a_left_padded_batch_generates_what_its_rows_do(tiny_model, mixed_batch, siglip):
+    model, (batch, rows) = tiny_model(siglip=siglip), mixed_batch
     together = new_tokens(model, batch)
-    alone = [new_tokens(model, single(processor, *row))[0] for row in zip(texts, images, budgets, strict=True)]
-    assert torch.equal(together, torch.stack(alone))
-    assert len({tuple(row.tolist()) for row in together}) > 1, "the images must matter for this to prove anything"
-
-
-def test_a_budget_changes_what_is_seen(tiny_model, tiny_processor, noise):
-    model, processor = tiny_model(), tiny_processor()
-    for budget in ALL_BUDGETS:
-        inputs = processor(images=noise(1), text="<image>", num_visual_tokens=budget, return_tensors="pt")
-        outputs = model(**inputs)
-        assert outputs.image_hidden_states.shape == (budget, 64)
-        assert outputs.logits.shape == (1, budget, 320)
+    assert torch.equal(together, torch.cat([new_tokens(model, row) for row in rows]))
+    # The images and their order must matter for this to prove anything
+    assert len({tuple(row.tolist()) for row in together}) > 1
+    swapped = {**rows[0], "pixel_values": rows[0]["pixel_values"].flip(0)}
+    assert not torch.equal(model(**swapped).logits, model(**rows[0]).logits)
 
 
 def test_budget_of_the_call_before_that_of_the_processor_before_that_of_the_config(tiny_model, tiny_processor, noise):
+    for budget in ALL_BUDGETS:
+        inputs = tiny_processor()(images=noise(1), text="<image>", num_visual_tokens=budget, return_tensors="pt")
+        outputs = tiny_model()(**inputs)
+        assert outputs.image_hidden_states.shape == (budget, 64)
+        assert outputs.logits.shape == (1, budget, 320)
     model = tiny_model(num_visual_tokens=16)
     pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
     assert len(model.get_image_features(pixel_values).pooler_output[0]) == 16
@@ -113,37 +97,6 @@ def test_image_features_of_mixed_budgets_are_those_of_each_image_alone(variant, 
         torch.testing.assert_close(features[index], alone)
 
 
-def test_a_clip_is_a_list_of_frames_and_their_order_can_be_asked_for(tiny_config, tiny_processor, tmp_path):
-    """Trained a little on clips of two colours; those that are then asked about were seen in neither order."""
-    colours = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 70, 230), "yellow": (240, 220, 40)}
-    processor = tiny_processor()
-
-    def ask(clips):
-        frames = []
-        for names in clips:
-            pictures = [Image.new("RGB", (64, 48), colours[name]) for name in names]
-            pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:])
-            with Image.open(tmp_path / "clip.gif") as clip:
-                frames.append([frame.copy() for frame in ImageSequence.Iterator(clip)])
-        texts = ["<image><image>Which colour came first? "] * len(clips)
-        inputs = processor(images=frames, text=texts, num_visual_tokens=[4, 1] * len(clips), return_tensors="pt")
-        return inputs, torch.tensor([processor.tokenizer.encode(first)[0] for first, _ in clips])
-
-    held_out = [("red", "blue"), ("blue", "red")]
-    inputs, answers = ask([clip for clip in itertools.permutations(colours, 2) if clip not in held_out])
-    torch.manual_seed(0)
-    model = DeltaLlavaForConditionalGeneration(tiny_config())
-    model.model.vision_tower.requires_grad_(False)
-    optimizer = torch.optim.AdamW((weight for weight in model.parameters() if weight.requires_grad), lr=3e-3)
-    for _ in range(50):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(**inputs).logits[:, -1], answers).backward()
-        optimizer.step()
-    inputs, answers = ask(held_out)
-    assert inputs["num_visual_tokens"].tolist() == [4, 1, 4, 1]
-    assert torch.equal(model.eval()(**inputs).logits[:, -1].argmax(dim=-1), answers)
-
-
 def test_an_untrained_budget_works_and_warns_once(tiny_model, tiny_processor, noise, monkeypatch):
     messages = []
     logger = sys.modules[DeltaLlavaForConditionalGeneration.__module__].logger
@@ -155,50 +108,9 @@ def test_an_untrained_budget_works_and_warns_once(tiny_model, tiny_processor, no
     assert len([message for message in messages if "trained for [36] visual tokens" in message]) == 1
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("siglip", [False, True])
-@pytest.mark.parametrize("num_visual_tokens", [144, 36, 4])
-def test_a_closed_gate_and_the_mlp_of_a_llava_are_that_llava_on_pooled_features(
-    tiny_model, tiny_processor, noise, monkeypatch, num_visual_tokens, siglip
-):
-    model = tiny_model(projector_variant="residual", siglip=siglip)
-    ours = model.model
-    config = LlavaConfig(
-        vision_config=model.config.vision_config,
-        text_config=model.config.text_config,
-        image_token_index=model.config.image_token_id,
-        vision_feature_layer=model.config.query_feature_layer,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-    )
-    llava = LlavaForConditionalGeneration(config).eval()
-    llava.model.vision_tower.load_state_dict(ours.vision_tower.state_dict())
-    llava.model.language_model.load_state_dict(ours.language_model.state_dict())
-    llava.lm_head.load_state_dict(model.lm_head.state_dict())
-    linear = llava.model.multi_modal_projector
-    for theirs, layer in ((linear.linear_1, 0), (linear.linear_2, 2)):
-        theirs.load_state_dict(ours.multi_modal_projector.mlp[layer].state_dict())
-
-    def pooled(features):
-        scale = 12 // int(num_visual_tokens**0.5)
-        cells = features.view(len(features), 12 // scale, scale, 12 // scale, scale, -1).mean((2, 4))
-        return linear_forward(cells.flatten(1, 2))
-
-    linear_forward = linear.forward
-    monkeypatch.setattr(linear, "forward", pooled)
-    inputs = tiny_processor()(
-        images=noise(2), text="USER: <image> and <image>", num_visual_tokens=num_visual_tokens, return_tensors="pt"
-    )
-    expected = llava(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits
-    torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
-    ours.multi_modal_projector.gate.fill_(0.5)
-    assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
-
-
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
-def test_attention_implementations_agree(tiny_model, tiny_processor, mixed_batch, attention):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_attention_implementations_agree(tiny_model, mixed_batch, attention):
+    model, (batch, _) = tiny_model(), mixed_batch
     real = batch["attention_mask"].bool()
     with torch.no_grad():
         expected = model(**batch).logits[real]
@@ -224,10 +136,7 @@ def test_static_cache_generates_the_same(tiny_model, tiny_processor, noise):
 
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, tiny_processor, noise):
-    model = tiny_model(projector_variant=variant).train()
-    for module in model.modules():
-        if hasattr(module, "probability"):
-            module.probability = 0.0  # drop path is random
+    model = tiny_model(projector_variant=variant, drops=False).train()
     inputs = tiny_processor()(images=noise(1), text="<image> a red circle", return_tensors="pt")
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
 
@@ -236,11 +145,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, ti
         model(**inputs, labels=labels).loss.backward()
         return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
+    passes = []
+    model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert model.is_gradient_checkpointing
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name])
+    assert len(passes) == 3  # the last backward pass runs it again
     assert any("multi_modal_projector" in name for name in expected) and any(
         "vision_tower" in name for name in expected
     )
@@ -256,14 +167,11 @@ def test_a_frozen_tower_builds_no_graph_even_with_gradient_checkpointing(tiny_mo
     assert outputs.pooler_output[0].requires_grad and not outputs.last_hidden_state.requires_grad
 
 
-def test_inputs_embeds_find_their_placeholders(tiny_model, tiny_processor, mixed_batch):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
-    expected = model(**batch).logits
-    embedded = dict(batch) | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
+def test_inputs_embeds_find_their_image_tokens(tiny_model, mixed_batch):
+    model, (batch, _) = tiny_model(), mixed_batch
+    embedded = {**batch, "inputs_embeds": model.get_input_embeddings()(batch["input_ids"])}
     del embedded["input_ids"]
-    torch.testing.assert_close(model(**embedded).logits, expected)
+    torch.testing.assert_close(model(**embedded).logits, model(**batch).logits)
     assert torch.equal(model.generate(**embedded, **GREEDY), new_tokens(model, batch))
 
 
@@ -380,37 +288,15 @@ def test_a_draft_model_need_not_see_the_images(tiny_model, tiny_processor, noise
     assert torch.equal(drafted, new_tokens(model, inputs, suppress_tokens=[0]))
 
 
-def test_a_mismatch_of_budgets_names_them(tiny_model, tiny_processor, noise):
-    model = tiny_model()
-    inputs = tiny_processor()(images=noise(2), text="<image><image>", num_visual_tokens=36, return_tensors="pt")
-    with pytest.raises(ValueError, match=r"tokens: 72, features: 8\. .* num_visual_tokens=\[4, 4\].* same num_visual_"):
-        model(**inputs | {"num_visual_tokens": 4})
-    shortened = {name: value[:, 5:] for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    with pytest.raises(ValueError, match="tokens: 67, features: 72, of 2 images"):
-        model(**inputs | shortened)
-
-
-def test_images_of_another_size_are_refused(tiny_model):
-    with pytest.raises(ValueError, match="images of 48x96 pixels, but must be of 48x48"):
-        tiny_model().get_image_features(torch.zeros(1, 3, 48, 96))
-
-
 @pytest.fixture
 def compilable(tiny_model, tiny_processor, noise):
     """A model after one eager call, and the inputs of a call with an int budget."""
-    model = tiny_model()
-    for module in model.modules():
-        if hasattr(module, "probability"):
-            module.probability = 0.0  # drop path is random
+    model = tiny_model(drops=False)
     inputs = tiny_processor()(images=noise(1), text="<image> a red circle", num_visual_tokens=9, return_tensors="pt")
     inputs = {**inputs, "num_visual_tokens": 9, "use_cache": False}
     model(**inputs)
     torch.compiler.reset()
     return model, inputs
-
-
-def test_only_where_the_tower_selects_layers_a_graph_is_promised():
-    assert DeltaLlavaForConditionalGeneration._can_compile_fullgraph is (RELEASE >= (5, 23))
 
 
 @pytest.mark.skipif(RELEASE < (5, 23), reason="the tower's layers are taken by hooks")
@@ -469,31 +355,16 @@ def test_device_map_with_a_split_between_parts(tiny_model, tiny_processor, noise
     assert torch.equal(new_tokens(automatic, inputs), expected)
 
 
-def test_streamed_text_is_the_generated_text(tiny_model, tiny_processor, noise):
-    model, processor = tiny_model(), tiny_processor()
-    inputs = processor(images=noise(1), text="<image> what", return_tensors="pt")
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, timeout=60)
-    thread = threading.Thread(target=model.generate, kwargs={**inputs, **GREEDY, "streamer": streamer})
-    thread.start()
-    streamed = "".join(streamer)
-    thread.join()
-    assert streamed == processor.decode(new_tokens(model, inputs)[0]) != ""
-
-
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"num_beams": 1, "num_return_sequences": 2}],
 )
-def test_several_sequences_per_prompt_with_two_images_each(tiny_model, tiny_processor, mixed_batch, options):
-    model, processor = tiny_model(), tiny_processor()
-    texts, images, budgets = mixed_batch
-    sampled = options["num_beams"] == 1
-    options = {**options, "do_sample": sampled, "top_k": 1} if sampled else options  # top_k=1: sampling without chance
-    batch = processor(images=images, text=texts, num_visual_tokens=flat(budgets), padding=True, return_tensors="pt")
+def test_several_sequences_per_prompt_with_two_images_each(tiny_model, mixed_batch, options):
+    model, (batch, rows) = tiny_model(), mixed_batch
+    if options["num_beams"] == 1:
+        options = {**options, "do_sample": True, "top_k": 1}  # sampling without chance
     together = new_tokens(model, batch, **options)
-    rows = zip(texts, images, budgets, strict=True)
-    alone = torch.cat([new_tokens(model, single(processor, *row), **options) for row in rows])
-    assert torch.equal(together, alone)
+    assert torch.equal(together, torch.cat([new_tokens(model, row, **options) for row in rows]))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
@@ -516,7 +387,9 @@ def test_images_encoded_once_serve_several_questions(tiny_model, tiny_processor,
 def test_image_text_mismatch_is_refused_with_both_numbers(tiny_model, tiny_processor, noise):
     model = tiny_model()
     inputs = tiny_processor()(images=noise(2), text="<image>, <image>", num_visual_tokens=[36, 4], return_tensors="pt")
-    with pytest.raises(ValueError, match="tokens: 40, features: 13"):
+    with pytest.raises(
+        ValueError, match=r"tokens: 40, features: 13, of 2 .*=\[9, 4\]\. Pass the same num_visual_tokens"
+    ):
         model(**inputs | {"num_visual_tokens": torch.tensor([9, 4])})
     # The totals agree, but the first image would stand in the second's place
     with pytest.raises(ValueError, match=r"runs of image tokens end after \[36, 40\].*\[4, 36\] tokens each"):
@@ -525,17 +398,13 @@ def test_image_text_mismatch_is_refused_with_both_numbers(tiny_model, tiny_proce
         model.get_image_features(inputs["pixel_values"], num_visual_tokens=torch.tensor([4, 4, 4]))
     with pytest.raises(ValueError, match=r"num_visual_tokens=5 .* one of \[1, 4, 9, 16, 36, 144\]"):
         model.get_image_features(inputs["pixel_values"], num_visual_tokens=5)
+    with pytest.raises(ValueError, match="images of 48x96 pixels, but must be of 48x48"):
+        model.get_image_features(torch.zeros(1, 3, 48, 96))
     encoded = model.get_image_features(inputs["pixel_values"])
     with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
         model(**inputs, mm_encoder_outputs={"image": encoded})
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(pixel_values=inputs["pixel_values"])
-
-
-def test_wrong_feature_selection_is_refused(tiny_model, tiny_processor, noise):
-    pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
-    with pytest.raises(ValueError, match="Got 145 patches, but the projector expects 12x12=144"):
-        tiny_model(vision_feature_select_strategy="full").get_image_features(pixel_values)
 
 
 @pytest.mark.parametrize(
@@ -563,56 +432,38 @@ def test_the_tower_runs_no_deeper_than_it_is_read(
 def test_only_the_layers_that_are_read_are_kept(tiny_model, tiny_processor, noise):
     model = tiny_model(memory_feature_layers=[2], query_feature_layer=5)
     pixel_values = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")["pixel_values"]
-    with model.model._capture_layers({2, 5}) as captured:
-        outputs = model.model.vision_tower(pixel_values)
-    assert captured.keys() == {2, 5} and outputs.hidden_states is None
-    assert not any(layer._forward_hooks for layer in model.model._vision_tower_layers())
+    kept = []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: kept.append(output.hidden_states))
+    assert model.get_image_features(pixel_values).hidden_states is None
+    assert model._can_compile_fullgraph is (RELEASE >= (5, 23))  # hooks need a break in the graph
+    if RELEASE >= (5, 23):
+        assert [layer for layer in range(6) if kept[0][layer] is not None] == [2, 5]
+    else:
+        assert kept == [None] and not any(layer._forward_hooks for layer in model.model._vision_tower_layers())
 
 
 def test_two_threads_share_one_tower(tiny_model, tiny_processor, noise):
     model = tiny_model()
     pixel_values = tiny_processor()(images=noise(2), text="<image><image>", return_tensors="pt")["pixel_values"]
     expected = [model.get_image_features(image[None]).pooler_output[0] for image in pixel_values]
-    model.model.vision_tower.register_forward_pre_hook(lambda *_: time.sleep(0.05))  # both are inside at once
-    results = {}
+    both_inside = threading.Barrier(2, timeout=60)
 
-    def encode(index):
-        results[index] = model.get_image_features(pixel_values[index][None]).pooler_output[0]
+    def wait(module, args):
+        both_inside.wait()
 
-    threads = [threading.Thread(target=encode, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index in range(2):
-        torch.testing.assert_close(results[index], expected[index])
+    model.model._vision_tower_layers()[2].register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda image: model.get_image_features(image[None]).pooler_output[0], pixel_values)
+        torch.testing.assert_close(list(found), expected)
 
 
-@pytest.mark.parametrize(
-    "text_config",
-    [
-        Qwen2Config(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=320,
-            tie_word_embeddings=True,
-        ),
-        GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=320),
-    ],
-    ids=["qwen2", "gpt2"],
-)
-def test_any_causal_language_model(tiny_model, tiny_processor, noise, text_config, tmp_path):
-    model = tiny_model(text_config=text_config)
+def test_a_tied_head_stays_tied(tiny_model, tiny_processor, noise, tmp_path):
+    model = tiny_model(text_config=Qwen2Config(**SIZE, **HEADS, tie_word_embeddings=True))
     inputs = tiny_processor()(images=noise(1), text="<image> what", return_tensors="pt")
-    tokens = new_tokens(model, inputs, pad_token_id=0)
     model.save_pretrained(tmp_path)
     loaded = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(new_tokens(loaded, inputs, pad_token_id=0), tokens)
-    tied = loaded.lm_head.weight is loaded.get_input_embeddings().weight
-    assert tied is bool(text_config.tie_word_embeddings)
+    assert torch.equal(new_tokens(loaded, inputs), new_tokens(model, inputs))
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
 
 
 def test_defaults_of_the_configuration(tiny_config):
@@ -620,6 +471,8 @@ def test_defaults_of_the_configuration(tiny_config):
     assert (config.query_feature_layer, config.memory_feature_layers) == (23, [12, 16, 22, 23])
     assert (config.num_visual_tokens, config.visual_token_budgets) == (144, [144])
     assert config.valid_visual_token_counts == [1, 4, 9, 16, 36, 64, 144, 576]
+    config.image_token_index = 7  # LLaVA's name
+    assert config.image_token_id == config.to_dict()["image_token_id"] == config.image_token_index == 7
     for image_size, patch_size, default in ((224, 14, 64), (384, 14, 81)):
         vision_config = {"model_type": "siglip_vision_model", "image_size": image_size, "patch_size": patch_size}
         assert DeltaLlavaConfig(vision_config=vision_config).num_visual_tokens == default
@@ -745,27 +598,6 @@ def test_quantization_leaves_tower_and_projector_alone(tiny_model, tiny_processo
     expected = original.get_image_features(inputs["pixel_values"]).pooler_output[0]
     torch.testing.assert_close(features, expected, atol=0.1, rtol=0.1)
     assert model(**inputs).logits.isfinite().all()
-
-
-def test_gptq_finds_the_language_model_only(tiny_model):
-    # The names that optimum's GPTQ looks for, in its order; it quantizes the blocks of the first that it finds
-    patterns = [
-        "transformer.h",
-        "model.decoder.layers",
-        "gpt_neox.layers",
-        "model.layers",
-        "model.language_model.layers",
-    ]
-    names = [name for name, _ in tiny_model().named_modules()]
-    found = next(pattern for pattern in patterns if any(name.startswith(pattern) for name in names))
-    assert found == "model.language_model.layers"
-
-
-def test_deep_copies_are_independent(tiny_model, tiny_processor, noise):
-    model = tiny_model()
-    inputs = tiny_processor()(images=noise(1), text="<image>", return_tensors="pt")
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(twin(**inputs).logits, model(**inputs).logits)
 
 
 def test_prefill_in_chunks_is_one_prefill_or_refused(tiny_model, tiny_processor, noise):

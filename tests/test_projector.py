@@ -82,6 +82,14 @@ def test_parameter_count_at_clip_l_and_7b(variant, parameters):
     assert sum(weight.numel() for weight in projector.parameters()) == parameters
 
 
+def random_projector(config):
+    projector = DeltaProjector(config)
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    width = config.vision_config.hidden_size
+    return projector, (torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers)))
+
+
 def naive_paper_projector(projector, config, query_features, memory_features, side):
     """Equations 3 to 11 one cell, one head and one level at a time, from the same weights."""
     grid, width = config.patch_grid_size, config.vision_config.hidden_size
@@ -123,16 +131,10 @@ def naive_paper_projector(projector, config, query_features, memory_features, si
 @pytest.mark.parametrize("num_visual_tokens", [1, 9, 36])
 def test_the_paper_variant_is_its_equations(tiny_config, num_visual_tokens):
     config = tiny_config(projector_variant="paper", projector_num_attention_heads=4)
-    projector = DeltaProjector(config).eval()
-    for weight in projector.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    patches, width = config.patch_grid_size**2, config.vision_config.hidden_size
-    query_features = torch.randn(1, patches, width)
-    memory_features = torch.randn(1, patches, len(config.memory_feature_layers) * width)
-    expected = naive_paper_projector(
-        projector, config, query_features, memory_features, side=math.isqrt(num_visual_tokens)
-    )
-    torch.testing.assert_close(projector(query_features, memory_features, num_visual_tokens)[0], expected)
+    projector, features = random_projector(config)
+    first = [part[:1] for part in features]
+    expected = naive_paper_projector(projector.eval(), config, *first, side=math.isqrt(num_visual_tokens))
+    torch.testing.assert_close(projector(*features, num_visual_tokens)[0], expected)
 
 
 @pytest.mark.parametrize("variant", ["released", "paper", "residual"])
@@ -147,13 +149,11 @@ def test_the_paper_variant_is_its_equations(tiny_config, num_visual_tokens):
 def test_a_switch_removes_its_part_and_nothing_else(tiny_config, variant, switch, missing):
     full = DeltaProjector(tiny_config(projector_variant=variant)).state_dict()
     config = tiny_config(projector_variant=variant, **{switch: False})
-    ablated = DeltaProjector(config)
+    ablated, features = random_projector(config)
     removed = full.keys() - ablated.state_dict().keys()
     assert removed and ablated.state_dict().keys() <= full.keys()
     assert all(name.startswith(missing) or name.endswith(missing) for name in removed)
-    width = config.vision_config.hidden_size
-    tokens = ablated(torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers)), 9)
-    assert tokens.shape == (2, 9, config.text_config.hidden_size)
+    assert ablated(*features, 9).shape == (2, 9, config.text_config.hidden_size)
 
 
 def test_area_pooling_lets_every_patch_count(tiny_config):
@@ -170,21 +170,11 @@ def test_area_pooling_lets_every_patch_count(tiny_config):
 
 def test_drop_path_acts_in_training_only(tiny_config):
     config = tiny_config(attention_drop_path=0.5, convolution_drop_path=0.5, mlp_drop_path=0.5)
-    projector = DeltaProjector(config)
-    width = config.vision_config.hidden_size
-    features = torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers))
+    projector, features = random_projector(config)
     torch.manual_seed(0)
     first, second = projector.train()(*features, 36), projector(*features, 36)
     assert not torch.equal(first, second)
     assert torch.equal(projector.eval()(*features, 36), projector(*features, 36))
-
-
-def random_projector(config):
-    projector = DeltaProjector(config)
-    for weight in projector.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    width = config.vision_config.hidden_size
-    return projector, (torch.randn(2, 144, width), torch.randn(2, 144, width * len(config.memory_feature_layers)))
 
 
 @torch.no_grad()
@@ -227,8 +217,7 @@ class Opaque(torch.nn.Module):
 @pytest.mark.parametrize("num_visual_tokens", [1, 9, 144])
 @pytest.mark.parametrize("variant", ["released", "paper", "residual"])
 def test_every_submodule_is_called_and_its_weight_never_read(tiny_config, variant, num_visual_tokens, mode):
-    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    projector, features = random_projector(tiny_config(projector_variant=variant, drops=False))
     projector.train(mode == "training")
     expected = projector(*features, num_visual_tokens)
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.LayerNorm)
@@ -260,8 +249,7 @@ def test_linear_layers_get_contiguous_features(tiny_model, variant, switch, sigl
 
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_a_single_patch_cell_leaves_out_what_cannot_matter_but_no_gradient(tiny_config, variant):
-    no_drop = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    projector, features = random_projector(tiny_config(projector_variant=variant, **no_drop))
+    projector, features = random_projector(tiny_config(projector_variant=variant, drops=False))
     trained = projector.train()(*features, 144)
     trained.sum().backward()
     assert [name for name, weight in projector.named_parameters() if weight.grad is None] == []  # DDP waits for each
@@ -281,11 +269,8 @@ def test_low_rank_update_is_part_of_the_map():
 
 
 def test_bad_budget_and_bad_grid_are_refused(tiny_config):
-    config = tiny_config()
-    projector = DeltaProjector(config)
-    width = config.vision_config.hidden_size
-    memory = torch.zeros(1, 144, width * len(config.memory_feature_layers))
+    projector, (query, memory) = random_projector(tiny_config())
     with pytest.raises(ValueError, match=r"num_visual_tokens=25 .* one of \[1, 4, 9, 16, 36, 144\]"):
-        projector(torch.zeros(1, 144, width), memory, 25)
-    with pytest.raises(ValueError, match="Got 145 patches, but the projector expects 12x12=144"):
-        projector(torch.zeros(1, 145, width), memory, 36)
+        projector(query, memory, 25)
+    with pytest.raises(ValueError, match="Got 143 patches, but the projector expects 12x12=144"):
+        projector(query[:, 1:], memory, 36)

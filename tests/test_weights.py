@@ -125,5 +125,5 @@ def test_a_weight_that_is_not_finite_is_named(shards, dtype, value):
 def test_an_adapter_is_refused_by_the_name_that_the_user_gave(tmp_path):
     refuse_adapter(tmp_path, "org/name")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"^org/name holds an adapter: .* by delta_llava\.hub\.merge_adapter\.$"):
+    with pytest.raises(ValueError, match=r"^org/name holds an adapter: .* with delta_llava\.hub\.merge_adapter\.$"):
         refuse_adapter(tmp_path, "org/name")

@@ -1,13 +1,13 @@
 r"""
-Check training data before it is trained on: every record and every image, and how to fix what is wrong.
+Check every record and image of training data before a training, and say how to fix what is wrong.
 
 ```
 python -m delta_llava.train.check_data --json llava_v1_5_mix665k.json --images LLaVA-Tuning \
     --write_clean llava_v1_5_mix665k.clean.json
 ```
 
-`--json` takes what `--json_path` of a training takes. Bad records stop a training; notes are harmless here. Training on
-the same file and images finds all of it checked.
+`--json` takes what `--json_path` takes in training. Bad records stop a training; notes are harmless. A training on the
+same file and images uses the results of this check.
 """
 
 import argparse
@@ -24,102 +24,101 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from ..records import FOREIGN_MARKER, IMAGE_MARKER, ROLES, name_keys, read_records
-from .data import Check, check_llava_json, is_json_file, write_bad_records
+from ..records import FOREIGN_PLACEHOLDER, PLACEHOLDER, ROLES, name_keys, read_records
+from .data import CheckedRecords, check_llava_json, is_json_file, write_bad_records
 from .images import similar_files
 
 
 # How to fix each kind of bad record, and what each kind of note means elsewhere
 FAULTS = {
-    "record": "A record is an object with conversations (or another form of turns) and maybe id and image, a path or a "
-    "list of paths, and no object in it has a key twice: fix the JSON.",
-    "no_image": "Leave text-only records out: with --require_images every record needs an image (stage 1).",
-    "answer": "Stage 1 learns one answer to one question, without a system prompt: split the record, or leave it to "
+    "record": "A record is an object with conversations (or another form of turns) and possibly id and image, a path "
+    "or a list of paths, and no object in it has a key twice: fix the JSON.",
+    "no_image": "Leave out text-only records: with --require_images every record needs an image (stage 1).",
+    "answer": "Stage 1 learns one answer to one question, without a system prompt: split the record, or keep it for "
     "stage 2.",
     "turns": "Turns alternate, human first and gpt last, each with a text that is not empty: fix the JSON.",
     "part": "A part of a content is {type: text, text}, {type: image} or {type: image_url, image_url}: delete others.",
-    "loss": "loss, weight and train are 0, 1, false or true, turn off the loss of answers alone, and leave one on.",
-    "unsupported": "The model sees images and texts alone, and learns plain answers: leave such records out.",
+    "loss": "loss, weight and train are 0, 1, false or true, turn off the loss of answers only, and leave one on.",
+    "unsupported": "The model sees only images and texts, and learns plain answers: leave out such records.",
     "text": "Half of a UTF-16 surrogate pair is left of a character: write the whole character, or delete it.",
-    "marker_in_answer": f"Only human turns may contain {IMAGE_MARKER}: delete it elsewhere.",
-    "marker_missing": f"Write one {IMAGE_MARKER} per image into the human turns. --write_clean puts that of a single "
-    "image at the start of the first one.",
-    "marker_surplus": f"Delete the {IMAGE_MARKER} that have no image, or add the images to the record.",
-    "marker_foreign": f"Write {IMAGE_MARKER} in its place. --write_clean does, where there is one for each image.",
-    "address": "Download the image and name its file: nothing is fetched during training. Write a data: URL anew.",
-    "missing": "Complete the download or mend the path; for LLaVA, --images is the folder that holds coco/, gqa/, "
+    "placeholder_in_answer": f"Only human turns may contain {PLACEHOLDER}: delete it elsewhere.",
+    "placeholder_missing": f"Write one {PLACEHOLDER} per image into the human turns. --write_clean puts that of a "
+    "single image at the start of the first one.",
+    "placeholder_surplus": f"Delete each {PLACEHOLDER} that has no image, or add the images to the record.",
+    "placeholder_foreign": f"Write {PLACEHOLDER} instead. --write_clean does if there is one for each image.",
+    "address": "Download the image and name its file: training fetches nothing. Encode a data: URL again.",
+    "missing": "Complete the download or correct the path; for LLaVA, --images is the folder that holds coco/, gqa/, "
     "ocr_vqa/, textvqa/ and vg/.",
     "missing_ocr_vqa": "OCR-VQA's images are downloaded one by one, and some links are dead: run its loadDataset.py "
-    "again, save all as .jpg, and leave out what stays missing.",
-    "missing_other_suffix": "The same name is there with another suffix: write that into the record. --write_clean "
-    "does, where there is only one.",
-    "missing_other_name": "The same name is there in other letter case, with other slashes or in another Unicode form: "
-    "write that into the record. --write_clean does, where there is only one.",
+    "again, save all as .jpg, and leave out those that stay missing.",
+    "missing_other_suffix": "The same name exists with another suffix: write that into the record. --write_clean does "
+    "if there is only one.",
+    "missing_other_name": "The same name exists in another letter case, with other slashes or in another Unicode form: "
+    "write that into the record. --write_clean does if there is only one.",
     "outside": "Copy the image into the folder, or allow links that lead out by --follow_links; no path may leave it.",
-    "no_path": "Mend the path: no file system can hold it.",
+    "no_path": "Correct the path: no file system can hold it.",
     "unreadable": "Download the image again: it is empty, damaged or of no known format.",
     "truncated": "Download the image again: its end is missing.",
-    "too_large": "Scale the image down or cut it: so much memory is not spent on one image.",
+    "too_large": "Scale the image down or crop it: it would take too much memory.",
 }
 NOTES = {
-    "marker_moved": "It is moved before the text, as LLaVA does; other tools may leave it where it is.",
+    "placeholder_moved": "It is moved before the text, as LLaVA does; other tools may leave it where it is.",
     "other_format": "It is read by its content here; for other tools, rename it and its path in the records.",
     "rotated": "It is shown upright here; LLaVA's own loader ignores EXIF and trains on it as it is stored.",
-    "foreign_text": "Another program writes this for an image; each image has its <image> already: delete it.",
+    "foreign_text": "Another program writes this for an image, but each image has its <image> already: delete it.",
     "ignored_key": "Nothing here reads it, so it changes nothing: rename it if it was meant to.",
-    "warning": "It is read all the same; save it anew with Pillow to be rid of the warning.",
+    "warning": "It is read all the same; save it again with Pillow to avoid the warning.",
 }
 
 
-def write_clean(check: Check, json_path: str | Path, image_folder: str | Path, clean_path: str | Path, **options):
+def write_clean(
+    found: CheckedRecords, json_path: str | Path, image_folder: str | Path, clean_path: str | Path, **options
+) -> tuple[CheckedRecords, Counter[str], Counter[str]]:
     """
-    Write the records that pass the check, mended where that needs no guess.
+    Write the records that pass the check, fixed where that needs no guess.
 
     Args:
-        check ([`Check`]):
-            What was found in `json_path`.
+        found ([`CheckedRecords`]):
+            What the check of `json_path` returned.
         json_path (`str` or `Path`), image_folder (`str` or `Path`), **options:
-            What it was found with, as [`~delta_llava.train.data.check_llava_json`] takes them.
+            What was checked and how, as [`~delta_llava.train.data.check_llava_json`] takes them.
         clean_path (`str` or `Path`):
             JSON file to write. It holds good records unchanged, and passes the check by itself.
 
     Returns:
-        `tuple[Check, Counter[str], Counter[str]]`: What is found in the written file (nothing bad); how many mends were
-        made, and how many records were left out, by kind of fault.
+        `tuple[CheckedRecords, Counter[str], Counter[str]]`: The check of the written file (nothing bad); how many fixes
+        were made, and how many records were left out, by kind of fault.
 
     Raises:
         `ValueError`: No record is left.
     """
     clean_path = Path(clean_path)
     clean_path.parent.mkdir(parents=True, exist_ok=True)
-    num_records, source = check.num_records, json_path
-    mended, left_out = Counter(), Counter()
+    num_records, source = found.num_records, json_path
+    fixed, left_out = Counter(), Counter()
     with TemporaryDirectory(dir=clean_path.parent) as folder:
-        # A mended record may have another fault behind the first: the next round finds it
+        # A fixed record may have a second fault, which the next round finds
         for number in count():
             candidate = Path(folder, f"{number}{clean_path.suffix}")
-            _mend_all(check, source, image_folder, candidate, mended, left_out)
+            _fix_all(found, source, image_folder, candidate, fixed, left_out)
             if left_out.total() == num_records:
-                raise ValueError(f"No record of {json_path} is good or can be mended: {clean_path} is not written.")
-            check, source = check_llava_json(candidate, image_folder, **options), candidate
-            if not check.num_bad_records:
+                raise ValueError(f"No record of {json_path} is good or can be fixed: {clean_path} is not written.")
+            found, source = check_llava_json(candidate, image_folder, **options), candidate
+            if not found.num_bad_records:
                 candidate.replace(clean_path)
-                return check, mended, left_out
+                return found, fixed, left_out
 
 
-def _mend_all(
-    check: Check, source: str | Path, image_folder: str | Path, target: Path, mended: Counter, left_out: Counter
+def _fix_all(
+    found: CheckedRecords, source: str | Path, image_folder: str | Path, target: Path, fixed: Counter, left_out: Counter
 ):
-    faults = check.bad_records()
-    fault = next(faults, None)
-    opening, between, closing = ("", "\n", "\n") if target.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
+    faults = {fault["index"]: fault for fault in found.bad_records()}
+    separator, between, closing = ("", "\n", "\n") if target.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     with open(target, "w", encoding="utf-8") as file:
-        separator = opening
         for index, record in enumerate(read_records(source)):
-            if fault and fault["index"] == index:
-                record = mend(record, fault, image_folder)
-                (left_out if record is None else mended)[fault["kind"]] += 1
-                fault = next(faults, None)
+            if fault := faults.get(index):
+                record = fix(record, fault, image_folder)
+                (left_out if record is None else fixed)[fault["kind"]] += 1
                 if record is None:
                     continue
             try:
@@ -130,9 +129,9 @@ def _mend_all(
         file.write(closing)
 
 
-def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[str, Any] | None:
+def fix(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[str, Any] | None:
     """
-    Mend what can be mended without a guess.
+    Fix a bad record if that needs no guess.
 
     Args:
         record:
@@ -160,23 +159,24 @@ def mend(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[s
             images = [name if os.path.join(root, image) == missing else image for image in images]
             return {**record, key: images[0] if isinstance(record[key], str) else images}
     form = "conversations" if record.get("conversations") is not None else "messages"
-    if fault["kind"] in ("marker_missing", "marker_foreign") and form in record:
+    if fault["kind"] in ("placeholder_missing", "placeholder_foreign") and form in record:
         turns = [dict(turn) for turn in record[form]]
-        if _mend_markers([turn for turn in turns if ROLES[turn.get("from") or turn["role"]] == "user"], len(images)):
+        questions = [turn for turn in turns if ROLES[turn.get("from") or turn["role"]] == "user"]
+        if _fix_placeholders(questions, len(images)):
             return {**record, form: turns}
     return None
 
 
-def _mend_markers(questions: list[dict[str, Any]], num_images: int) -> bool:
+def _fix_placeholders(questions: list[dict[str, Any]], num_images: int) -> bool:
     texts = [turn.get("value") or turn.get("content") for turn in questions]
     if not all(isinstance(text, str) for text in texts):
         return False
-    found = [match for text in texts for match in FOREIGN_MARKER.finditer(text)]
+    found = [match for text in texts for match in FOREIGN_PLACEHOLDER.finditer(text)]
     numbers = [int(match["number"]) for match in found if match["number"]]
     if not found and num_images == 1:
-        texts[0] = f"{IMAGE_MARKER}\n{texts[0]}"
+        texts[0] = f"{PLACEHOLDER}\n{texts[0]}"
     elif len(found) == num_images and numbers in ([], [*range(len(found))], [*range(1, len(found) + 1)]):
-        texts = [FOREIGN_MARKER.sub(IMAGE_MARKER, text) for text in texts]
+        texts = [FOREIGN_PLACEHOLDER.sub(PLACEHOLDER, text) for text in texts]
     else:
         return False
     for turn, text in zip(questions, texts, strict=True):
@@ -199,7 +199,7 @@ def _print_table(severity: str, remedies: dict[str, str], lines: Iterable[dict[s
             example = examples[kind]
             file = f", {example['file']!r}" if example["file"] else ""
             unit = "images" if severity == "note" and file else "records"
-            print(f"{severity:4} {kind:20} {counts[kind]:>9,} {unit}")
+            print(f"{severity:4} {kind:21} {counts[kind]:>9,} {unit}")
             print(f"       record {example['index']} (id {example['id']!r}){file}: {example['reason']}")
             print(f"       {remedy}")
     if ignored_keys:
@@ -209,57 +209,53 @@ def _print_table(severity: str, remedies: dict[str, str], lines: Iterable[dict[s
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="JSON list or lines, Parquet file, folder or data set of the Hub")
-    parser.add_argument("--images", help="folder that its images lie in, if they are files")
+    parser.add_argument("--images", help="folder of its images, if they are files")
     parser.add_argument("--dataset_config", help="configuration of a data set that has several")
     parser.add_argument("--split", default="train", help="split of a data set (default: train)")
     parser.add_argument(
         "--require_images",
         action="store_true",
-        help="a record must have an image, one question and one answer, as stage 1 wants it",
+        help="a record must have an image, one question and one answer, as stage 1 takes it",
     )
     parser.add_argument("--follow_links", action="store_true", help="links may lead out of the folder of the images")
-    parser.add_argument("--write_clean", help="JSON file to write, of the good and the mended records")
-    parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, beside --write_clean)")
+    parser.add_argument("--write_clean", help="JSON file to write, of the good and the fixed records")
+    parser.add_argument("--report", help="list of the bad records (default: bad_records.jsonl, next to --write_clean)")
     parser.add_argument("--num_proc", type=int, help="processes that decode images (default: one per core)")
     options = parser.parse_args(arguments)
     if options.write_clean and Path(options.write_clean).resolve() == Path(options.json).resolve():
         parser.error(f"--write_clean {options.write_clean} would overwrite --json: name another file")
     if options.write_clean and not is_json_file(Path(options.json)):
-        parser.error(f"--write_clean {options.write_clean} writes JSON, which {options.json} is not")
+        parser.error(f"--write_clean {options.write_clean} writes JSON, but {options.json} is not JSON")
     report = options.report or Path(options.write_clean or "").parent / "bad_records.jsonl"
-    settings = {
-        "require_images": options.require_images,
-        "one_answer": options.require_images,
-        "num_proc": options.num_proc,
-        "follow_links": options.follow_links,
-    }
+    settings = {name: getattr(options, name) for name in ("require_images", "num_proc", "follow_links")}
 
-    source = {"dataset_config": options.dataset_config, "split": options.split}
-    check = check_llava_json(options.json, options.images, **settings, **source)
-    write_bad_records(check, report)
-    num_images = pc.list_value_length(check.records["images"])
-    print(f"{options.json}: {check.num_records:,} records, {check.num_bad_records:,} of them bad")
-    print(f"{pc.sum(pc.equal(num_images, 0)).as_py() or 0:,} text-only rows; {check.num_images:,} different images")
-    _print_table("bad", FAULTS, check.bad_records())
-    _print_table("note", NOTES, check.notes())
-    if check.num_bad_records:
+    found = check_llava_json(
+        options.json, options.images, **settings, dataset_config=options.dataset_config, split=options.split
+    )
+    write_bad_records(found, report)
+    num_images = pc.list_value_length(found.records["images"])
+    print(f"{options.json}: {found.num_records:,} records, {found.num_bad_records:,} of them bad")
+    print(f"{pc.sum(pc.equal(num_images, 0)).as_py() or 0:,} text-only rows; {found.num_images:,} distinct images")
+    _print_table("bad", FAULTS, found.bad_records())
+    _print_table("note", NOTES, found.notes())
+    if found.num_bad_records:
         print(f"All bad records are listed in {report}.")
 
-    if check.num_decoded:
-        rate = check.num_decoded / check.seconds
-        print(f"Decoded {check.num_decoded:,} images in {check.seconds:.1f} s: {rate:,.0f} images/s.")
+    if found.num_decoded:
+        rate = found.num_decoded / found.seconds
+        print(f"Decoded {found.num_decoded:,} images in {found.seconds:.1f} s: {rate:,.0f} images/s.")
     if options.write_clean:
-        clean, mended, left_out = write_clean(check, options.json, options.images, options.write_clean, **settings)
+        clean, fixed, left_out = write_clean(found, options.json, options.images, options.write_clean, **settings)
         print(f"Wrote {clean.num_records:,} records to {options.write_clean}, none of them bad.")
-        for action, counts in (("mended", mended), ("left out", left_out)):
+        for action, counts in (("fixed", fixed), ("left out", left_out)):
             for kind, number in counts.items():
-                print(f"     {action:8} {kind:20} {number:>9,}")
+                print(f"     {action:8} {kind:21} {number:>9,}")
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     own, workers = (
         resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    print(f"Peak memory {own:,.0f} MiB, and {workers:,.0f} MiB in the largest of the worker processes.")
-    return int(check.num_bad_records > 0 and not options.write_clean)
+    print(f"Peak memory {own:,.0f} MiB, and {workers:,.0f} MiB in the largest worker process.")
+    return int(found.num_bad_records > 0 and not options.write_clean)
 
 
 if __name__ == "__main__":

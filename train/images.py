@@ -1,4 +1,4 @@
-"""Image files of training data: where they lie and whether they can be trained on, looked into only once."""
+"""Finds the image files of training data and checks, once, that they can be trained on."""
 
 import multiprocessing
 import os
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from .. import processing_delta_llava
 from ..processing_delta_llava import open_image
 
 
-# What the cache keeps: a row for every image file
+# What the cache keeps: a row for each image file
 _REMARK = {"kind": Value("string"), "reason": Value("string")}
 IMAGE_SCHEMA = Features(
     {
@@ -38,7 +39,7 @@ IMAGE_SCHEMA = Features(
         "notes": List(_REMARK),
     }
 ).arrow_schema
-# Suffixes that the same image may have been saved under
+# Suffixes under which the same image may have been saved
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 
 _IMAGES_PER_TASK = 32
@@ -47,7 +48,7 @@ _LOOKING_THREADS = 16
 
 
 def checking_code() -> str:
-    """All that decides which images are good: another version of it may find other faults."""
+    """Everything that decides which images are good; another version may find other faults."""
     sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, processing_delta_llava.__file__)]
     return "".join([*sources, PIL.__version__])
 
@@ -68,19 +69,18 @@ def _remark(kind: str, reason: str) -> dict[str, str]:
 def locate_images(
     paths: list[str], root: str, follow_links: bool
 ) -> tuple[dict[str, tuple[int, int]], dict[str, dict[str, str]]]:
-    """Return size and time of change of the images that are there, and the faults of the others."""
+    """Return size and time of change of the images that exist, and the faults of the others."""
     real_directory = lru_cache(maxsize=None)(os.path.realpath)
 
     def locate(some_paths: list[str]):
         return [_locate_image(path, root, real_directory, follow_links) for path in some_paths]
 
-    # Threads, because a network's file system answers many questions in the time of one
+    # Threads, because a network file system answers many requests in the time of one
     chunks = [paths[start : start + _IMAGES_PER_LOOK] for start in range(0, len(paths), _IMAGES_PER_LOOK)]
     stats, faults = {}, {}
     with ThreadPoolExecutor(_LOOKING_THREADS) as pool:
-        for chunk, answers in zip(chunks, pool.map(locate, chunks), strict=True):
-            for path, answer in zip(chunk, answers, strict=True):
-                (faults if isinstance(answer, dict) else stats)[path] = answer
+        for path, found in zip(paths, chain.from_iterable(pool.map(locate, chunks)), strict=True):
+            (faults if isinstance(found, dict) else stats)[path] = found
     return stats, faults
 
 
@@ -97,11 +97,11 @@ def _locate_image(
         if file.startswith(inside) or (follow_links and path.startswith(inside) and ".." not in Path(path).parts):
             status = os.stat(file)
         elif path.startswith(inside) or not (others := similar_files(path, root)):
-            return _remark("outside", f"image {name} leaves the image folder: it leads to {file}")
+            return _remark("outside", f"image {name} leaves the image folder and leads to {file}")
     except (FileNotFoundError, NotADirectoryError):
         others = similar_files(path, root)
     except (OSError, ValueError) as error:  # a name too long, a loop of links, a null character
-        return _remark("no_path", f"image {name!r} is no path: {error}")
+        return _remark("no_path", f"image {name!r} is not a path: {error}")
     if status and stat.S_ISREG(status.st_mode):
         return status.st_size, status.st_mtime_ns
     reason = f"image {name} does not exist in the image folder"
@@ -116,15 +116,15 @@ def _locate_image(
 
 def similar_files(path: str, root: str) -> list[str]:
     """
-    Find the files that may be meant by the path of a missing image.
+    Find the files that the path of a missing image may mean.
 
     Args:
         path (`str`): The image's path, in `root` or absolute.
         root (`str`): The image folder.
 
     Returns:
-        `list[str]`: Paths in `root` that differ from the missing one in letter case, slashes or Unicode form only, or
-        if there are none, in the suffix too.
+        `list[str]`: Paths in `root` that differ from the missing one only in letter case, slashes or Unicode form; if
+        there are none, those that also differ in the suffix.
     """
     *folders, name = [part for part in re.split(r"[\\/]", image_name(path, root)) if part not in ("", ".")] or [""]
     places = [root]
@@ -148,7 +148,7 @@ def _key(name: str) -> str:
 
 
 def _entries(folder: str) -> dict[str, list[str]]:
-    """The names in a folder, by what is the same of similar ones."""
+    """The names in a folder, grouped by the key that similar names share."""
     try:
         return _read_entries(folder, os.stat(folder).st_mtime_ns)
     except OSError:
@@ -166,12 +166,12 @@ def _read_entries(folder: str, mtime_ns: int) -> dict[str, list[str]]:
 def check_images(
     table_path: Path, stats: dict[str, tuple[int, int]], num_proc: int | None
 ) -> tuple[pa.Table, int, float]:
-    """Return what is known of the images of `stats` (`IMAGE_SCHEMA`), how many were decoded for that, and the time."""
+    """Return the rows of the images in `stats` (`IMAGE_SCHEMA`), how many had to be decoded, and the time that took."""
     num_decoded, seconds = 0, 0.0
     table, changed = _known_images(table_path, stats)
     if changed:
         with FileLock(f"{table_path}.lock"), TemporaryDirectory(dir=table_path.parent) as unfinished:
-            table, changed = _known_images(table_path, stats)  # another process may have decoded them meanwhile
+            table, changed = _known_images(table_path, stats)  # another process may have decoded them by now
             if changed:
                 start = time.perf_counter()
                 decoded = pa.Table.from_batches(_decode_images(changed, num_proc), IMAGE_SCHEMA)
@@ -185,7 +185,7 @@ def check_images(
 
 
 def _known_images(table_path: Path, stats: dict[str, tuple[int, int]]) -> tuple[pa.Table, list[str]]:
-    """Return the table of the cache, and the images of `stats` that it does not know as they are."""
+    """Return the cached table, and the images in `stats` that are missing from it or have changed."""
     table = read_table(table_path) if table_path.is_file() else IMAGE_SCHEMA.empty_table()
     paths, sizes, times = (table[column].to_pylist() for column in ("path", "size", "mtime_ns"))
     known = dict(zip(paths, zip(sizes, times, strict=True), strict=True))
@@ -212,13 +212,13 @@ def _decode_images(paths: list[str], num_proc: int | None) -> list[pa.RecordBatc
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"One of the {num_proc} processes that decode images was killed, after {progress.n} of {len(paths)} "
-                "images: most likely memory ran out. Try again with a smaller num_proc."
+                "images: memory has probably run out. Try again with a smaller num_proc."
             ) from error
     return batches
 
 
 def _end_with_parent():
-    # An executor's processes outlive a parent that is killed: they would wait for ever for what it sends
+    # An executor's processes outlive a killed parent and would wait forever for its next task
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -236,7 +236,7 @@ def _decode_task(paths: list[str]) -> pa.RecordBatch:
 
 
 def decode_image(path: str) -> dict[str, Any]:
-    """Open an image as training does; a row of `IMAGE_SCHEMA` tells what it found."""
+    """Open an image as training does, and return what was found as a row of `IMAGE_SCHEMA`."""
     size, mtime_ns, fault, notes = -1, -1, None, []
     try:
         status = os.stat(path)

@@ -1,4 +1,4 @@
-"""What a run would be, without training: parameters, data, steps, FLOPs, memory, and a sample with its labels."""
+"""The dry run: parameters, data, steps, FLOPs and memory of a run, and a sample with its labels."""
 
 import math
 import os
@@ -9,42 +9,42 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
 
-from ..costs import training_flops, training_memory
+from ..costs import TRAINABLE_PARTS, training_flops, training_memory
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
 from ..records import name_keys
 from .batches import BudgetedRows, BudgetSampler, Collator, fit_rows
+from .recipe import Recipe
 
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+PARTS = ("vision_tower", *TRAINABLE_PARTS)
 NUM_SAMPLES = 64
 
 
 def report(
-    training_args: SFTConfig,
-    model_args: ModelConfig,
+    recipe: Recipe,
     model: DeltaLlavaForConditionalGeneration,
     rows: Dataset | IterableDataset,
     collator: Collator,
     adapters: LoraConfig | None = None,
 ):
     """
-    Print what a run of this recipe would be, for as many processes as have been launched.
+    Print what a run of this recipe would do and cost, with as many processes as have been launched.
 
     Args:
-        training_args (`SFTConfig`), model_args (`ModelConfig`): The recipe.
+        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe.
         model ([`DeltaLlavaForConditionalGeneration`]): On `meta`, with `requires_grad` set as for training.
-        rows (`Dataset` or `IterableDataset`): What is trained on. Of a stream, the first rows stand for all.
+        rows (`Dataset` or `IterableDataset`): What is trained on. The first rows of a stream represent all.
         collator ([`Collator`]): Makes the batches.
-        adapters (`LoraConfig`, *optional*): What will be added to the model.
+        adapters (`LoraConfig`, *optional*): Those to be added to the model.
 
     Raises:
-        `ValueError`: The collator finds a row without labels, or too long a one, among those that are sampled.
+        `ValueError`: Among the sampled rows, one has no labels or is too long.
     """
+    training_args, config = recipe.training, model.config
     if training_args.process_index != 0:
         return
-    config = model.config
     if adapters is not None:
         model = get_peft_model(model, adapters)
     trained = _print_parameters(model)
@@ -53,7 +53,7 @@ def report(
         rows = rows.remove_columns("id")
         sample = Dataset.from_list(list(islice(rows, NUM_SAMPLES)), features=rows.features)
         rows = fit_rows(sample, collator.processor, max(config.visual_token_budgets), None, collator.chat_template)
-        print(f"\nThe stream's first {len(rows)} rows stand for all.")
+        print(f"\nThe first {len(rows)} rows of the stream represent all.")
     sizes = rows.select_columns(["num_tokens", "num_images"]).with_format("numpy")[:]
     num_images = sizes["num_images"]
     text_tokens = sizes["num_tokens"] - num_images
@@ -76,7 +76,7 @@ def report(
     )
     num_steps = training_args.max_steps
     if num_steps <= 0:
-        # accelerate fills up the last batch of all processes, or drops it
+        # accelerate fills the last batch of all processes, or drops it
         rounded = math.floor if training_args.dataloader_drop_last else math.ceil
         num_batches = rounded(len(sampler) / (rows_per_gpu * world_size))
         num_steps = math.ceil(training_args.num_train_epochs * max(math.ceil(num_batches / accumulated), 1))
@@ -85,7 +85,7 @@ def report(
         " accumulated."
     )
     if sampler.num_repeated:
-        print(f"In an epoch, {sampler.num_repeated:,} rows occur twice, to fill the last batch of a group.")
+        print(f"In an epoch, {sampler.num_repeated:,} rows occur twice to fill the last batch of a group.")
     if sampler.num_mixed:
         print(
             f"Rows with and without images share batches: the {sampler.num_mixed:,} rows of one kind would not fill "
@@ -93,8 +93,9 @@ def report(
         )
 
     sharding = _sharding(training_args)
+    whole = [part for part in TRAINABLE_PARTS if part in trained and not (adapters and part == "language_model")]
     cost = {
-        "trained_parts": [part for part in PARTS if part in trained and (adapters is None or part != "language_model")],
+        "trained_parts": whole,
         "gradient_checkpointing": training_args.gradient_checkpointing,
         "lora_rank": adapters.r if adapters else None,
     }
@@ -125,18 +126,18 @@ def report(
             num_labels=math.ceil(text_tokens.max() * rows_per_gpu * label_share),
             num_gpus=world_size,
             sharding=sharding,
-            load_in_4bit=model_args.load_in_4bit,
+            load_in_4bit=recipe.model.load_in_4bit,
             **cost,
         )
         print(
             f"| {budget} | {lengths.mean() * rows_per_step:,.0f} | {1 - lengths.mean() / padded:.0%} |"
             f" {sum(flops.values()) * world_size * accumulated / 1e12:,.4g} | {memory['total'] / 2**30:,.3g} |"
         )
-    print("The memory is computed, for the longest batch; context, fragmentation and NCCL come on top.")
-    if model_args.load_in_8bit:
-        print("It counts 16 bits for each weight: load_in_8bit takes less.")
+    print("The memory is an estimate for the longest batch; context, fragmentation and NCCL come on top.")
+    if recipe.model.load_in_8bit:
+        print("It counts 16 bits per weight: load_in_8bit takes less.")
     _print_sample(rows, collator, max(config.visual_token_budgets))
-    print("\nDry run: nothing was trained, nothing was saved.")
+    print("\nDry run: nothing was trained or saved.")
 
 
 def _print_parameters(model) -> set[str]:
@@ -156,12 +157,11 @@ def _print_parameters(model) -> set[str]:
 
 
 def _print_ignored_keys(rows: Dataset):
-    notes = rows.select_columns("notes").with_format("arrow")[:]["notes"]
-    notes = pc.list_flatten(notes)
+    notes = pc.list_flatten(rows.select_columns("notes").with_format("arrow")[:]["notes"])
     ignored = pc.struct_field(notes, "reason").filter(pc.equal(pc.struct_field(notes, "kind"), "ignored_key"))
     counts = Counter({line["values"]: line["counts"] for line in pc.value_counts(ignored).to_pylist()})
     if counts:
-        print(f"Keys of records that nothing here reads, and how many have them: {name_keys(counts)}.")
+        print(f"Keys that nothing here reads, and how many records have them: {name_keys(counts)}.")
 
 
 def _sharding(training_args: SFTConfig) -> str:
@@ -171,11 +171,11 @@ def _sharding(training_args: SFTConfig) -> str:
 
 
 def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:
-    """Which part of the text is learnt, in rows from all over the data, which are checked by the way."""
+    """The share of the text that is learnt, from a batch of rows spread over the data, which checks them too."""
     indices = np.linspace(0, len(rows) - 1, min(len(rows), NUM_SAMPLES)).astype(int)
     batch = collator([BudgetedRows(rows)[int(index), budget] for index in indices])
     num_labels = int((batch["labels"] != -100).sum())
-    print(f"{len(indices)} of them made a batch without a fault, with {num_labels / len(indices):.0f} labels a row.")
+    print(f"{len(indices)} of them make a valid batch, with {num_labels / len(indices):.0f} labels a row.")
     is_text = (batch["attention_mask"] == 1) & (batch["input_ids"] != collator.processor.image_token_id)
     return num_labels / int(is_text.sum())
 
@@ -183,7 +183,7 @@ def _label_share(rows: Dataset, collator: Collator, budget: int) -> float:
 def _print_sample(rows: Dataset, collator: Collator, budget: int):
     batch = collator([BudgetedRows(rows)[0, budget]])
     image_token_id, tokenizer = collator.processor.image_token_id, collator.processor.tokenizer
-    print(f"\nThe first row at {budget} visual tokens an image, as the model sees it and what of it is learnt:")
+    print(f"\nThe first row at {budget} visual tokens an image, as the model sees it, and which parts are learnt:")
     tokens = zip(batch["input_ids"][0].tolist(), (batch["labels"][0] != -100).tolist(), strict=True)
     for (is_image, is_learnt), span in groupby(tokens, key=lambda token: (token[0] == image_token_id, token[1])):
         ids = [token for token, _ in span]

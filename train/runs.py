@@ -1,4 +1,4 @@
-"""What lets a run go on: its lock on the output folder, its checkpoints, and the settings they were trained with."""
+"""What a run needs to be resumed: its lock on the output folder, its checkpoints, and their settings."""
 
 import fcntl
 import hashlib
@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,27 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi, snapshot_download
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
-from trl import ModelConfig, SFTConfig
+from trl import SFTConfig
+
+from .recipe import Recipe
 
 
 logger = logging.get_logger(__name__)
 
-RECORD = "run.json"  # in each checkpoint: the run that wrote it and, once all is written, what its files hold
+MANIFEST = "run.json"  # in each checkpoint: the run that wrote it and, once complete, the digests of its files
 LOCK = "run.lock"
 # Options that change where, how fast and with how much memory a run computes, but not what it learns
-_NOT_LEARNT = re.compile(
+_WITHOUT_INFLUENCE = re.compile(
     "_?(log|eval_|per_device_eval|save_|hub_|push_to|report_to|run_name|project$|trackio|disable_tqdm|ddp_|fsdp|deepspeed|"
     "debug|skip_memory|local_rank|resume|dry_run|allow_changes|output_dir|json_path|image_folder|model_|use_cpu|do_|stream$|"
     "include_|torch_|gradient_checkpointing|activation_|auto_find|dataloader_(pin|persistent|prefetch)|use_cache|"
     "skip_bad_records|dtype|attn_)"
 )
-# What a checkpoint's weights and optimizer cannot take on
+# Settings that a checkpoint's weights and optimizer do not allow to change
 _FIXED = {"stage", "optim", "use_peft", "use_dora"} | {
     f"lora_{name}" for name in ("r", "target_modules", "target_parameters", "modules_to_save")
 }
-# DeepSpeed divides its states among the processes, and brings its own rates back
+# DeepSpeed divides its states among the processes, and restores its own rates
 _FIXED_BY_DEEPSPEED = re.compile("num_processes|.*learning_rate|weight_decay|adam_.*")
 _DIGESTS = {"data", "model", "rows", "chat_template_path"}
 _NUM_SAMPLES = 1000  # rows whose texts and images are compared
@@ -50,7 +51,7 @@ _BLOCK = 2**16
 
 
 def decided_by_main(training_args: SFTConfig, decide: Callable[[], Any]) -> Any:
-    """Return in every process what the main one decides; a `ValueError` of its is raised in all."""
+    """Return in every process what the main one decides, or raise its `ValueError` in all of them."""
     outcome = [None, None]
     if training_args.process_index == 0:
         try:
@@ -67,9 +68,9 @@ def decided_by_main(training_args: SFTConfig, decide: Callable[[], Any]) -> Any:
 @contextmanager
 def sole_run(training_args: SFTConfig) -> Iterator[None]:
     """
-    Keep other runs out of the output folder for as long as this one is in it.
+    Keep other runs out of the output folder while this one uses it.
 
-    The lock is the process's, so it ends with it, however it ends.
+    The lock belongs to the process and ends with it, however it ends.
 
     Raises:
         `ValueError`: Another run is in the folder; the message names it.
@@ -89,21 +90,21 @@ def _lock(folder: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Not `flock`, and so not filelock: the loader's workers would inherit it, and outlive a killed run with it
+            # Not `flock`, and so not filelock: the loader's workers would inherit it and keep it after a killed run
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             other = os.read(file, 1000).decode(errors="replace")
             os.close(file)
             raise ValueError(
-                f"output_dir={folder} is in use by another run, {other or 'which has just begun'}: wait for its end, "
+                f"output_dir={folder} is in use by another run, {other or 'which has just begun'}: wait until it ends, "
                 "or name another folder."
             ) from error
         except OSError as error:
-            logger.warning(f"{folder} cannot be locked ({error}): see to it that no other run writes there.")
+            logger.warning(f"{folder} cannot be locked ({error}): make sure that no other run writes there.")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
-        os.close(file)  # the other run has ended just now, and taken this file away
+        os.close(file)  # the other run has just ended and removed this file
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}".encode(), 0)
     return file
@@ -111,23 +112,23 @@ def _lock(folder: Path) -> int:
 
 def why_incomplete(checkpoint: Path) -> str | None:
     """
-    What keeps a run from going on from a checkpoint: a file is missing, is not as it was written, or was never written.
+    Why a run cannot resume from a checkpoint: a file is missing, has changed, or was never written.
 
     Args:
-        checkpoint (`Path`): Folder that [`~delta_llava.train.trainer.DeltaLlavaTrainer`] has written, maybe under FSDP
-            or DeepSpeed.
+        checkpoint (`Path`): Folder that [`~delta_llava.train.trainer.DeltaLlavaTrainer`] has written, possibly under
+            FSDP or DeepSpeed.
 
     Returns:
         `str`: The reason; `None` if the checkpoint is complete.
     """
-    record = _record(checkpoint)
-    if record is None:
-        return f"{RECORD} is missing or cannot be read"
-    if "files" not in record:
-        return "it was not written to its end"
-    files = record["files"]
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        return f"{MANIFEST} is missing or cannot be read"
+    if "files" not in manifest:
+        return "it was not written completely"
+    files = manifest["files"]
     if not any(Path(name).name.startswith("rng_state") for name in files):
-        return "save_only_model has left optimizer, schedule and random state out"
+        return "save_only_model has left out optimizer, schedule and random state"
     for name, (size, _) in files.items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
@@ -139,18 +140,18 @@ def why_incomplete(checkpoint: Path) -> str | None:
     return None
 
 
-def latest_checkpoint(training_args: SFTConfig) -> str | None:
-    """The complete checkpoint of the last step in the output folder; a warning names later ones that are incomplete."""
-    for checkpoint in sorted(_checkpoints(training_args.output_dir), key=_step, reverse=True):
+def latest_checkpoint(output_dir: str | Path) -> str | None:
+    """The last complete checkpoint in an output folder; a warning names later ones that are incomplete."""
+    for checkpoint in sorted(_checkpoints(output_dir), key=_step, reverse=True):
         reason = why_incomplete(checkpoint)
         if reason is None:
             return str(checkpoint)
-        logger.warning(f"{checkpoint} is not complete: {reason}. The one before it is looked at.")
+        logger.warning(f"{checkpoint} is not complete: {reason}. Trying the one before it.")
     return None
 
 
 def begin_checkpoint(checkpoint: Path, run: dict[str, Any]):
-    """Make an empty folder for a checkpoint, marked as this run's; what it has not written there is moved aside."""
+    """Make an empty folder for a checkpoint, marked as this run's, and move aside anything that it has not written."""
     if checkpoint.exists():
         if _is_replaceable(checkpoint, run["id"]):
             _delete(checkpoint)
@@ -158,22 +159,22 @@ def begin_checkpoint(checkpoint: Path, run: dict[str, Any]):
             names = (checkpoint.with_name(f"{checkpoint.name}.{number}") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
             checkpoint.rename(aside)
-            logger.warning(f"{checkpoint} was there already, and this run had not written it: it is now {aside}.")
+            logger.warning(f"{checkpoint} already existed and was not written by this run: it is now {aside}.")
     checkpoint.mkdir(parents=True)
-    _write_record(checkpoint, {"run": run})
+    _write_manifest(checkpoint, {"run": run})
 
 
 def finish_checkpoint(checkpoint: Path, run: dict[str, Any], save_total_limit: int | None):
-    """Note what a checkpoint's files hold, which makes it complete, and delete this run's oldest beyond a limit."""
+    """Write the digests of a checkpoint's files, which completes it, and delete this run's oldest beyond a limit."""
     names = sorted(
         path.relative_to(checkpoint).as_posix()
         for path in checkpoint.rglob("*")
-        if path.is_file() and path.name != RECORD
+        if path.is_file() and path.name != MANIFEST
     )
     files = dict(zip(names, _contents(checkpoint, names), strict=True))
-    _write_record(checkpoint, {"run": run, "step": _number(checkpoint), "files": files})
+    _write_manifest(checkpoint, {"run": run, "step": _number(checkpoint), "files": files})
     if save_total_limit:
-        ours = [path for path in _checkpoints(checkpoint.parent) if _is_of(_record(path), run["id"], path)]
+        ours = [path for path in _checkpoints(checkpoint.parent) if _is_of(_manifest(path), run["id"], path)]
         for path in sorted(ours, key=_number)[:-save_total_limit]:
             _delete(path)
 
@@ -186,27 +187,28 @@ def _number(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
 
 
-def _record(checkpoint: Path) -> dict[str, Any] | None:
+def _manifest(checkpoint: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        return record if record.pop("sha256") == _digest_record(record) else None
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        return manifest if manifest.pop("sha256") == _digest_manifest(manifest) else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
 
-def _write_record(checkpoint: Path, record: dict[str, Any]):
-    record = json.loads(json.dumps(record, default=str))
-    unfinished = checkpoint / f"{RECORD}.tmp"
-    unfinished.write_text(json.dumps({**record, "sha256": _digest_record(record)}, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(checkpoint / RECORD)
+def _write_manifest(checkpoint: Path, manifest: dict[str, Any]):
+    manifest = json.loads(json.dumps(manifest, default=str))
+    manifest["sha256"] = _digest_manifest(manifest)
+    unfinished = checkpoint / f"{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(checkpoint / MANIFEST)
 
 
-def _digest_record(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def _digest_manifest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _step(checkpoint: Path) -> int:
-    return (_record(checkpoint) or {}).get("step", _number(checkpoint))
+    return (_manifest(checkpoint) or {}).get("step", _number(checkpoint))
 
 
 def _contents(folder: Path, names: list[str]) -> list[list[int | str]]:
@@ -218,29 +220,29 @@ def _contents(folder: Path, names: list[str]) -> list[list[int | str]]:
         return list(threads.map(content, names))
 
 
-def _is_of(record: dict[str, Any] | None, run_id: str, checkpoint: Path) -> bool:
-    # A copy under another number is the user's
-    return record is not None and record["run"]["id"] == run_id and record.get("step") == _number(checkpoint)
+def _is_of(manifest: dict[str, Any] | None, run_id: str, checkpoint: Path) -> bool:
+    # A copy under another number belongs to the user
+    return manifest is not None and manifest["run"]["id"] == run_id and manifest.get("step") == _number(checkpoint)
 
 
 def _is_replaceable(checkpoint: Path, run_id: str) -> bool:
-    """Whether a checkpoint is this run's, or one that a run has left unfinished."""
-    record = _record(checkpoint)
-    if record is None:
-        return all(path.name == f"{RECORD}.tmp" for path in checkpoint.iterdir())
-    return "files" not in record or _is_of(record, run_id, checkpoint)
+    """Whether a checkpoint belongs to this run, or was left unfinished by any run."""
+    manifest = _manifest(checkpoint)
+    if manifest is None:
+        return all(path.name == f"{MANIFEST}.tmp" for path in checkpoint.iterdir())
+    return "files" not in manifest or _is_of(manifest, run_id, checkpoint)
 
 
 def _is_finished(checkpoint: Path) -> bool:
-    """Whether a run has written a checkpoint to its end, be it damaged now."""
-    record = _record(checkpoint)
-    return (checkpoint / TRAINER_STATE_NAME).exists() if record is None else "files" in record
+    """Whether a checkpoint was written completely, even if it is damaged now."""
+    manifest = _manifest(checkpoint)
+    return (checkpoint / TRAINER_STATE_NAME).exists() if manifest is None else "files" in manifest
 
 
 def _delete(checkpoint: Path):
-    # The record last: should this be interrupted, it says whose the rest is
+    # The manifest last: after an interruption, it says whose the rest is
     for path in checkpoint.iterdir():
-        if path.name != RECORD:
+        if path.name != MANIFEST:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(checkpoint)
 
@@ -261,16 +263,16 @@ def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
     if asked.lower() in ("none", "false"):
         if finished:
             raise ValueError(
-                f"output_dir={folder} holds {_names(finished)} of an earlier run. Go on from it by "
+                f"output_dir={folder} holds {_names(finished)} of an earlier run. Resume it by "
                 "--resume_from_checkpoint latest, or name another folder."
             )
         return None
     if asked.lower() in ("latest", "true"):
-        if checkpoint := latest_checkpoint(training_args):
+        if checkpoint := latest_checkpoint(folder):
             return checkpoint
-        way_on = "Name another folder" if finished else "Leave resume_from_checkpoint out"
+        remedy = "Name another folder" if finished else "Leave resume_from_checkpoint out"
         raise ValueError(
-            f"resume_from_checkpoint={asked}, but output_dir={folder} holds no complete checkpoint. {way_on} to start "
+            f"resume_from_checkpoint={asked}, but output_dir={folder} holds no complete checkpoint. {remedy} to start "
             "from the beginning."
         )
     if reason := why_incomplete(Path(asked)):
@@ -278,12 +280,12 @@ def _checkpoint_to_resume(training_args: SFTConfig) -> str | None:
             f"resume_from_checkpoint={asked} is not a complete checkpoint: {reason}. Name another, or 'latest' for the "
             f"last complete one in {folder}."
         )
-    record = _record(Path(asked))
-    others = [path for path in finished if _step(path) > record["step"] or _id(path) != record["run"]["id"]]
+    manifest = _manifest(Path(asked))
+    others = [path for path in finished if _step(path) > manifest["step"] or _id(path) != manifest["run"]["id"]]
     if others:
         raise ValueError(
-            f"output_dir={folder} holds {_names(others)} of another run or of later steps than {asked}, for which this "
-            "run's would be mistaken. Move it away, or name another folder."
+            f"output_dir={folder} holds {_names(others)} of another run or of later steps than {asked}, which would be "
+            "confused with this run's. Move it away, or name another folder."
         )
     return asked
 
@@ -293,75 +295,63 @@ def _names(checkpoints: list[Path]) -> str:
 
 
 def _id(checkpoint: Path) -> str | None:
-    return (_record(checkpoint) or {"run": {"id": None}})["run"]["id"]
+    return (_manifest(checkpoint) or {"run": {"id": None}})["run"]["id"]
 
 
 def configured_run(
-    stage: str,
-    recipe: dict[str, Any],
-    script_args: Any,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    budgets: list[int],
-    rows: Dataset | IterableDataset,
-    checkpoint: str | None,
+    stage: str, recipe: Recipe, budgets: list[int], rows: Dataset | IterableDataset, checkpoint: str | None
 ) -> dict[str, Any]:
     """
-    What every checkpoint says of the run that writes it: a new run, or that of a checkpoint as it goes on.
+    How every checkpoint describes the run that writes it: a new run, or the run that a checkpoint continues.
 
-    Settings are compared whole: options, processes, budgets, data and model. Data and model are compared by digests of
-    what their files hold, wherever they lie: the sources whole, and texts and images of up to 1,000 rows.
+    All settings are compared: options, processes, budgets, data and model. Data and model are compared by digests of
+    their files' contents, wherever they lie: the sources whole, and texts and images of up to 1,000 rows.
 
     Args:
         stage (`str`): `pretrain` or `finetune`.
-        recipe (`dict[str, Any]`): What [`~delta_llava.train.recipe.parse_recipe`] returns.
-        script_args (`ScriptArguments`), training_args (`SFTConfig`), model_args (`ModelConfig`): The recipe.
-        budgets (`list[int]`): That are trained.
+        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe.
+        budgets (`list[int]`): Those that are trained.
         rows (`Dataset` or `IterableDataset`): What is trained on.
-        checkpoint (`str`, *optional*): A complete one, to go on from.
+        checkpoint (`str`, *optional*): A complete one to resume from.
 
     Returns:
         `dict[str, Any]`: `id`; `settings`; `recipe`, as published, which says what has changed at which step; and
         `budgets`, all that the run has trained. The same in all processes.
 
     Raises:
-        `ValueError`: The checkpoint's settings are others, and `allow_changes` is off or does not help; the message
-            lists them.
+        `ValueError`: The checkpoint's settings differ, and `allow_changes` is off or does not help; the message lists
+            them.
     """
 
     def configure():
-        settings = _settings(script_args, training_args, model_args, rows)
-        settings["stage"] = stage
-        run = {"id": uuid.uuid4().hex, "recipe": recipe, "budgets": budgets, "settings": settings}
-        return _go_on(run, checkpoint, script_args.allow_changes, training_args) if checkpoint else run
+        settings = _settings(recipe, rows) | {"stage": stage}
+        run = {"id": uuid.uuid4().hex, "recipe": recipe.named, "budgets": budgets, "settings": settings}
+        return _resumed(run, checkpoint, recipe) if checkpoint else run
 
-    return decided_by_main(training_args, configure)
+    return decided_by_main(recipe.training, configure)
 
 
-def _settings(
-    script_args: Any, training_args: SFTConfig, model_args: ModelConfig, rows: Dataset | IterableDataset
-) -> dict[str, Any]:
-    values = {**training_args.to_dict(), **asdict(model_args), **asdict(script_args)}
-    values = {name: value for name, value in values.items() if not _NOT_LEARNT.match(name)}
-    if not script_args.stream:
-        del values["dataloader_num_workers"]  # only a stream is divided among them
-    if training_args.max_steps > 0:
+def _settings(recipe: Recipe, rows: Dataset | IterableDataset) -> dict[str, Any]:
+    values = {name: value for name, value in recipe.values().items() if not _WITHOUT_INFLUENCE.match(name)}
+    if not recipe.script.stream:
+        del values["dataloader_num_workers"]  # only streams are divided among them
+    if recipe.training.max_steps > 0:
         del values["num_train_epochs"]
-    if template := training_args.chat_template_path:
+    if template := recipe.training.chat_template_path:
         values["chat_template_path"] = hashlib.sha256(Path(template).read_bytes()).hexdigest()
     values |= {
-        "num_processes": training_args.world_size,
-        "data": _digest_data(script_args.stream or script_args.json_path, rows),
-        "model": _digest_model(model_args.model_name_or_path, model_args.model_revision),
+        "num_processes": recipe.training.world_size,
+        "data": _digest_data(recipe.script.stream or recipe.script.json_path, rows),
+        "model": _digest_model(recipe.model.model_name_or_path, recipe.model.model_revision),
     }
     if not isinstance(rows, IterableDataset):
         values |= {"num_rows": len(rows), "rows": _digest_rows(rows)}
     return json.loads(json.dumps(values, default=str))
 
 
-def _go_on(run: dict[str, Any], checkpoint: str, allow_changes: bool, training_args: SFTConfig) -> dict[str, Any]:
-    record = _record(Path(checkpoint))
-    earlier, step = record["run"], record["step"]
+def _resumed(run: dict[str, Any], checkpoint: str, recipe: Recipe) -> dict[str, Any]:
+    manifest = _manifest(Path(checkpoint))
+    earlier, step = manifest["run"], manifest["step"]
     before, now = earlier["settings"], run["settings"]
     changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
     if not changed:
@@ -369,41 +359,41 @@ def _go_on(run: dict[str, Any], checkpoint: str, allow_changes: bool, training_a
     changes = "; ".join(
         f"{name} has changed" if name in _DIGESTS else f"{name} was {before[name]}, is {now[name]}" for name in changed
     )
-    # A rate that begins or ceases to be set divides the optimizer's parameters otherwise
+    # Setting a rate, or no longer setting it, changes the optimizer's parameter groups
     impossible = [
         name
         for name in changed
         if name in _FIXED
-        or (training_args.deepspeed_plugin and _FIXED_BY_DEEPSPEED.fullmatch(name))
+        or (recipe.training.deepspeed_plugin and _FIXED_BY_DEEPSPEED.fullmatch(name))
         or (name.endswith("learning_rate") and None in (before[name], now[name]))
     ]
     if impossible:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {changes}. It cannot go on with another "
-            f"{', '.join(impossible)}: give what it was trained with, or start a new run in another output_dir."
+            f"{checkpoint} was trained with other settings: {changes}. It cannot resume with another "
+            f"{', '.join(impossible)}: restore what it was trained with, or start a new run in another output_dir."
         )
-    if not allow_changes:
+    if not recipe.script.allow_changes:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {changes}. Give what it was trained with, or go on with "
-            "the changes by --allow_changes."
+            f"{checkpoint} was trained with other settings: {changes}. Restore what it was trained with, or resume "
+            "with the changes by --allow_changes."
         )
     logger.warning(f"From {checkpoint} on: {changes}.")
-    recipe = dict(earlier["recipe"])
+    published = dict(earlier["recipe"])
     for name in changed:
-        was = recipe.get(name, before[name])
-        recipe[name] = f"changed at step {step}" if name in _DIGESTS else f"{was}, from step {step} on {now[name]}"
+        was = published.get(name, before[name])
+        published[name] = f"changed at step {step}" if name in _DIGESTS else f"{was}, from step {step} on {now[name]}"
     budgets = sorted({*earlier["budgets"], *run["budgets"]})
     if "num_visual_tokens" in changed:
         drawn = {*before["num_visual_tokens"], *now["num_visual_tokens"]}
-        recipe["num_visual_tokens"] = [*budgets, *({"auto"} & drawn)]
-    return {**run, "id": earlier["id"], "recipe": recipe, "budgets": budgets}
+        published["num_visual_tokens"] = [*budgets, *({"auto"} & drawn)]
+    return {**run, "id": earlier["id"], "recipe": published, "budgets": budgets}
 
 
 def _digest_data(source: str, rows: Dataset | IterableDataset) -> str:
     path = Path(source)
     if path.exists():
         return _digest_files([path] if path.is_file() else path.rglob("*"))
-    # Rows that are all at hand are compared themselves
+    # Rows that are not streamed are compared themselves
     return HfApi().dataset_info(source).sha if isinstance(rows, IterableDataset) else source
 
 
@@ -424,7 +414,7 @@ def _digest_files(paths: Iterable[Path]) -> str:
 
 
 def _digest_file(path: Path) -> bytes:
-    """Of a file of more than 2 GiB a thousand blocks, spread over it, stand for all: what is new is new all over."""
+    """The digest of a file; above 2 GiB, of a thousand blocks spread over it, as new versions differ everywhere."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size <= _BYTES_READ_WHOLE:

@@ -1,4 +1,6 @@
-"""What the metrics ask of their inputs: text where text belongs, and labels that are labels."""
+"""What the metrics share: the form of `evaluate` modules, and checks that text is text and labels are labels."""
+
+from inspect import cleandoc
 
 import datasets
 import evaluate
@@ -6,15 +8,31 @@ import evaluate
 
 class TextMetric(evaluate.Metric):
     """
-    A metric whose columns hold strings or lists of strings, checked before they are stored.
+    A metric whose columns hold strings or lists of strings, checked before they are stored. Its documentation is that
+    of the class.
 
-    `evaluate` looks at the first entry of a column alone and turns whatever else it finds into a string: the answer 4
+    `evaluate` looks only at the first entry of a column and turns whatever else it finds into a string: the answer 4
     into "4", and all of `[["red"], ["blue", 4]]` into strings of JSON with their quotes, which then match nothing.
     """
 
+    COLUMNS = {"predictions": str, "references": str}  # or list, for lists of strings
+    SOURCE = ""  # address of the metric's definition
+    CITATION = ""
+
+    def _info(self):
+        description, _, inputs = cleandoc(self.__doc__).partition("\nArgs:")
+        types = {str: datasets.Value("string"), list: datasets.List(datasets.Value("string"))}
+        return evaluate.MetricInfo(
+            description=description,
+            inputs_description=f"Args:{inputs}",
+            citation=self.CITATION,
+            features=datasets.Features({name: types[kind] for name, kind in self.COLUMNS.items()}),
+            reference_urls=[self.SOURCE] if self.SOURCE else [],
+        )
+
     def add_batch(self, *, predictions=None, references=None, **columns):
         """
-        Adds examples to what `compute` scores.
+        Adds examples for `compute` to score.
 
         Args:
             predictions (`list[str]`): One answer or caption per example.
@@ -26,74 +44,46 @@ class TextMetric(evaluate.Metric):
                 type that the metric takes. Nothing of the batch is stored then.
         """
         columns = {"predictions": predictions, "references": references, **columns}
-        for name, feature in self.features.items():
-            check_column(name, columns.get(name), isinstance(feature, datasets.Value))
-            if len(columns[name]) != len(columns["predictions"]):
+        for name, kind in self.COLUMNS.items():
+            check_column(name, columns.get(name), kind)
+            if len(columns[name]) != len(predictions):
                 raise ValueError(
-                    f"{name} has {len(columns[name])} entries and predictions has {len(columns['predictions'])}: "
-                    "each needs one per example."
+                    f"{name} has {len(columns[name])} entries and predictions has {len(predictions)}: each needs one "
+                    "per example."
                 )
         super().add_batch(**columns)
 
     def add(self, *, prediction=None, reference=None, **columns):
-        """
-        Adds one example to what `compute` scores.
-
-        Args:
-            prediction (`str`): The answer or caption.
-            reference (`str` or `list[str]`): As the metric describes it.
-            **columns (`str`): The example's entries of the metric's further columns.
-
-        Raises:
-            ValueError: As [`add_batch`].
-        """
+        """[`add_batch`] of one example: its prediction, its reference and its entries of further columns."""
         columns = {name: [value] for name, value in columns.items()}
         self.add_batch(predictions=[prediction], references=[reference], **columns)
 
 
-def check_column(name: str, column, holds_strings: bool):
+def check_column(name: str, column, kind: type):
     """
-    Checks that a column holds what its metric takes.
-
-    Args:
-        name (`str`): Name of the column, for the error.
-        column (`list`): The column.
-        holds_strings (`bool`): Whether its entries are strings, or lists of them.
+    Checks that a column holds strings, or non-empty lists of them where `kind` is `list`.
 
     Raises:
-        ValueError: If the column is missing, empty or a string, or an entry is of the wrong type or an empty list.
+        ValueError: If the column is missing, empty or a string, or an entry is of another type; the message names the
+            column and the entry.
     """
     if column is None or isinstance(column, str):
         raise ValueError(f"{name} is {column!r}: a list with one entry per example is needed.")
     if len(column) == 0:
         raise ValueError(f"{name} is empty: there is nothing to score.")
     for index, entry in enumerate(column):
-        if holds_strings:
-            if not isinstance(entry, str):
-                raise ValueError(f"{name}[{index}] is {entry!r}, of type {type(entry).__name__}: a str is needed.")
-            continue
-        if not isinstance(entry, (list, tuple)) or len(entry) == 0:
-            raise ValueError(f"{name}[{index}] is {entry!r}: a list of at least one str is needed.")
-        for position, text in enumerate(entry):
+        texts = {f"{name}[{index}]": entry}
+        if kind is list:
+            if not isinstance(entry, (list, tuple)) or len(entry) == 0:
+                raise ValueError(f"{name}[{index}] is {entry!r}: a list of at least one str is needed.")
+            texts = {f"{name}[{index}][{position}]": text for position, text in enumerate(entry)}
+        for where, text in texts.items():
             if not isinstance(text, str):
-                raise ValueError(
-                    f"{name}[{index}][{position}] is {text!r}, of type {type(text).__name__}: a str is needed."
-                )
+                raise ValueError(f"{where} is {text!r}, of type {type(text).__name__}: a str is needed.")
 
 
 def check_labels(references: list[str]) -> list[str]:
-    """
-    Checks the labels of yes-no questions.
-
-    Args:
-        references (`list[str]`): "yes" or "no" in any case.
-
-    Returns:
-        `list[str]`: The labels in lower case.
-
-    Raises:
-        ValueError: If a label is neither.
-    """
+    """The labels of yes-no questions in lower case; raises a `ValueError` if one is neither "yes" nor "no"."""
     labels = [label.lower() for label in references]
     for index, label in enumerate(labels):
         if label not in ("yes", "no"):

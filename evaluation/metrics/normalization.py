@@ -1,17 +1,17 @@
-"""The official VQA evaluation's normalisation of answers, shared by the metrics that compare answers."""
+"""The official VQA evaluation's normalization of answers, which several metrics share."""
 
 import re
 
 
-# A mark beside a space goes, one inside a word becomes a space. Apostrophes and colons stay: "girl's", "2:50 pm".
+# A mark next to a space is removed, one inside a word becomes a space. Apostrophes and colons stay: "girl's", "2:50 pm"
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 NUMBERS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
-# The official table lists each of these words with any one of its apostrophes missing. Its entries with a capital I are
-# left out, because words are lower-cased before they are looked up there: "im" stays "im".
+# The official table lists each of these words with any one of its apostrophes missing. Its entries with a capital I
+# are left out, because it looks up words in lower case: "im" stays "im"
 CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -27,22 +27,22 @@ CONTRACTIONS = {
     for position, letter in enumerate(word)
     if letter == "'"
 }
-CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round, but so in the official table
+CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round, as in the official table
 
 
 def normalize_answer(answer: str, keep_articles: bool = False) -> str:
     """
     The form in which the official VQA evaluation compares answers.
 
-    Lower case, punctuation and full stops removed, number words as digits, no articles, apostrophes where a contraction
-    lacks one. A comma between digits makes every mark of the answer go without leaving a space.
+    Lower case, no punctuation or full stops, number words as digits, no articles, missing apostrophes of contractions
+    added. If there is a comma between digits, all marks of the answer are removed without leaving a space.
 
     Args:
         answer (`str`): An answer as it was given.
-        keep_articles (`bool`, *optional*, defaults to `False`): Whether "a", "an" and "the" stay.
+        keep_articles (`bool`, *optional*, defaults to `False`): Keep "a", "an" and "the".
 
     Returns:
-        `str`: The normalised answer, with single spaces. Empty where nothing but punctuation and articles was given.
+        `str`: The normalized answer, with single spaces. Empty if only punctuation and articles were given.
     """
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     joins = COMMA_IN_NUMBER.search(answer)
@@ -57,12 +57,7 @@ def normalize_answer(answer: str, keep_articles: bool = False) -> str:
 
 def comparable(answer: str) -> str:
     """
-    The form in which answers are compared, which is empty for a blank answer alone.
-
-    Args:
-        answer (`str`): An answer.
-
-    Returns:
-        `str`: The normalised answer; with its articles, or as it is, where nothing would be left of it.
+    The form in which answers are compared, empty only for a blank answer: the normalized answer, with its articles or
+    unchanged if nothing would be left of it.
     """
     return normalize_answer(answer) or normalize_answer(answer, keep_articles=True) or answer.strip()

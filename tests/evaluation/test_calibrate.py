@@ -90,9 +90,9 @@ def test_the_threshold_is_found_written_and_used(checkpoint, validation, tmp_pat
         ({"budgets": (36, 4)}, "the smaller one first"),
         ({"budgets": (4, 7)}, r"num_visual_tokens=\[7\] must be among"),
         ({"target_tokens": 1}, "target_tokens=1 is less than"),
-        ({"plot": "nowhere/curve.png"}, r"plot=nowhere/curve\.png must be a picture in a folder"),
+        ({"plot": "nowhere/curve.png"}, r"plot=nowhere/curve\.png must be a picture in an existing folder"),
         ({"plot": "curve.txt"}, r"plot=curve\.txt must be a picture"),
-        ({"checkpoint": "org/name"}, "org/name is no folder"),
+        ({"checkpoint": "org/name"}, "org/name is not a folder"),
         ({"image_folder": "nowhere"}, "record 0: there is no image nowhere"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Explanations of answers: relevance lies where the asked-for thing lies, and the model is left as it was."""
+"""Explanations of answers: relevance is where the asked-for thing is, and the model is left as it was."""
 
 import math
 
@@ -31,7 +31,7 @@ def taught(tmp_path_factory):
     """
     A checkpoint of the demo's backbones that knows colours and kinds, after seconds of training at 16 visual tokens.
 
-    The language model reads scenes that are told as the sum of four words in each cell, so the projector learns to give
+    The language model reads scenes as the sum of four words for each cell, so the projector learns to give
     those sums, and no pass through the language model is needed.
     """
     folder = tmp_path_factory.mktemp("taught") / "checkpoint"
@@ -46,7 +46,7 @@ def taught(tmp_path_factory):
         _, query_features, memory_features = model.model._run_vision_tower(pixels)
         embeddings, tokenizer = model.get_input_embeddings(), processor.tokenizer
         cells = [2 * (row // 2) + column // 2 for row in range(4) for column in range(4)]
-        told = torch.stack(
+        targets = torch.stack(
             [
                 torch.stack([embeddings(tokenizer(text, return_tensors="pt").input_ids).sum((0, 1)) for text in words])[
                     cells
@@ -66,7 +66,7 @@ def taught(tmp_path_factory):
         batch = torch.randint(len(layouts), (16,), generator=generator)
         given = projector(query_features[batch], memory_features[batch], TRAINED_AT)
         optimizer.zero_grad()
-        (F.mse_loss(given, told[batch]) / told.var()).backward()
+        (F.mse_loss(given, targets[batch]) / targets.var()).backward()
         nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -93,7 +93,7 @@ def asked_scenes(number=50, question_types=("colour", "kind")):
 
 
 def share_at(relevance, place):
-    """The share of a map's relevance that lies in a quarter of the image; 0.25 if it is spread evenly."""
+    """The share of a map's relevance in a quarter of the image; 0.25 if it is spread evenly."""
     assert relevance.dtype == torch.float32 and relevance.min() >= 0
     halves = F.interpolate(relevance[None, None], size=(12, 12))[0, 0].unflatten(0, (2, 6)).unflatten(2, (2, 6))
     return float(halves[place // 2, :, place % 2].sum() / halves.sum())
@@ -337,25 +337,14 @@ def test_an_answer_is_explained_in_its_chat(model_and_processor, scene):
     model, processor = model_and_processor
     image, question = scene
     explained = grad_cam(model, processor, image, question, 16, "blue", EARLIER)
+    texts = [*EARLIER[0], *EARLIER[1], question, "blue"]
     messages = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": EARLIER[0][0]}]}
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in zip(["user", "assistant"] * 3, texts, strict=True)
     ]
-    for role, text in (
-        ("assistant", "four"),
-        ("user", EARLIER[1][0]),
-        ("assistant", "red"),
-        ("user", question),
-        ("assistant", "blue"),
-    ):
-        messages.append({"role": role, "content": [{"type": "text", "text": text}]})
-    inputs = processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        continue_final_message=True,
-        processor_kwargs={"num_visual_tokens": 16},
-    )
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
+    text = processor.apply_chat_template(messages, continue_final_message=True)
+    inputs = processor(images=image, text=text, num_visual_tokens=16, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0]
     (answer,) = processor.tokenizer("blue", add_special_tokens=False)["input_ids"]

@@ -28,9 +28,9 @@ from delta_llava.demo import lmms_scenes, scenes
 from delta_llava.evaluation import run as module
 from delta_llava.evaluation.fastv import fastv
 from delta_llava.evaluation.lmms import DeltaLlava, UntilStrings, cut, generation_options
-from delta_llava.evaluation.results import results_file
 from delta_llava.evaluation.suite import read_suite
 from delta_llava.hub.card import build_card
+from delta_llava.results import results_file
 
 
 pytestmark = pytest.mark.lmms
@@ -449,7 +449,7 @@ def benchmarks(monkeypatch, noise):
     said = {"question": "Is there a dog?", "question_id": "1", "answer": "Yes"}
     choices = {"A": "a dog", "B": "a cat", "C": "nan", "D": "nan", "E": "nan", "hint": "nan", "answer": "A"}
     ten = [{"answer": "yes", "answer_id": n, "answer_confidence": "yes"} for n in range(10)]
-    # No word twice, so that CIDEr takes each for what tells its picture apart
+    # No word twice, so that CIDEr gives each the weight of a rare one
     captions = ["a dog runs on grass", "two cats sleep inside", "red boats leave port", "one man reads outdoors"]
     columns = {
         "GQA": {"question": "Is it red?", "answer": "yes", "imageId": "7"},

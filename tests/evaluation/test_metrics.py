@@ -1,11 +1,8 @@
 """Metrics load by path without a network and give the numbers that were published with them."""
 
-import math
 import random
 import subprocess
 import sys
-from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import evaluate
@@ -30,7 +27,7 @@ def test_loads_offline_by_path_in_a_fresh_process(tmp_path):
 import evaluate
 
 for name in ("vqa_accuracy", "exact_match", "pope", "mme", "cider"):
-    print(evaluate.load({str(METRICS)!r} + "/" + name).name)
+    print(evaluate.load({str(METRICS)!r} + f"/{{name}}").name)
 metric = evaluate.load({str(METRICS / "vqa_accuracy")!r})
 print(metric.compute(predictions=["Two dogs."], references=[["2 dogs"] * 10]))
 """
@@ -83,28 +80,6 @@ def test_vqa_accuracy_of_few_matches(load, matches):
     assert load("vqa_accuracy").compute(predictions=["Red."], references=references) == {
         "vqa_accuracy": pytest.approx(accuracy)
     }
-
-
-def test_vqa_accuracy_is_its_definition_whatever_the_order(load):
-    generator = random.Random(0)
-    words = ["red", "Red", "the red", "blue", "2", "two", "dont", "don't", "no-one"]
-    predictions = [generator.choice(words) for _ in range(200)]
-    references = [generator.choices(words, k=10) for _ in predictions]
-
-    def by_definition(prediction, answers):
-        subsets = [answers[:index] + answers[index + 1 :] for index in range(10)]
-        counts = [sum(normalize_answer(a) == normalize_answer(prediction) for a in nine) for nine in subsets]
-        return sum(min(count / 3, 1) for count in counts) / 10
-
-    expected = sum(map(by_definition, predictions, references)) / 200
-    score = load("vqa_accuracy").compute(predictions=predictions, references=references)["vqa_accuracy"]
-    assert 0 < score < 1
-    assert score == pytest.approx(expected)
-
-    shuffled = [generator.sample(answers, k=10) for answers in references]
-    assert load("vqa_accuracy").compute(predictions=predictions, references=shuffled)["vqa_accuracy"] == pytest.approx(
-        score
-    )
 
 
 def test_batches_give_what_all_at_once_gives(load):
@@ -298,7 +273,6 @@ def test_cider_is_pycocoevalcaps(load):
     )
     result = load("cider").compute(predictions=CAPTIONS, references=HUMAN_CAPTIONS)
     assert result == {"cider": pytest.approx(expected, rel=1e-12)}
-    assert result["cider"] == pytest.approx(cider_d(TOKENS, HUMAN_TOKENS))
 
 
 def test_cider_needs_no_java_of_the_machine(load, monkeypatch, tmp_path):
@@ -309,31 +283,3 @@ def test_cider_needs_no_java_of_the_machine(load, monkeypatch, tmp_path):
         "cider": pytest.approx(10)
     }
     assert load("cider").compute(predictions=captions, references=[["street"], ["café"]]) == {"cider": 0}
-
-
-def cider_d(predictions, references, sigma=6):
-    """CIDEr-D from its definition: clipped cosines of TF-IDF vectors of 1 to 4 words, a Gaussian on lengths."""
-
-    def ngrams(caption, n):
-        words = caption.split()
-        return Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
-
-    def similarity(prediction, reference, n):
-        rarity = Counter(chain.from_iterable({gram for r in group for gram in ngrams(r, n)} for group in references))
-        weighted = [
-            {gram: count * math.log(len(references) / max(1, rarity[gram])) for gram, count in ngrams(c, n).items()}
-            for c in (prediction, reference)
-        ]
-        dot = sum(
-            min(weight, weighted[1].get(gram, 0)) * weighted[1].get(gram, 0) for gram, weight in weighted[0].items()
-        )
-        norm = math.prod(math.hypot(*vector.values()) for vector in weighted)
-        # The COCO code counts pairs of words for the length.
-        length = sum(ngrams(prediction, 2).values()) - sum(ngrams(reference, 2).values())
-        return dot / norm * math.exp(-(length**2) / (2 * sigma**2)) if norm else 0
-
-    per_image = [
-        sum(similarity(prediction, reference, n) for reference in group for n in (1, 2, 3, 4)) / 4 / len(group)
-        for prediction, group in zip(predictions, references, strict=True)
-    ]
-    return 10 * sum(per_image) / len(per_image)

@@ -39,7 +39,7 @@ def space(hub):
 
 
 def locate(module, folder=None):
-    """Where a module would lie; the clone's own folder may have any name."""
+    """Where a module would be; the clone's own folder may have any name."""
     first, *rest = module.split(".")
     if folder is not None:
         return folder.joinpath(first, *rest)
@@ -117,7 +117,7 @@ def test_a_later_push_serves_the_later_checkpoint_and_leaves_no_file_of_an_earli
     assert json.loads(space(loopback_hub)["checkpoint.json"])["revision"] == first
 
 
-def test_a_dry_run_tells_all_and_writes_nothing(loopback_hub, model, capfd):
+def test_a_dry_run_prints_all_and_writes_nothing(loopback_hub, model, capfd):
     model()
     loopback_hub.requests.clear()
     main([*ARGUMENTS, "--dry_run", "--private"])
@@ -143,8 +143,8 @@ def test_a_private_space_and_a_private_checkpoint(loopback_hub, model, capfd):
 @pytest.mark.parametrize(
     ("config", "arguments", "reason"),
     [
-        (None, ARGUMENTS, f"checkpoint={MODEL} cannot be found on the Hub: push it by hub.push first"),
-        ('{"model_type": "llava"}', ARGUMENTS, f"checkpoint={MODEL} is a model of type llava, and not delta_llava"),
+        (None, ARGUMENTS, f"checkpoint={MODEL} cannot be found on the Hub: push it with hub.push first"),
+        ('{"model_type": "llava"}', ARGUMENTS, f"checkpoint={MODEL} is a model of type llava, not delta_llava"),
         ('{"model_type": "delta_llava"}', [*ARGUMENTS, "--revision", "tokens-5"], "has no revision tokens-5"),
         (
             '{"model_type": "delta_llava"}',

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import io
 import json
 import re
 import threading
@@ -10,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from clients import data_url
 from huggingface_hub.utils import httpx
 from PIL import Image
 from starlette.responses import JSONResponse
@@ -18,12 +18,6 @@ from delta_llava.processing_delta_llava import open_image
 from delta_llava.serving import middleware
 from delta_llava.serving.image_guard import ImageGuard
 from delta_llava.serving.middleware import MAX_BODY_BYTES, RequestGuard
-
-
-def data_url(image, format="PNG"):
-    file = io.BytesIO()
-    image.save(file, format)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def chat(*parts, **fields):
@@ -200,11 +194,11 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         {"eos_token": "a" * 1000},
     ):
         answer = post("/v1/chat/completions", chat(TEXT, chat_template_kwargs=hidden))
-        assert "takes num_visual_tokens" in refusal(answer)
-    assert "takes num_visual_tokens alone" in refusal(
+        assert re.search("takes (only )?num_visual_tokens", refusal(answer))
+    assert "takes only num_visual_tokens" in refusal(
         post("/v1/chat/completions", chat(TEXT, processor_kwargs={"images": [source]}))
     )
-    assert "alone, not" in refusal(post("/load_model", {"model": source}))
+    assert "serves only here, not" in refusal(post("/load_model", {"model": source}))
     assert post("/load_model", {"model": "here"})[0] == 200
     for path in ("/v1/audio/transcriptions", "/reset", "/v1/embeddings", "/v1/systemone", "/v1//chat/completions"):
         assert post(path, {"url": source})[0] == 404
@@ -213,29 +207,22 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"{", "The request is no JSON"),
-        (b"[" * 100_000, "The request is no JSON"),
-        (b'{"messages": NaN}', "NaN is no number"),
-        (b'{"temperature": 1e999}', "1e999 is no number"),
-        (b"\xff\xfe", "The request is no JSON"),
-        (b"1" * 5000, "The request is no JSON"),
-        (b"", "The request is no JSON"),
+        (b"{", "The request is not JSON"),
+        (b"[" * 100_000, "The request is not JSON"),
+        (b'{"messages": NaN}', "NaN is not a finite number"),
+        (b'{"temperature": 1e999}', "1e999 is not a finite number"),
+        (b"\xff\xfe", "The request is not JSON"),
+        (b"1" * 5000, "The request is not JSON"),
         ([], "must be a JSON object"),
-        ({}, "messages must be a list"),
         ({"messages": "hi"}, "messages must be a list"),
         ({"messages": []}, "messages must be a list"),
         ({"messages": [5]}, r"messages\[0\] must be a message with a role"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be a message with a role"),
         ({"messages": [{"role": "user", "content": 5}]}, "must be a text or a list of parts"),
         (chat(5), r"messages\[0\]\.content\[0\] is 5: its type"),
-        (chat({"type": "text"}), "a text part needs a text"),
         (chat({"type": "text", "text": 5}), "a text part needs a text"),
         (chat({"type": "image_url"}), "an image part needs an image_url"),
-        (chat({"type": "image_url", "image_url": {}}), "an image part needs an image_url"),
-        (chat({"type": "input_image", "file_id": "a"}), "an image part needs an image_url"),
         (chat({"type": "video_url", "video_url": {"url": "a"}}), "its type must be one of"),
-        (chat({"type": "audio_url", "audio_url": {"url": "a"}}), "its type must be one of"),
-        (chat({"type": "image", "url": "a"}), "its type must be one of"),
         (chat({"type": ["text"]}), "its type must be one of"),
         (chat(image("data:image/png;base64,eHh4")), r"content\[0\]: Cannot read image data:.*: it is no image"),
         (chat(image("data:image/png;base64,?")), "base64 is broken"),
@@ -245,7 +232,6 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, processor_kwargs=[1]), "processor_kwargs must be an object"),
         (chat(TEXT, chat_template_kwargs={"style": "a " * 4000}), r"has about \d+ tokens"),
         (chat(TEXT, max_tokens=0), r"max_tokens=0 must be an integer of 1\.\.2048"),
-        (chat(TEXT, max_tokens=10**9), "max_tokens"),
         (chat(TEXT, max_completion_tokens=True), "max_completion_tokens=True"),
         (chat(TEXT, temperature="hot"), "temperature='hot' must be 0 or a number of 0.01..2"),
         (chat(TEXT, seed=1.5), "seed"),
@@ -253,7 +239,7 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, frequency_penalty=-1), r"frequency_penalty=-1 must be a number of -0\.9\.\.2"),
         (chat(TEXT, stream="x"), "stream='x' must be true or false"),
         (chat(TEXT, max_tokens=2045), r"has about \d+ tokens, .* asks for 2045 more, .* context holds 2048 tokens"),
-        (chat(TEXT, model="another"), "serves here alone, not 'another'"),
+        (chat(TEXT, model="another"), "serves only here, not 'another'"),
         (
             chat(TEXT, num_visual_tokens=36),
             "Unexpected fields .'num_visual_tokens'.: budgets belong in chat_template_kw",
@@ -261,40 +247,30 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(image("data:image/png;base64,eHh4"), top_k=5), "Unexpected fields .'top_k'."),
         (chat(TEXT, logit_bias=5), "logit_bias must be an object of up to 300 tokens"),
         (chat(TEXT, logit_bias={str(token): 1 for token in range(301)}), "logit_bias must be .* 300 tokens"),
-        (chat(TEXT, logit_bias={"x": 1}), "logit_bias names tokens .* not 'x'"),
         (chat(TEXT, logit_bias={"1" * 5000: 1}), "logit_bias names tokens by their numbers"),
         (chat(TEXT, logit_bias={"-1": 1}), "logit_bias names tokens .* not '-1'"),
         (chat(TEXT, logit_bias={"999999": 1}), "A token of logit_bias=999999 must be an integer of 0.."),
         (chat(TEXT, logit_bias={"5": "a"}), "logit_bias of token 5='a' must be a number of -100..100"),
         (chat(TEXT, tools=5), "tools must be a list of functions, but are 5"),
-        (chat(TEXT, tools=[5]), r"tools\[0\] must be a function with a name"),
         (chat(TEXT, tools=[{"type": "function", "function": {"name": 5}}]), r"tools\[0\] must be a function"),
         (chat(TEXT, tools=[{"type": "function", "function": {"name": "f", "parameters": 5}}]), r"tools\[0\] must be"),
         (chat(TEXT, tool_choice=5), "tool_choice=5 must be a text or an object"),
         ({"messages": [{"role": "assistant", "tool_calls": 5}]}, r"messages\[0\]\.tool_calls must be a list, but is 5"),
-        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, r"tool_calls\[0\] must call a function by its name"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]}, "with arguments that are"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
-            r"tool_calls\[0\]: arguments is no JSON",
+            r"tool_calls\[0\]: arguments is not JSON",
         ),
         (chat(TEXT, stop=[""]), "stop"),
         (chat(TEXT, stop=["a"] * 5), "stop"),
         (chat(TEXT, generation_config='{"num_beams": 100000}'), "num_beams=100000"),
-        (chat(TEXT, generation_config='{"max_length": 1000000}'), "max_length=1000000"),
         (chat(TEXT, stop="a" * 101), "stop"),
         (
             chat(TEXT, generation_config='{"output_attentions": true}'),
             r"generation_config takes .*max_new_tokens.*, not \['output_attentions'\]",
         ),
         (chat(TEXT, max_tokens=10**9, generation_config='{"max_new_tokens": 1}'), "max_tokens=1000000000"),
-        (chat(TEXT, max_tokens=1, generation_config='{"max_tokens": 1}'), r"takes .*, not \['max_tokens'\]"),
-        (chat(TEXT, seed=10**30, generation_config='{"do_sample": true}'), "seed=1000000000000000000"),
-        (chat(TEXT, generation_config='{"max_new_tokens": 1000000000}'), "max_new_tokens=1000000000"),
         (chat(TEXT, generation_config='{"stop_strings": ["a"]}'), r"takes .*, not \['stop_strings'\]"),
-        (chat(TEXT, generation_config='{"sequence_bias": []}'), r"takes .*, not \['sequence_bias'\]"),
-        (chat(TEXT, generation_config='{"cache_implementation": "quantized"}'), r"not \['cache_implementation'\]"),
-        (chat(TEXT, generation_config='{"prefill_chunk_size": 0}'), r"not \['prefill_chunk_size'\]"),
         (chat(TEXT, generation_config='{"do_sample": 1}'), "do_sample=1 must be true or false"),
         (chat(TEXT, generation_config='{"repetition_penalty": 0}'), "repetition_penalty=0"),
         (chat(TEXT, generation_config='{"eos_token_id": [1, "x"]}'), "eos_token_id='x' must be an integer of 0.."),
@@ -303,7 +279,7 @@ def test_no_endpoint_hands_on_what_a_client_may_not_name(serve, source):
         (chat(TEXT, generation_config='{"num_beams": 2}', stream=True), "num_beams=2 gives no stream"),
         (chat(TEXT, generation_config={"num_beams": 2}), "generation_config must be a text of JSON"),
         (chat(TEXT, generation_config="5"), "generation_config must be a JSON object, but is 5"),
-        (chat(TEXT, generation_config="{"), "generation_config is no JSON"),
+        (chat(TEXT, generation_config="{"), "generation_config is not JSON"),
         (chat({"type": "text", "text": "a " * 4000}), r"has about \d+ tokens, 0 of them .* context holds 2048 tokens"),
         ({"messages": [{"role": "user", "content": ""}] * 1000}, r"has about \d+ tokens"),
         ({"messages": [{"role": "user", "content": ""}] * 10**4}, "has more parts than the 2048 tokens"),

@@ -1,14 +1,10 @@
 """vLLM serves our checkpoints, each image at its own budget. `make test-vllm` has the environment for it."""
 
-import base64
-import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
@@ -21,6 +17,7 @@ pytest.importorskip("vllm", reason="vLLM has an environment of its own: make tes
 
 import openai
 import torch
+from clients import data_url, greedy_tokens, running
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -41,25 +38,18 @@ WRONG += [[None, 36], [True, 36], ["36", 36], [36.0, 36]]
 QUESTION = "What is it?"
 
 
-def url(image):
-    """An image as a request carries it."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 class Server:
     """One that runs, and what transformers answers to the same questions."""
 
-    def __init__(self, checkpoint, address, log):
-        self.checkpoint, self.address, self.log = checkpoint, address, log
+    def __init__(self, checkpoint, address):
+        self.checkpoint, self.address = checkpoint, address
         # It asks again where vLLM, after an error 500, has closed the connection
         self.client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120)
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint)
         self.processor = AutoProcessor.from_pretrained(checkpoint)
 
     def request(self, images, question=QUESTION, max_tokens=8, model=None, **extra):
-        content = [{"type": "image_url", "image_url": {"url": url(image)}} for image in images]
+        content = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
         return {
             "model": model or str(self.checkpoint),
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
@@ -80,19 +70,8 @@ class Server:
         assert refusal.value.status_code == status, refusal.value
         return str(refusal.value)
 
-    @torch.inference_mode()
     def expected(self, images, budget=None, question=QUESTION, max_tokens=8, model=None):
-        content = [{"type": "image", "image": image} for image in images]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={} if budget is None else {"num_visual_tokens": budget},
-        )
-        output = (model or self.model).generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
-        return output[0, inputs["input_ids"].shape[1] :].tolist()
+        return greedy_tokens(model or self.model, self.processor, images, question, budget, max_tokens)
 
 
 def surroundings(folder):
@@ -106,37 +85,10 @@ def surroundings(folder):
 
 @contextmanager
 def serve(command, checkpoint, folder, **environment):
-    """Runs `command` on a free port of loopback, with one thread, until the block ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"],
-            cwd=ROOT,
-            env={**surroundings(folder), **environment},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0).models.list()
-                break
-            except openai.OpenAIError:
-                time.sleep(0.5)
-        else:
-            raise RuntimeError(f"{command} did not start:\n{log.read_text()[-6000:]}")
-        yield Server(checkpoint, address, log)
-        assert process.poll() is None, log.read_text()[-6000:]
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        finally:
-            process.kill()
+    """A [`Server`] that `command` starts, until the block ends."""
+    environment = {**surroundings(folder), **environment}
+    with running([*command, "--dtype", "float32"], ROOT, folder / "log", **environment) as process:
+        yield Server(checkpoint, process.url)
 
 
 def command(checkpoint, *options):
@@ -311,7 +263,7 @@ def test_an_image_that_a_client_names_by_its_id_is_cached_at_each_budget(plugin,
             assert answer == plugin.expected([image], budget)
             request["messages"][0]["content"][0]["image_url"] = None  # cached, it need not be sent again
     request["extra_body"]["mm_processor_kwargs"] = {"num_visual_tokens": "auto"}
-    with pytest.raises(openai.BadRequestError, match="'auto' asks for the size of an image"):
+    with pytest.raises(openai.BadRequestError, match="'auto' needs the size of an image"):
         plugin.client.chat.completions.create(**request)
 
 

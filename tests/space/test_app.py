@@ -225,7 +225,7 @@ def test_a_chat_goes_on_about_the_same_image_without_encoding_it_again(visit, se
     second = ask(page, "And what colour?", number=2)
     handle.remove()
     assert served.cache.misses == misses + 2 and served.cache.hits > hits and not passes
-    expect(page.locator(".note", has_text="Image encoded before, and not again.")).to_have_count(2)
+    expect(page.locator(".note", has_text="Image already encoded, so not again.")).to_have_count(2)
     for side, budget in enumerate(budgets):
         assert second[side] == expected(served, file, "And what colour?", budget, [(QUESTION, first[side])])[0]
 

@@ -27,7 +27,7 @@ from delta_llava.study.meteor import (
 )
 from delta_llava.study.run import METHODS
 from delta_llava.train.batches import Collator
-from delta_llava.train.pretrain import PLAIN_TEMPLATE
+from delta_llava.turns import TEMPLATES
 
 
 SIDE, PATCHES, SIZE, TEXT_SIZE = 12, 144, 32, 64
@@ -365,7 +365,7 @@ def test_the_answer_changes_nothing_that_is_kept(meteor, processor, noise):
 def test_stage_1_has_no_instruction(meteor, processor, noise):
     """Its rows hold nothing but captions, which are the answers."""
     model, (image,) = meteor(), noise(1)
-    template = PLAIN_TEMPLATE.read_text()
+    template = (TEMPLATES / "plain.jinja").read_text()
     batch = Collator(processor, chat_template=template)(
         [row_of(image, "Describe it.", "a USER: red ASSISTANT: circle")]
     )

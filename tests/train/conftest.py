@@ -1,39 +1,44 @@
 """A tiny checkpoint and tiny data in LLaVA's format, made in place."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
+from llava_records import record, turns
 from PIL import Image
+from safetensors.torch import load_file
 
 from delta_llava import DeltaLlavaForConditionalGeneration
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tiny_config, tiny_processor):
-    """An untrained Delta-LLaVA as `hub.assemble` leaves it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    processor = tiny_processor()
-    processor.save_pretrained(folder)
-    torch.manual_seed(0)
-    overrides = {"projector_variant": "residual", "visual_token_budgets": [36]}
-    config = tiny_config(**overrides, image_token_id=processor.image_token_id)
-    DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+def save_checkpoint(tmp_path_factory, tiny_config, tiny_processor):
+    def save(**overrides):
+        folder = tmp_path_factory.mktemp("checkpoint")
+        tiny_processor().save_pretrained(folder)
+        torch.manual_seed(0)
+        config = tiny_config(projector_variant="residual", visual_token_budgets=[36], **overrides)
+        DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture(scope="session")
-def still_checkpoint(tmp_path_factory, tiny_config, tiny_processor):
-    """A residual one without drop path, whose training is the same in however many processes it is done."""
-    folder = tmp_path_factory.mktemp("still-checkpoint")
-    tiny_processor().save_pretrained(folder)
-    no_drop_path = {"attention_drop_path": 0.0, "convolution_drop_path": 0.0, "mlp_drop_path": 0.0}
-    torch.manual_seed(0)
-    config = tiny_config(projector_variant="residual", visual_token_budgets=[36], **no_drop_path)
-    DeltaLlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+def checkpoint(save_checkpoint):
+    """An untrained Delta-LLaVA as `hub.assemble` leaves it."""
+    return save_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def still_checkpoint(save_checkpoint):
+    """One without drop path, which trains alike in any number of processes."""
+    return save_checkpoint(attention_drop_path=0.0, convolution_drop_path=0.0, mlp_drop_path=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -48,17 +53,13 @@ def data(tmp_path_factory):
     for index in range(12):
         colour = draw.choice(["red", "green", "blue"])
         Image.new("RGB", (draw.randint(20, 60), draw.randint(20, 60)), colour).save(folder / f"{index}.png")
-        conversations = [
-            {"from": "human", "value": "<image>\nWhich colour?" if index % 3 else "Which colour?\n<image>"},
-            {"from": "gpt", "value": f"It is {colour}."},
-        ]
-        records.append({"id": f"scene-{index}", "image": f"{index}.png", "conversations": conversations})
+        question = "<image>\nWhich colour?" if index % 3 else "Which colour?\n<image>"
+        records.append(record(question, f"It is {colour}.", id=f"scene-{index}", image=f"{index}.png"))
     (folder / "data.json").write_text(json.dumps(records))
-    for record in records[1::2]:
-        record["conversations"] += [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
-    for index in range(8):
-        turns = [{"from": "human", "value": "Count! " * (index + 1)}, {"from": "gpt", "value": f"{index + 1} times."}]
-        records.append({"id": f"text-{index}", "conversations": turns})
+    for scene in records[1::2]:
+        scene["conversations"] += turns("Sure?", "Yes.")
+    for index in range(1, 9):
+        records.append(record("Count! " * index, f"{index} times.", id=f"text-{index}", image=None))
     (folder / "mixed.json").write_text(json.dumps(records))
     return folder / "data.json", folder
 
@@ -91,3 +92,61 @@ def run(checkpoint, data, tmp_path):
 
     run.recipe = recipe
     return run
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """`launch(command, script, *arguments)`: runs a script by a launcher; returns what it writes to its file."""
+
+    def launch(command, script, *arguments, **environment):
+        (tmp_path / "script.py").write_text(script)
+        (tmp_path / "facts.json").unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, *map(str, [*command, tmp_path / "script.py", tmp_path / "facts.json", *arguments])],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+        return json.loads((tmp_path / "facts.json").read_text())
+
+    return launch
+
+
+@pytest.fixture
+def doubled(run, still_checkpoint, tmp_path):
+    """`doubled(stage, **options)`: trains in one process, to "one"; returns the recipe of two, to "two"."""
+
+    def doubled(stage, in_two=(), **options):
+        options = {
+            "model_name_or_path": str(still_checkpoint),
+            "num_visual_tokens": [4, 144],  # all patches too: no query matters, and DDP and ZeRO wait for its gradient
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "projector_learning_rate": 1e-2,
+            "branch_learning_rate": 2e-2,
+            "save_strategy": "steps",
+            **options,
+        }
+        run(stage, "one", **options, per_device_train_batch_size=4)
+        return run.recipe("two", **{**options, **dict(in_two)}, per_device_train_batch_size=2)
+
+    def history(name, key, step):
+        state = tmp_path / name / f"checkpoint-{step}" / "trainer_state.json"
+        return [entry[key] for entry in json.loads(state.read_text())["log_history"] if key in entry]
+
+    def assert_alike(step, numbers):
+        """Equal losses; and equal weights, which three learning rates have led to."""
+        for key, number in numbers.items():
+            assert history("two", key, step) == pytest.approx(history("one", key, step), rel=1e-4)
+            assert len(history("two", key, step)) == number
+        one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, weight in one.items():
+            assert two[name].dtype == weight.dtype
+            assert two[name].sub(weight).abs().max() < 1e-4, name
+        return two
+
+    doubled.assert_alike = assert_alike
+    return doubled

@@ -1,4 +1,4 @@
-"""Batches hold what shall be learnt, whole, at the budget drawn, in an order that a resumed run repeats."""
+"""Batches hold what is to be learnt, whole, at the budget drawn, in an order that a resumed run repeats."""
 
 import json
 import random
@@ -8,26 +8,13 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from datasets import Dataset
+from llava_records import record, turns
 from PIL import Image
 from tokenizers import AddedToken
 from torch.utils.data import BatchSampler
 
 from delta_llava.train.batches import BudgetedRows, BudgetSampler, Collator, fit_rows
 from delta_llava.train.data import load_llava_json
-
-
-def record(**changes):
-    """A good record, with what a test wants different."""
-    good = {
-        "id": "0",
-        "image": "a.png",
-        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}],
-    }
-    return {**good, **changes}
-
-
-def turns(*values, speakers=("human", "gpt")):
-    return [{"from": speakers[index % 2], "value": value} for index, value in enumerate(values)]
 
 
 @pytest.fixture
@@ -64,7 +51,7 @@ def collate(fitted, tiny_processor, templates):
 )
 def test_labels_are_the_answers_with_their_end_and_nothing_else(collate, tiny_processor, template, learnt):
     conversation = turns("<image>\nWhat?", "A square.", "Which colour?", "It is red.")
-    greeting = record(image=None, conversations=turns("Hello.", "Hi."))
+    greeting = record("Hello.", "Hi.", image=None)
     batch = collate([record(conversations=conversation), greeting], template=template)
     tokenizer = tiny_processor().tokenizer
     answers = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
@@ -83,22 +70,22 @@ def test_a_turn_whose_loss_is_off_is_context(collate, tiny_processor, template):
     conversation[5]["weight"] = 0
     batch = collate([record(), record(conversations=conversation)], template=template)
     assert tokenizer.decode(batch["labels"][1][batch["labels"][1] != -100]).strip() == f"It is red.{end}"
-    whole = collate([record(), record(conversations=turns(*values))], template=template)
+    whole = collate([record(), record(*values)], template=template)
     assert torch.equal(whole["input_ids"], batch["input_ids"])
     assert torch.equal(whole["labels"][0], batch["labels"][0])
 
 
 def test_a_row_is_cut_where_an_answer_is_learnt_or_left_out(fitted):
     values = ("<image>\nWhat?", "A square.", "Which colour?", "It is red.")
-    quiet = record(conversations=turns(*values))
+    quiet = record(*values)
     quiet["conversations"][1]["loss"] = False
-    whole = fitted([record(conversations=turns(*values))])["num_tokens"][0] + 3
+    whole = fitted([record(*values)])["num_tokens"][0] + 3
     assert fitted([record(), quiet], max_length=whole)["num_messages"][:] == [2, 4]
     assert fitted([record(), quiet], max_length=whole - 1)["num_messages"][:] == [2]
 
 
 def test_answers_that_a_template_does_not_keep_apart_are_all_learnt_or_none(fitted, tiny_processor):
-    quiet = record(conversations=turns("<image>\nWhat?", "A square.", "Which colour?", "It is red."))
+    quiet = record("<image>\nWhat?", "A square.", "Which colour?", "It is red.")
     quiet["conversations"][1]["loss"] = False
     rows = BudgetedRows(fitted([quiet]))
     template = (
@@ -111,7 +98,7 @@ def test_answers_that_a_template_does_not_keep_apart_are_all_learnt_or_none(fitt
 @pytest.mark.parametrize("template", ["vicuna-v1", "chatml"])
 def test_special_tokens_in_texts_are_encoded_as_text(collate, fitted, tiny_processor, template):
     answer = "No</s> end,<|im_end|>\n<|im_start|>user <pad>"
-    spelling = record(conversations=turns("<image>\nWrite </s> and <s>.", answer, "And </", "s> and </s>"))
+    spelling = record("<image>\nWrite </s> and <s>.", answer, "And </", "s> and </s>")
     batch = collate([spelling, record()], template=template)
     tokenizer = tiny_processor().tokenizer
     ids = batch["input_ids"][0][batch["attention_mask"][0] == 1]
@@ -135,7 +122,7 @@ def test_a_tokenizer_that_cannot_spell_its_token_is_refused_where_a_text_has_it(
     backend = processor.tokenizer.backend_tokenizer
     processor.tokenizer._tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
     assert backend.token_to_id("<end>")
-    rows = BudgetedRows(fitted([record(), record(conversations=turns("<image>\nWhat?", "The <end>."))]))
+    rows = BudgetedRows(fitted([record(), record("<image>\nWhat?", "The <end>.")]))
     collator = Collator(processor, None, (templates / "vicuna-v1.jinja").read_text())
     collator([rows[0, 4]])
     with pytest.raises(ValueError, match=r"The row 'What\? The <end>\.'… spells out '<end>'"):
@@ -143,8 +130,8 @@ def test_a_tokenizer_that_cannot_spell_its_token_is_refused_where_a_text_has_it(
 
 
 def test_a_batch_has_the_budget_of_its_rows(collate, tiny_processor):
-    greeting = record(image=None, conversations=turns("Hello.", "Hi."))
-    two_images = record(image=["a.png", "a.png"], conversations=turns("<image>\n<image>\nSame?", "Yes."))
+    greeting = record("Hello.", "Hi.", image=None)
+    two_images = record("<image>\n<image>\nSame?", "Yes.", image=["a.png", "a.png"])
     batch = collate([record(), greeting, two_images], num_visual_tokens=9)
     assert batch["num_visual_tokens"].tolist() == [9, 9, 9]
     assert batch["pixel_values"].shape == (3, 3, 48, 48)
@@ -154,22 +141,22 @@ def test_a_batch_has_the_budget_of_its_rows(collate, tiny_processor):
 
 def test_a_row_without_labels_is_an_error_that_names_it(fitted, tiny_processor):
     without_generation = Collator(tiny_processor(), chat_template="{{ messages[1]['content'][0]['text'] }}")
-    rows = BudgetedRows(fitted([record(image=None, conversations=turns("Hello.", "Hi."))]))
+    rows = BudgetedRows(fitted([record("Hello.", "Hi.", image=None)]))
     with pytest.raises(ValueError, match=r"The row 'Hello\. Hi\.'.* nothing to learn"):
         without_generation([rows[0, 4]])
 
 
 QUESTIONS = ("<image>\nWhat?", "A square.", "Which colour?", "It is red.", "<image>\nAnd this?", "The same.")
-LONG = record(image=["a.png", "a.png"], conversations=turns(*QUESTIONS))
+LONG = record(*QUESTIONS, image=["a.png", "a.png"])
 
 
 @pytest.mark.parametrize("template", ["vicuna-v1", "chatml"])
-def test_a_long_row_is_cut_behind_the_last_whole_answer_that_fits(collate, tiny_processor, template):
+def test_a_long_row_is_cut_after_the_last_whole_answer_that_fits(collate, tiny_processor, template):
     processor = tiny_processor()
     whole = collate([LONG], template=template)
     parts = [
-        record(conversations=turns(*QUESTIONS[:2])),
-        record(conversations=turns(*QUESTIONS[:4])),
+        record(*QUESTIONS[:2]),
+        record(*QUESTIONS[:4]),
         LONG,
     ]
     lengths = [collate([part], template=template)["input_ids"].shape[1] for part in parts]
@@ -194,7 +181,7 @@ def test_a_long_row_is_cut_behind_the_last_whole_answer_that_fits(collate, tiny_
 def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatch):
     warnings = []
     monkeypatch.setattr("delta_llava.train.batches.logger.warning", warnings.append)
-    late = record(conversations=turns("What? " * 40, "This.", "<image>\nAnd that?", "That."))
+    late = record("What? " * 40, "This.", "<image>\nAnd that?", "That.")
     (one,) = fitted([record()])["num_tokens"]
     max_length = one + 3 + 30  # three more tokens at the image, and some for the second question
     rows = fitted([record(), late, LONG, record()], max_length=max_length)
@@ -211,9 +198,9 @@ def test_rows_that_do_not_fit_at_all_are_left_out_and_counted(fitted, monkeypatc
 def test_measuring_is_remembered_however_the_tokenizer_was_used(fitted, tiny_processor, templates, monkeypatch):
     from delta_llava.train import batches
 
-    rows = [record(), record(id="1", image=None, conversations=turns("Hello.", "Hi."))]
+    rows = [record(), record("Hello.", "Hi.", id="1", image=None)]
     first = fitted(rows)
-    monkeypatch.setattr(batches, "places_to_cut", None)
+    monkeypatch.setattr(batches, "cut_positions", None)
     assert fitted(rows)[:] == first[:]
 
 
@@ -247,11 +234,6 @@ def test_order_and_budgets_follow_from_seed_epoch_and_position_alone():
     assert set.union(*budgets) == {1, 4, 16}
     # not from the data: another number of rows leaves the draws as they are
     assert [budget for _, budget in sampler(num_rows=48)] == [budget for _, budget in first[:48]]
-
-
-def test_each_budget_is_drawn_equally_often():
-    drawn = [budget for _, budget in sampler(num_rows=3000, batch_size=1)]
-    assert all(900 < drawn.count(budget) < 1100 for budget in (1, 4, 16))
 
 
 @pytest.mark.parametrize("group", [False, True])

@@ -1,4 +1,4 @@
-"""`check_data` finds LLaVA's known faults, tells how to mend them, and writes a file that passes."""
+"""`check_data` finds LLaVA's known faults, says how to fix them, and writes a file that passes."""
 
 import json
 import runpy
@@ -7,6 +7,7 @@ import shutil
 import datasets
 import pytest
 from datasets import Dataset
+from llava_records import record as llava_record
 from PIL import Image
 
 from delta_llava.train.check_data import FAULTS, NOTES, main
@@ -14,9 +15,8 @@ from delta_llava.train.data import load_llava_json
 
 
 def record(question="<image>\nWhat?", answer="A square.", **changes):
-    """A good record, with what a test wants different."""
-    conversations = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": "0", "image": "coco/a.jpg", "conversations": conversations, **changes}
+    """A good record, with whatever a test wants different."""
+    return llava_record(question, answer, **{"image": "coco/a.jpg", **changes})
 
 
 @pytest.fixture
@@ -53,36 +53,34 @@ def check(images, capsys):
     return check
 
 
-KNOWN_FAULTS = {
-    "truncated JPEG": ("truncated", record(image="coco/cut.jpg")),
-    "missing image": ("missing", record(image="coco/none.jpg")),
-    "missing image of OCR-VQA": ("missing_ocr_vqa", record(image="ocr_vqa/none.jpg")),
-    "OCR-VQA's with another suffix": ("missing_other_suffix", record(image="ocr_vqa/other.jpg")),
-    "marker in an answer": ("marker_in_answer", record(answer="<image>")),
-    "marker missing": ("marker_missing", record(question="What?")),
-    "more markers than images": ("marker_surplus", record(question="<image><image>\nWhat?")),
-    "path out of the folder": ("outside", record(image="../secret.jpg")),
-}
-
-
-@pytest.mark.parametrize(("kind", "bad"), KNOWN_FAULTS.values(), ids=KNOWN_FAULTS)
-def test_a_bad_record_is_counted_with_an_example_and_a_remedy(check, images, kind, bad):
-    status, printed = check([record(), {**bad, "id": "first"}, {**bad, "id": "second"}])
+def test_bad_records_are_counted_with_an_example_and_a_remedy(check, images):
+    bad = {
+        "truncated": record(image="coco/cut.jpg"),
+        "missing": record(image="coco/none.jpg"),
+        "missing_ocr_vqa": record(image="ocr_vqa/none.jpg"),
+        "missing_other_suffix": record(image="ocr_vqa/other.jpg"),
+        "placeholder_in_answer": record(answer="<image>"),
+        "placeholder_missing": record(question="What?"),
+        "placeholder_surplus": record(question="<image><image>\nWhat?"),
+        "outside": record(image="../secret.jpg"),
+    }
+    status, printed = check([record(), *({**line, "id": f"{kind}-{n}"} for kind, line in bad.items() for n in (1, 2))])
     assert status == 1
-    assert "3 records, 2 of them bad" in printed
-    (row,) = [line.split() for line in printed.splitlines() if line.startswith("bad")]
-    assert row == ["bad", kind, "2", "records"]
-    assert "record 1 (id 'first')" in printed
-    assert FAULTS[kind] in printed
+    assert "17 records, 16 of them bad" in printed
+    rows = {tuple(line.split()) for line in printed.splitlines() if line.startswith("bad")}
+    assert rows == {("bad", kind, "2", "records") for kind in bad}
     lines = [json.loads(line) for line in (images.parent / "bad_records.jsonl").read_text().splitlines()]
-    assert [(line["index"], line["id"], line["kind"]) for line in lines] == [(1, "first", kind), (2, "second", kind)]
+    assert [(line["index"], line["kind"]) for line in lines] == [*enumerate(sorted([*bad] * 2, key=[*bad].index), 1)]
+    for line in lines[::2]:
+        assert f"record {line['index']} (id '{line['kind']}-1')" in printed
+        assert FAULTS[line["kind"]] in printed
 
 
 KNOWN_NOTES = {
     "GIF named .jpg": ("other_format", "it is GIF, though named .jpg", record(image="coco/gif.jpg")),
     "PNG named .jpg": ("other_format", "it is PNG, though named .jpg", record(image="coco/png.jpg")),
     "rotated by EXIF": ("rotated", "EXIF orientation 6", record(image="coco/rotated.jpg")),
-    "marker behind the text": ("marker_moved", "after the question's text", record(question="What?\n<image>")),
+    "placeholder after the text": ("placeholder_moved", "after the question's text", record(question="What?\n<image>")),
 }
 
 
@@ -100,16 +98,10 @@ def test_what_is_harmless_is_noted_at_the_second_look_too(check, images, kind, r
     assert not (images.parent / "bad_records.jsonl").exists()
 
 
-def test_a_rotated_image_is_shown_upright(check, images):
-    check([record(image="coco/rotated.jpg")])
-    (row,) = load_llava_json("data.json", images)
-    assert row["images"][0].size == (20, 40)
-
-
 def test_an_image_of_many_records_is_decoded_and_noted_once(check):
     _, printed = check([record(image="coco/gif.jpg")] * 3)
     assert "3 records" in printed
-    assert "1 different images" in printed
+    assert "1 distinct images" in printed
     assert "Decoded 1 images" in printed
     assert "Peak memory" in printed
     assert next(line.split() for line in printed.splitlines() if line.startswith("note"))[2:] == ["1", "images"]
@@ -133,13 +125,13 @@ def test_text_only_rows_are_counted_and_bad_where_images_are_required(check):
 
 
 MESSAGE = {"role": "assistant", "content": "That."}
-MENDABLE = [
+FIXABLE = [
     record(image="ocr_vqa/other.jpg"),
     record(question="What?"),
     record(question="What?", image=["ocr_vqa/other.jpg"]),
     record(question="<image><image>", image=["coco/a.jpg", "ocr_vqa/other.jpg"]),
 ]
-MENDED = [
+FIXED = [
     record(image="ocr_vqa/other.gif"),
     record(question="<image>\nWhat?"),
     record(question="<image>\nWhat?", image=["ocr_vqa/other.gif"]),
@@ -158,14 +150,14 @@ GUESSES = [
 GOOD = [record(id="ä\ud83d", model="other", n=[1.5, None]), record(question="What?\n<image>", image="coco/rotated.jpg")]
 
 
-def test_the_clean_file_passes_with_good_records_unchanged_and_others_mended_or_left_out(check, images):
-    status, printed = check([GOOD[0], *MENDABLE, *GUESSES, GOOD[1]], "--write_clean", "out/clean.json")
+def test_the_clean_file_passes_with_good_records_unchanged_and_others_fixed_or_left_out(check, images):
+    status, printed = check([GOOD[0], *FIXABLE, *GUESSES, GOOD[1]], "--write_clean", "out/clean.json")
     assert status == 0
-    assert json.loads((images.parent / "out" / "clean.json").read_text()) == [GOOD[0], *MENDED, GOOD[1]]
+    assert json.loads((images.parent / "out" / "clean.json").read_text()) == [GOOD[0], *FIXED, GOOD[1]]
     assert len((images.parent / "out" / "bad_records.jsonl").read_text().splitlines()) == 12
     assert "Wrote 6 records to out/clean.json" in printed
     actions = {tuple(line.split()) for line in printed.splitlines() if line.startswith("     ")}
-    assert {("mended", "missing_other_suffix", "3"), ("mended", "marker_missing", "3")} < actions
+    assert {("fixed", "missing_other_suffix", "3"), ("fixed", "placeholder_missing", "3")} < actions
     assert {("left", "out", "missing_other_suffix", "2"), ("left", "out", "missing", "1")} < actions
 
     shutil.copy("out/clean.json", "clean.json")
@@ -175,7 +167,7 @@ def test_the_clean_file_passes_with_good_records_unchanged_and_others_mended_or_
     assert "6 records, 0 of them bad" in printed
 
 
-def test_another_programs_marker_is_replaced_where_each_image_has_one(check, images):
+def test_another_programs_placeholder_is_replaced_where_each_image_has_one(check, images):
     two = ["coco/a.jpg", "coco/a.jpg"]
     records = [
         record(question="<ImageHere>\nWhat?"),
@@ -187,7 +179,7 @@ def test_another_programs_marker_is_replaced_where_each_image_has_one(check, ima
     ]
     status, printed = check(records, "--write_clean", "clean.json")
     assert status == 0
-    assert "marker_foreign" in printed and FAULTS["marker_foreign"] in printed
+    assert "placeholder_foreign" in printed and FAULTS["placeholder_foreign"] in printed
     assert json.loads((images.parent / "clean.json").read_text()) == [
         record(question="<image>\nWhat?"),
         record(question="<image>What?"),
@@ -220,7 +212,7 @@ def test_a_data_set_is_checked_but_not_written_as_json(images, capsys):
     assert "2 records, 1 of them bad" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--json", "saved", "--images", "images", "--write_clean", "clean.json"])
-    assert "writes JSON, which saved is not" in capsys.readouterr().err
+    assert "writes JSON, but saved is not JSON" in capsys.readouterr().err
 
 
 def test_what_stops_the_check_is_said_in_one_line(images, monkeypatch, capsys):
@@ -232,7 +224,7 @@ def test_what_stops_the_check_is_said_in_one_line(images, monkeypatch, capsys):
 
 
 def test_a_clean_file_without_records_is_not_written(check, images):
-    with pytest.raises(ValueError, match=r"No record of data\.json is good or can be mended"):
+    with pytest.raises(ValueError, match=r"No record of data\.json is good or can be fixed"):
         check([record(image="coco/none.jpg")], "--write_clean", "clean.json")
     assert not (images.parent / "clean.json").exists()
     assert {path.name for path in images.parent.iterdir()} == {"images", "cache", "data.json", "bad_records.jsonl"}

@@ -1,10 +1,11 @@
-"""Training goes on from a LLaVA-1.5: what it lacks is learnt beside what it knows."""
+"""Training continues from a LLaVA-1.5: what it lacks is learnt next to what it knows."""
 
 import json
 import random
 
 import pytest
 import torch
+from llava_records import record
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -47,8 +48,7 @@ def corners(tmp_path):
             left, top = 24 * (corner % 2), 24 * (corner // 2)
             picture.paste(colour, (left, top, left + 24, top + 24))
         picture.save(tmp_path / f"{index}.png")
-        turns = [{"from": "human", "value": "<image>\nTop left?"}, {"from": "gpt", "value": colours[0]}]
-        records.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
+        records.append(record("<image>\nTop left?", colours[0], image=f"{index}.png"))
     (tmp_path / "corners.json").write_text(json.dumps(records))
     return tmp_path / "corners.json", tmp_path
 

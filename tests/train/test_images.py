@@ -8,6 +8,7 @@ import unicodedata
 import datasets
 import numpy as np
 import pytest
+from llava_records import record
 from PIL import Image
 
 from delta_llava.train.batches import BudgetedRows
@@ -28,9 +29,7 @@ def check(images):
     """`check(*names)`: checks a record for each image; the faults by image, and a file that names the images."""
 
     def check(*names, **options):
-        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
-        records = [{"id": name, "image": name, "conversations": turns} for name in names]
-        (images.parent / "data.json").write_text(json.dumps(records))
+        (images.parent / "data.json").write_text(json.dumps([record(image=name) for name in names]))
         found = check_llava_json("data.json", images, num_proc=1, **options)
         return {line["file"]: (line["kind"], line["reason"]) for line in found.bad_records()}
 
@@ -96,23 +95,23 @@ def test_what_the_check_accepts_loads_and_what_is_damaged_is_found_by_both(image
     # Exchanged after the check
     for damaged in DAMAGED:
         (images / "photograph.jpg").write_bytes(DAMAGED[damaged])
-        with pytest.raises(ValueError, match=r"The row 'What\? That\.'.*photograph\.jpg cannot be read: "):
+        with pytest.raises(ValueError, match=r"The row 'What\? A square\.'.*photograph\.jpg cannot be read: "):
             read[0, 1]
 
 
 @pytest.mark.parametrize(
     "name", ["COCO/a.jpg", "coco/A.JPG", r"coco\a.jpg", r"\coco\a.jpg", "/coco/a.jpg", "Coco//./a.jpg", "coco/a.JPG"]
 )
-def test_a_name_that_differs_in_case_or_slashes_alone_is_told_and_corrected(images, check, name):
+def test_a_name_that_differs_in_case_or_slashes_alone_is_named_and_corrected(images, check, name):
     (images / "coco" / "a.jpg").write_bytes(SOUND["photograph.jpg"])
     ((kind, reason),) = check(name).values()
     assert kind == "missing_other_name"
     assert reason.endswith("does not exist in the image folder, but coco/a.jpg does")
     assert main(["--json", "data.json", "--images", "images", "--write_clean", "clean.json", "--num_proc", "1"]) == 0
-    assert [record["image"] for record in json.loads((images.parent / "clean.json").read_text())] == ["coco/a.jpg"]
+    assert [found["image"] for found in json.loads((images.parent / "clean.json").read_text())] == ["coco/a.jpg"]
 
 
-def test_a_name_in_another_unicode_form_is_told(images, check):
+def test_a_name_in_another_unicode_form_is_named(images, check):
     composed, decomposed = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
     (images / "coco" / decomposed).write_bytes(SOUND["photograph.jpg"])
     assert check(f"coco/{composed}")[f"coco/{composed}"][0] == "missing_other_name"

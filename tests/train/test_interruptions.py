@@ -1,4 +1,4 @@
-"""However a run ends early, the last good checkpoint is there, the error says so, and the way on repeats the run."""
+"""However a run ends early, the last good checkpoint remains, the error names it, and a resumed run repeats it."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,26 +28,48 @@ ELASTIC = {
     "dataloader_num_workers": 1,
 }
 
+SCRIPT = """
+import os, resource, signal, sys, time
+from delta_llava.train import finetune, trainer
+{}
+finetune.main(sys.argv[1:])
+"""
 # Step 6 is the end of the second epoch of six batches, each step takes two
 KILLED_BETWEEN_CHECKPOINTS = """
-import os, signal, sys
-from delta_llava.train import finetune, trainer
 def training_step(self, *args, original=trainer.SFTTrainer.training_step, **kwargs):
     if self.state.global_step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *args, **kwargs)
 trainer.DeltaLlavaTrainer.training_step = training_step
-finetune.main(sys.argv[1:])
 """
 KILLED_IN_A_CHECKPOINT = """
-import os, signal, sys
-from delta_llava.train import finetune, trainer
 def save_rng_state(self, output_dir, original=trainer.SFTTrainer._save_rng_state):
     if self.state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     original(self, output_dir)
 trainer.DeltaLlavaTrainer._save_rng_state = save_rng_state
-finetune.main(sys.argv[1:])
+"""
+SLOW_STEPS = """
+def training_step(self, *args, original=trainer.SFTTrainer.training_step, **kwargs):
+    time.sleep(0.3)
+    return original(self, *args, **kwargs)
+trainer.SFTTrainer.training_step = training_step
+"""
+# A limit to the size of files stands in for a full disk
+FULL_DISK = """
+def save_optimizer_and_scheduler(self, output_dir, original=trainer.SFTTrainer._save_optimizer_and_scheduler):
+    if self.state.global_step == 4:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    original(self, output_dir)
+trainer.SFTTrainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
+"""
+FULL_AT_THE_END = """
+def save_result(self, *args, original=trainer.DeltaLlavaTrainer._save_result):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    original(self, *args)
+trainer.DeltaLlavaTrainer._save_result = save_result
 """
 
 
@@ -58,11 +79,16 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.fixture
-def unbroken_weights(run, unbroken):
-    """The result of a run that nothing has ended early, which is made once."""
+def checkpoints(run, unbroken, tmp_path):
+    """A copy of a folder with checkpoints 2, 4, 6, 8 and 9 and the result of an uninterrupted run, made once."""
     if not any(unbroken.iterdir()):
         shutil.copytree(run(finetune, "unbroken", **ELASTIC), unbroken, dirs_exist_ok=True)
-    return (unbroken / "model.safetensors").read_bytes()
+    return shutil.copytree(unbroken, tmp_path / "run")
+
+
+@pytest.fixture
+def unbroken_weights(checkpoints):
+    return (checkpoints / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -73,10 +99,9 @@ def unbroken_weights(run, unbroken):
 def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     run, unbroken_weights, tmp_path, killed_run, left, complete
 ):
-    arguments = [sys.executable, "-c", killed_run, *run.recipe("killed", **ELASTIC)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert killed.returncode == -9, killed.stderr
+    killed = start(run, "killed", killed_run)
+    _, errors = killed.communicate()
+    assert killed.returncode == -9, errors
     assert sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in left
     ]
@@ -90,12 +115,10 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
 
 
-def start(
-    run, output_dir, script="from delta_llava.train import finetune; import sys; finetune.main(sys.argv[1:])", **changes
-):
+def start(run, output_dir, patch="", **changes):
     """A run in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", script, *run.recipe(output_dir, **{**ELASTIC, **changes})],
+        [sys.executable, "-c", SCRIPT.format(patch), *run.recipe(output_dir, **{**ELASTIC, **changes})],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -139,7 +162,7 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(run, data, tmp_path
         os.killpg(killed.pid, signal.SIGKILL)
         killed.wait()
         incomplete += any(map(why_incomplete, (tmp_path / "killed").glob("checkpoint-*")))
-        complete = latest_checkpoint(SimpleNamespace(output_dir=tmp_path / "killed"))
+        complete = latest_checkpoint(tmp_path / "killed")
         resumed = start(run, "killed", **options, **({"resume_from_checkpoint": "latest"} if complete else {}))
         assert resumed.wait() == 0, (seed, trial, resumed.stderr.read())
         assert (tmp_path / "killed" / "model.safetensors").read_bytes() == expected, (seed, trial)
@@ -158,45 +181,32 @@ def damaged(content, kind):
     }[kind]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tmp_path_factory.mktemp("whole")
-
-
-@pytest.fixture
-def checkpoints(run, whole, tmp_path):
-    """A copy of a folder with checkpoints 2, 4, 6, 8 and 9 and the result."""
-    if not any(whole.iterdir()):
-        shutil.copytree(run(finetune, "whole", **ELASTIC), whole, dirs_exist_ok=True)
-    return shutil.copytree(whole, tmp_path / "run")
-
-
 def test_a_checkpoint_is_complete_if_every_file_holds_what_was_written(checkpoints):
-    args, last = SimpleNamespace(output_dir=checkpoints), checkpoints / "checkpoint-9"
+    last = checkpoints / "checkpoint-9"
     files = [path for path in last.rglob("*") if path.is_file()]
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json", "run.json"} < {
         path.name for path in files
     }
-    assert latest_checkpoint(args) == str(last)
+    assert latest_checkpoint(checkpoints) == str(last)
     for file in files:
         content = file.read_bytes()
         for kind in ("cut", "emptied", "zeroed", "zeroed at its end", "changed in one bit"):
             file.write_bytes(damaged(content, kind))
-            assert latest_checkpoint(args) == str(checkpoints / "checkpoint-8"), (file, kind)
+            assert latest_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8"), (file, kind)
         file.unlink()
-        assert latest_checkpoint(args) == str(checkpoints / "checkpoint-8"), file
+        assert latest_checkpoint(checkpoints) == str(checkpoints / "checkpoint-8"), file
         file.write_bytes(content)
-    assert latest_checkpoint(args) == str(last)
+    assert latest_checkpoint(checkpoints) == str(last)
 
 
 def test_the_last_step_is_taken_whatever_the_files_times(checkpoints):
     for time_, step in enumerate((9, 2, 8, 4, 6)):
         for path in (checkpoints / f"checkpoint-{step}").rglob("*"):
             os.utime(path, (time_, time_))
-    assert latest_checkpoint(SimpleNamespace(output_dir=checkpoints)) == str(checkpoints / "checkpoint-9")
+    assert latest_checkpoint(checkpoints) == str(checkpoints / "checkpoint-9")
     # By what it holds: a copy under another number is of the same step
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-40")
-    assert latest_checkpoint(SimpleNamespace(output_dir=checkpoints)) == str(checkpoints / "checkpoint-9")
+    assert latest_checkpoint(checkpoints) == str(checkpoints / "checkpoint-9")
 
 
 def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(run, checkpoints, unbroken_weights, caplog):
@@ -216,7 +226,7 @@ def test_damaged_checkpoints_are_named_and_an_older_one_is_taken(run, checkpoint
     assert "checkpoint-8 is not complete: scheduler.pt has " in caplog.text
     assert "checkpoint-6 is not complete: model.safetensors is missing" in caplog.text
     assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
-    assert latest_checkpoint(SimpleNamespace(output_dir=resumed)) == str(resumed / "checkpoint-9")
+    assert latest_checkpoint(resumed) == str(resumed / "checkpoint-9")
 
 
 def test_a_checkpoint_of_the_model_alone_is_not_resumed_with_a_new_optimizer(run):
@@ -224,7 +234,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed_with_a_new_optimizer(run
     folder = run(finetune, **options)
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         run(finetune, resume_from_checkpoint="latest", **{**options, "max_steps": 2})
-    with pytest.raises(ValueError, match="save_only_model has left optimizer"):
+    with pytest.raises(ValueError, match="save_only_model has left out optimizer"):
         run(finetune, resume_from_checkpoint=str(folder / "checkpoint-1"), **{**options, "max_steps": 2})
 
 
@@ -265,7 +275,7 @@ def test_a_run_deletes_its_own_checkpoints_alone(run, checkpoints):
     run(finetune, "run", ["--resume_from_checkpoint", "latest"], **options)
     assert (checkpoints / "checkpoint-4.1/notes.txt").read_text() == "mine"
     assert (checkpoints / "checkpoint-9.1/model.safetensors").exists()
-    assert latest_checkpoint(SimpleNamespace(output_dir=checkpoints)) == str(checkpoints / "checkpoint-9")
+    assert latest_checkpoint(checkpoints) == str(checkpoints / "checkpoint-9")
 
 
 def test_a_forged_pickle_is_refused_without_torchs_advice(run, checkpoints, capfd):
@@ -301,7 +311,7 @@ CHANGES = {
     "order": ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy was random, is group_by_length"),
     "dtype": ({"bf16": True, "use_cpu": True}, "bf16 was False, is True"),
     "adapters": ({"use_peft": True}, "use_peft was False, is True"),
-    "length": ({"max_length": 40}, "max_length was 1024, is 40"),
+    "length": ({"max_length": 400}, "max_length was 1024, is 400"),
     "held out": (
         {"num_eval_rows": 2, "eval_strategy": "epoch"},
         "num_eval_rows was 0, is 2; num_rows was 12, is 10; rows has changed",
@@ -311,15 +321,13 @@ CHANGES = {
 
 @pytest.mark.parametrize(("changes", "message"), CHANGES.values(), ids=CHANGES)
 def test_a_resumed_run_says_what_has_changed(run, checkpoints, monkeypatch, changes, message):
-    monkeypatch.setattr(finetune, "load_model", None)  # before a weight is loaded
-    with pytest.raises(
-        ValueError, match=f"checkpoint-9 was trained with other settings: .*{message}.*Give what it was|$"
-    ):
+    monkeypatch.setattr("delta_llava.train.stage.load_model", None)  # before a weight is loaded
+    with pytest.raises(ValueError, match=f"checkpoint-9 was trained .*settings: {message}.*[Rr]estore what it was"):
         run(finetune, "run", ["--resume_from_checkpoint", "latest"], **{**ELASTIC, **changes})
 
 
 def test_a_resumed_run_notices_other_data_and_another_model(run, data, checkpoint, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "load_model", None)
+    monkeypatch.setattr("delta_llava.train.stage.load_model", None)
     images = shutil.copytree(data[1], tmp_path / "images")
     model = shutil.copytree(checkpoint, tmp_path / "model")
     options = {
@@ -336,17 +344,17 @@ def test_a_resumed_run_notices_other_data_and_another_model(run, data, checkpoin
         resume(logging_steps=5, save_steps=1, dataloader_pin_memory=False, num_visual_tokens=[16, 1, 4, 4])
     records = json.loads((images / "data.json").read_text())
     (images / "data.json").write_text(json.dumps(records).replace("Which colour?", "What colour?"))
-    with pytest.raises(ValueError, match=r"other settings: data has changed; rows has changed\. Give"):
+    with pytest.raises(ValueError, match=r"other settings: data has changed; rows has changed\. Restore"):
         resume()
     (images / "data.json").write_text(json.dumps(records))
     Image.new("RGB", Image.open(images / "7.png").size, "yellow").save(images / "7.png")
-    with pytest.raises(ValueError, match=r"other settings: rows has changed\. Give"):
+    with pytest.raises(ValueError, match=r"other settings: rows has changed\. Restore"):
         resume()
     shutil.copyfile(data[1] / "7.png", images / "7.png")
     weights = load_file(model / "model.safetensors")
     next(iter(weights.values())).add_(1)
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"other settings: model has changed\. Give"):
+    with pytest.raises(ValueError, match=r"other settings: model has changed\. Restore"):
         resume()
 
 
@@ -378,7 +386,7 @@ def test_changes_that_are_allowed_take_effect_and_are_recorded(run, checkpoints,
     assert yaml.safe_load((folder / "training/finetune.yaml").read_text()) == recipe
     assert json.loads((folder / "config.json").read_text())["visual_token_budgets"] == [1, 4, 16, 36]
     for impossible in ({"use_peft": True}, {"projector_learning_rate": 0.001}):
-        with pytest.raises(ValueError, match=f"It cannot go on with another {next(iter(impossible))}"):
+        with pytest.raises(ValueError, match=f"It cannot resume with another {next(iter(impossible))}"):
             run(finetune, "run", resume, **options, **impossible)
 
 
@@ -410,30 +418,6 @@ def test_sigterm_ends_a_run_after_a_checkpoint(run, unbroken_weights, tmp_path):
     assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
 
 
-SLOW_STEPS = """
-import sys, time
-from delta_llava.train import finetune, trainer
-def training_step(self, *args, original=trainer.SFTTrainer.training_step, **kwargs):
-    time.sleep(0.3)
-    return original(self, *args, **kwargs)
-trainer.SFTTrainer.training_step = training_step
-finetune.main(sys.argv[1:])
-"""
-
-# A limit to the size of files stands for the full disk: what lies on one cannot be longer either
-FULL_DISK = """
-import resource, signal, sys
-from delta_llava.train import finetune, trainer
-def save_optimizer_and_scheduler(self, output_dir, original=trainer.SFTTrainer._save_optimizer_and_scheduler):
-    if self.state.global_step == 4:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    original(self, output_dir)
-trainer.SFTTrainer._save_optimizer_and_scheduler = save_optimizer_and_scheduler
-finetune.main(sys.argv[1:])
-"""
-
-
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken_weights, tmp_path):
     _, errors = (failed := start(run, "full", FULL_DISK)).communicate()
     assert failed.returncode == 1
@@ -443,18 +427,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(run, unbroken_weight
     assert f"The last complete checkpoint is {tmp_path / 'full' / 'checkpoint-2'}" in message
     resumed = run(finetune, "full", ["--resume_from_checkpoint", "latest"], **ELASTIC)
     assert (resumed / "model.safetensors").read_bytes() == unbroken_weights
-
-
-FULL_AT_THE_END = """
-import resource, signal, sys
-from delta_llava.train import finetune, trainer
-def save_result(self, *args, original=trainer.DeltaLlavaTrainer._save_result):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    original(self, *args)
-trainer.DeltaLlavaTrainer._save_result = save_result
-finetune.main(sys.argv[1:])
-"""
 
 
 def test_a_disk_that_is_full_at_the_end_is_named(run, tmp_path):
@@ -481,7 +453,9 @@ def test_weights_that_are_no_numbers_are_not_saved(run, tmp_path, monkeypatch):
         return norm
 
     monkeypatch.setattr(trainer.SFTTrainer, "_clip_grad_norm", clip)
-    with pytest.raises(FloatingPointError, match=r"At step 4, trained weights are not finite .*checkpoint-2: --resume"):
+    with pytest.raises(
+        FloatingPointError, match=r"At step 4, trained weights are no longer finite.*checkpoint-2: --res"
+    ):
         run(finetune, "inf", **ELASTIC)
     assert not (tmp_path / "inf" / "checkpoint-4").exists()
 

@@ -1,4 +1,4 @@
-"""Adapters of the language model train beside the whole projector, are saved with it, resume, and merge."""
+"""Adapters of the language model train with the whole projector, are saved with it, resume, and merge."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.hub.card import build_card
 from delta_llava.hub.merge_adapter import merge_adapter
-from delta_llava.train import finetune, pretrain
+from delta_llava.train import finetune
 
 
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "num_visual_tokens": [4, 36]}
@@ -130,8 +130,6 @@ def test_a_checkpoint_of_an_adapter_run_merges_as_its_result_does(run, tmp_path)
 def test_bad_adapter_settings_are_errors(run, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"lora_target_modules names \['query'\].*'q_proj'"):
         run(finetune, **LORA, lora_target_modules=["query", "v_proj"])
-    with pytest.raises(ValueError, match="use_peft has no place in stage 1"):
-        run(pretrain, **LORA)
     with pytest.raises(ValueError, match="holds files already"):
         merge_adapter(checkpoint, checkpoint)
     with pytest.raises(

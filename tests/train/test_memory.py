@@ -1,4 +1,4 @@
-"""The README's memory table: every recipe, as it stands, on every machine."""
+"""The README's memory table: every recipe on every machine."""
 
 import pytest
 import yaml
@@ -21,14 +21,13 @@ def recipe(tmp_path):
     return write
 
 
-def test_every_recipe_has_a_row_in_the_order_of_its_stages(capsys):
-    memory.main(["--budget_gib", "80"])
-    lines = capsys.readouterr().out.splitlines()
-    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")][1:]
-    assert sorted(names) == sorted(f"{file.parent.name}/{file.stem}" for file in memory.RECIPES.glob("*/*.yaml"))
-    stages = [name.split("/")[1] for name in names if name.startswith("vicuna-7b/")]
-    assert stages == [stage for stage in memory.STAGES if stage in stages]
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+def test_every_recipe_has_a_row_and_what_exceeds_the_budget_is_marked(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "recipe_memory", lambda file: {"1 GPU": 60 * 2**30, "2 GPUs": 70 * 2**30})
+    memory.main(["--budget_gib", "65"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(list(memory.RECIPES.glob("*/*.yaml")))
+    vicuna = [row for row in rows if row.startswith("| vicuna-7b/")]
+    assert vicuna[0] == "| vicuna-7b/pretrain | 32 x 2048 | 60.0 | 70.0 ✗ |"
 
 
 def test_a_recipe_needs_what_its_values_say(recipe):
@@ -40,8 +39,6 @@ def test_a_recipe_needs_what_its_values_say(recipe):
 
     sharded = {"num_gpus": 8, "sharding": "fsdp2", "gradient_checkpointing": False}
     several = training_memory(vicuna, 576, num_labels=4 * 448, trained_parts=projector, **size, **sharded)
-    file = recipe("pretrain", num_visual_tokens=[576, 1], gradient_checkpointing=False)
-    assert memory.recipe_memory(file)["8 GPUs, FSDP2"] == several["total"]
     file = recipe("pretrain", num_visual_tokens=[576, 1, "auto"], gradient_checkpointing=False)
     assert memory.recipe_memory(file)["8 GPUs, FSDP2"] == several["total"]
 
@@ -49,13 +46,6 @@ def test_a_recipe_needs_what_its_values_say(recipe):
     quantized = training_memory(vicuna, 144, num_labels=4 * 880, trained_parts=projector, **size, **adapted)
     file = recipe("finetune-qlora", use_peft=True, lora_r=8, load_in_4bit=True)
     assert memory.recipe_memory(file)["1 GPU"] == quantized["total"]
-
-
-def test_what_exceeds_the_budget_is_marked(recipe):
-    file = recipe("finetune")
-    gib = memory.recipe_memory(file)["1 GPU"] / 2**30
-    assert f"| {gib:.1f} ✗ |" in memory.table([file], gib - 1)
-    assert f"| {gib:.1f} |" in memory.table([file], gib + 1)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +60,3 @@ def test_what_exceeds_the_budget_is_marked(recipe):
 def test_a_recipe_that_cannot_be_computed_is_refused(recipe, stage, changes, message):
     with pytest.raises(ValueError, match=message):
         memory.recipe_memory(recipe(stage, **changes))
-
-
-def test_a_recipe_of_no_stage_is_refused(recipe):
-    file = recipe("finetune-dora")
-    with pytest.raises(ValueError, match=r"finetune-dora\.yaml is none of the stages \['pretrain'"):
-        memory.recipe_files(file.parents[1])

@@ -9,17 +9,13 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, CLIPImageProcessor
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
+from delta_llava.costs import recipe_config
 from delta_llava.train import finetune, pretrain
 
 
 TRAIN = Path(pretrain.__file__).parent
 RECIPES = sorted((TRAIN / "recipes").glob("*/*.yaml"))
-LANGUAGE_MODELS = {
-    "vicuna-7b": "vicuna-7b-v1.5",
-    "vicuna-13b": "vicuna-13b-v1.5",
-    "qwen2.5-7b": "qwen2.5-7b-instruct",
-}
 
 
 @pytest.fixture
@@ -53,14 +49,14 @@ def test_a_dry_run_counts_what_is_there(dry_run, data):
     assert all(total == trained > 0 for total, trained in parts.values())
     assert numbers(output, "all")[1] == sum(trained for _, trained in parts.values())
     assert "20 rows, 12 images, 8 rows without one" in output
-    assert "20 of them made a batch without a fault" in output
+    assert "20 of them make a valid batch" in output
     assert "15 steps of 4 rows: 2 on each of 1 processes, 2 accumulated" in output
     # 12 of 20 rows have an image, of 36 tokens instead of one
     assert numbers(output, "36")[0] - numbers(output, "1")[0] == pytest.approx(4 * 12 / 20 * 35, abs=1)
     assert numbers(output, "36")[2] > numbers(output, "1")[2] > 0
     assert "  context <image> x 36\n  context '\\nWhich colour? ASSISTANT:'\n  learnt  ' It is " in output
     assert output.count("learnt ") == 1
-    assert output.rstrip().endswith("nothing was trained, nothing was saved.")
+    assert output.rstrip().endswith("nothing was trained or saved.")
 
     short = dry_run(finetune, dataloader_drop_last=True, num_train_epochs=3, **options, per_device_train_batch_size=16)
     assert "3 steps of 32 rows: 16 on each" in short  # one whole batch an epoch
@@ -75,12 +71,12 @@ def test_a_dry_run_says_what_it_ignores_and_repeats(dry_run, data, tmp_path):
     (tmp_path / "noted.json").write_text(json.dumps(records[:13]))
     options = {"json_path": str(tmp_path / "noted.json"), "train_sampling_strategy": "group_by_length", "max_steps": -1}
     output = dry_run(finetune, **options, per_device_train_batch_size=8, num_train_epochs=1)
-    assert "Keys of records that nothing here reads, and how many have them: 'model' in 13, 'topic' in 12." in output
+    assert "Keys that nothing here reads, and how many records have them: 'model' in 13, 'topic' in 12." in output
     assert "In an epoch, 3 rows occur twice" in output
     assert "the 1 rows of one kind would not fill half of a batch of 8" in output
     assert "1 steps of 16 rows" in output
     for plain in (dry_run(finetune), dry_run(finetune, train_sampling_strategy="group_by_length")):
-        assert not re.search("Keys of records|occur twice|share batches", plain)
+        assert not re.search("Keys that nothing|occur twice|share batches", plain)
 
 
 def test_a_dry_run_of_stage_1_and_of_adapters(dry_run):
@@ -95,41 +91,34 @@ def test_a_dry_run_of_stage_1_and_of_adapters(dry_run):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[f"{path.parent.name}/{path.stem}" for path in RECIPES])
-def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbones, tiny_tokenizer, templates, recipe):
-    values = yaml.safe_load(recipe.read_text())
+def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbones, tiny_processor, recipe):
+    values, stage = yaml.safe_load(recipe.read_text()), pretrain if recipe.stem == "pretrain" else finetune
     batch_size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * 8
-    assert batch_size == (256 if recipe.stem == "pretrain" else 128)  # LLaVA's, on 8 GPUs
+    assert batch_size == (256 if stage is pretrain else 128)  # LLaVA's, on 8 GPUs
 
-    budgets = values["num_visual_tokens"]
+    budgets, backbone = values["num_visual_tokens"], recipe_config(recipe.parent.name)
     towers = [("clip-vit-large-patch14-336", budgets if isinstance(budgets, list) else [budgets])]
     # the two lines that another tower changes
     others = re.findall(r"-(clip-224|siglip)/assembled +num_visual_tokens: (\d+)", recipe.read_text())
     names = {"clip-224": "clip-vit-large-patch14", "siglip": "siglip-so400m-patch14-384"}
     towers += [(names[name], [int(budget)]) for name, budget in others]
-    assert len(towers) == (3 if recipe.stem == "pretrain" else 1)
+    assert len(towers) == (3 if stage is pretrain else 1)
     for tower, budgets in towers:
-        text_config = AutoConfig.from_pretrained(backbones / LANGUAGE_MODELS[recipe.parent.name])
+        processor = tiny_processor()
         config = DeltaLlavaConfig(
             vision_config=AutoConfig.from_pretrained(backbones / tower),
-            text_config=text_config,
+            text_config=backbone.text_config,
             vision_feature_select_strategy="full" if "siglip" in tower else "default",
             projector_variant="residual",
+            image_token_id=processor.image_token_id,
         )
-        tokenizer, size = tiny_tokenizer(), config.vision_config.image_size
-        config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-        config.save_pretrained(tmp_path / tower)
-        images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-        template = (templates / "vicuna-v1.jinja").read_text()
-        processor = DeltaLlavaProcessor(
-            images,
-            tokenizer,
-            num_visual_tokens=budgets[-1],
-            patch_grid_size=config.patch_grid_size,
-            chat_template=template,
-        )
-        processor.save_pretrained(tmp_path / tower)
+        side = config.vision_config.image_size
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        processor.image_processor = CLIPImageProcessor(**size)
+        processor.adopt_budgets(config)
+        for part in (config, processor):
+            part.save_pretrained(tmp_path / tower)
 
-        stage = pretrain if recipe.stem == "pretrain" else finetune
         options = {
             "config": recipe,
             "model_name_or_path": tmp_path / tower,
@@ -148,18 +137,10 @@ def test_every_recipe_makes_a_run_at_full_size(dry_run, data, tmp_path, backbone
             assert numbers(output, str(budget))[3] > 4  # GiB
 
 
-def test_accelerate_configurations_are_what_their_names_say():
-    found = {}
+def test_accelerate_reads_every_configuration():
     for file in (TRAIN / "accelerate").glob("*.yaml"):
-        config = load_config_from_file(str(file))
-        assert config.mixed_precision == "bf16"
-        found[file.stem] = (config.distributed_type.value, config.num_processes)
+        config = load_config_from_file(str(file))  # refuses unknown keys
+        kinds = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+        assert (config.distributed_type.value, config.mixed_precision) == (kinds.get(file.stem, "DEEPSPEED"), "bf16")
         if file.stem.startswith("zero"):
             assert config.deepspeed_config["zero_stage"] == int(file.stem[-1])
-    assert found == {
-        "single_gpu": ("NO", 1),
-        "ddp": ("MULTI_GPU", 8),
-        "fsdp2": ("FSDP", 8),
-        "zero2": ("DEEPSPEED", 8),
-        "zero3": ("DEEPSPEED", 8),
-    }

@@ -1,6 +1,7 @@
-"""Both stages train what they shall, end in a checkpoint that loads, and go on where a killed run has stopped."""
+"""Both stages train what they should, end in a checkpoint that loads, and refuse bad recipes before loading weights."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,30 +13,29 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, LlavaImageProcessor
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaProcessor
+from delta_llava import (
+    DeltaLlavaConfig,
+    DeltaLlavaForConditionalGeneration,
+    DeltaLlavaModel,
+    DeltaLlavaProcessor,
+    train,
+)
 from delta_llava.hub.merge_adapter import merge_adapter
 from delta_llava.train import batches, finetune, pretrain, trainer
 
 
-def changed_parts(before, after):
-    """Of which parts the weights differ, and whether all of theirs do."""
-    before, after = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    # not every embedding in stage 2: some tokens do not occur
+    [(pretrain, {"multi_modal_projector"}), (finetune, {"multi_modal_projector", "language_model", "lm_head"})],
+)
+def test_the_trained_parts_move_and_nothing_else(run, checkpoint, stage, parts):
+    before = load_file(checkpoint / "model.safetensors")
+    after = load_file(run(stage, max_steps=4) / "model.safetensors")
     assert before.keys() == after.keys()
-    changed = {}
     for name, weight in before.items():
-        part = name.split(".")[1] if name.startswith("model.") else name.split(".")[0]
-        changed.setdefault(part, []).append(not torch.equal(weight, after[name]))
-    return {part: all(values) for part, values in changed.items() if any(values)}
-
-
-def test_the_projector_alone_moves_in_stage_1(run, checkpoint):
-    assert changed_parts(checkpoint, run(pretrain, max_steps=4)) == {"multi_modal_projector": True}
-
-
-def test_projector_and_language_model_move_in_stage_2(run, checkpoint):
-    # not every embedding: some tokens do not occur
-    expected = {"multi_modal_projector": True, "language_model": True, "lm_head": True}
-    assert changed_parts(checkpoint, run(finetune, max_steps=4)) == expected
+        part = name.removeprefix("model.").split(".")[0]
+        assert torch.equal(weight, after[name]) != (part in parts), name
 
 
 def test_the_result_is_a_checkpoint_for_the_next_stage_and_for_the_hub(run, checkpoint, tmp_path):
@@ -92,31 +92,29 @@ print(type(model).__module__)
 """
 
 
-def test_each_batch_is_seen_at_one_of_the_budgets(run, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The budgets of each batch of images that the model sees."""
+    budgets = []
 
     def watch(self, pixel_values, num_visual_tokens, original=DeltaLlavaModel.get_image_features, **kwargs):
-        seen.append(set(num_visual_tokens.tolist()))
+        budgets.append(tuple(num_visual_tokens.tolist()))
         return original(self, pixel_values, num_visual_tokens, **kwargs)
 
     monkeypatch.setattr(DeltaLlavaModel, "get_image_features", watch)
+    return budgets
+
+
+def test_each_batch_is_seen_at_one_of_the_budgets(run, seen):
     run(finetune, num_visual_tokens=[1, 4], max_steps=6)
     assert len(seen) == 12
-    assert all(len(budgets) == 1 for budgets in seen)
-    assert set.union(*seen) == {1, 4}
+    assert set(seen) == {(1, 1), (4, 4)}
 
 
-def test_a_batch_that_draws_auto_gives_each_image_the_budget_of_its_size(run, data, tmp_path, monkeypatch):
+def test_a_batch_that_draws_auto_gives_each_image_the_budget_of_its_size(run, data, tmp_path, seen):
     folder = shutil.copytree(data[1], tmp_path / "sizes")
     for number in range(0, 12, 2):
         Image.new("RGB", (8, 5)).save(folder / f"{number}.png")  # of two patches, the others of five and more
-    seen = []
-
-    def watch(self, pixel_values, num_visual_tokens, original=DeltaLlavaModel.get_image_features, **kwargs):
-        seen.append(tuple(num_visual_tokens.tolist()))
-        return original(self, pixel_values, num_visual_tokens, **kwargs)
-
-    monkeypatch.setattr(DeltaLlavaModel, "get_image_features", watch)
     out = run(finetune, "out", ["--num_visual_tokens", "16", "auto", "4"], image_folder=str(folder), max_steps=6)
     assert {(4, 4), (16, 16)} < set(seen) <= {(4, 4), (4, 16), (16, 4), (16, 16)}
     assert json.loads((out / "config.json").read_text())["visual_token_budgets"] == [4, 16]
@@ -150,13 +148,10 @@ BAD_RECIPES = {
         {"eval_strategy": "steps", "num_eval_rows": 2, "eval_json_path": "eval.json"},
         "eval_json_path=eval.json and num_eval_rows=2: name one",
     ),
-    "a configuration of a file": (
-        {"dataset_config": "one"},
-        "dataset_config=one is of no use for .*data.json",
-    ),
+    "a configuration of a file": ({"dataset_config": "one"}, "dataset_config=one has no effect on .*data.json"),
     "validation of all rows": (
         {"eval_strategy": "steps", "num_eval_rows": 12},
-        "leaves nothing of the 12 rows with images",
+        "num_eval_rows=12 leaves none of the 12 rows with images",
     ),
     "quantized without adapters": ({"load_in_4bit": True}, "need use_peft"),
     "rank without adapters": ({"lora_r": 64}, "lora_r=64 has no effect without use_peft"),
@@ -165,7 +160,7 @@ BAD_RECIPES = {
         "bnb_4bit_quant_type=fp4 has no effect without load_in_4bit",
     ),
     "validation steps without validation": ({"eval_steps": 5}, "eval_steps=5 has no effect without eval_strategy"),
-    "loss on all tokens": ({"assistant_only_loss": False}, "on answers alone"),
+    "loss on all tokens": ({"assistant_only_loss": False}, "only on answers"),
     "no training": ({"do_train": False}, "A run trains"),
     "dtype of its own": ({"dtype": "bfloat16"}, "dtype=bfloat16, but bf16 and fp16 decide it: float32"),
     "one best metric": ({"save_strategy": "best", "metric_for_best_model": "loss"}, "metric_for_best_model=loss would"),
@@ -214,14 +209,31 @@ BAD_RECIPES = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_RECIPES.values(), ids=BAD_RECIPES)
-@pytest.mark.parametrize("stage", [pretrain, finetune])
-def test_a_bad_recipe_is_refused_before_any_weight_is_loaded(run, monkeypatch, stage, changes, message):
-    def load(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(DeltaLlavaForConditionalGeneration, "from_pretrained", load)
+def test_a_bad_recipe_is_refused_before_any_weight_is_loaded(run, monkeypatch, changes, message):
+    monkeypatch.setattr("delta_llava.train.stage.load_model", None)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run(stage, **changes)
+        run(finetune, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"use_peft": True}, {"chat_template_path": "plain.jinja"}])
+def test_stage_1_has_neither_adapters_nor_a_template_of_its_own(run, tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.jinja").touch()
+    monkeypatch.setattr("delta_llava.train.stage.load_model", None)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} has no place in stage 1"):
+        run(pretrain, **changes)
+
+
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_a_stage_that_is_started_as_a_file_names_its_command(stage):
+    with pytest.raises(SystemExit, match=f"python -m {stage.__name__}$"):
+        runpy.run_path(stage.__file__, run_name="__main__")
+
+
+def test_training_without_its_packages_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "delta-llava\[train\]"'):
+        runpy.run_path(train.__file__)
 
 
 def test_bad_data_stops_the_run_and_its_list_lies_in_the_output_folder(run, data, tmp_path):
@@ -248,13 +260,13 @@ def test_fully_sharded_training_refuses_batches_with_and_without_images(run, dat
     for strategy in ("random", "group_by_length"):
         with pytest.raises(ValueError, match=r"1 of 13 rows have no image\. FSDP .* at least half of a batch of 4"):
             run(finetune, **options, train_sampling_strategy=strategy)
-    with pytest.raises(ValueError, match=r"num_visual_tokens=\[4, 36, 'auto'\]: FSDP and ZeRO-3 wait for ever"):
+    with pytest.raises(ValueError, match=r"num_visual_tokens=\[4, 36, 'auto'\]: FSDP and ZeRO-3 wait forever"):
         run(finetune, num_visual_tokens=[4, 36, "auto"])
 
 
 def test_a_validation_file_of_ones_own_is_validated_on(run, data, tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr("delta_llava.train.recipe.logger.warning", warnings.append)
+    monkeypatch.setattr("delta_llava.train.stage.logger.warning", warnings.append)
     options = {"eval_strategy": "steps", "eval_steps": 1, "num_visual_tokens": [4, 36], "save_strategy": "steps"}
     output_dir = run(finetune, **options, eval_json_path=str(data[1] / "mixed.json"), save_steps=2)
     history = json.loads((output_dir / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
@@ -298,67 +310,29 @@ def test_the_frozen_tower_keeps_nothing_for_the_backward_pass(run, monkeypatch):
     assert not any(map(any, outputs))
 
 
-def test_no_logits_are_computed_where_there_is_no_label(run, monkeypatch):
-    """TRL's promise for GPUs, where it compacts; elsewhere it goes over all positions in tiles."""
-    from trl.trainer import utils
-
-    rows, labels = [], []
-
-    def apply(hidden_states, *args, original=utils._ChunkedLogProbFunction.apply):
-        rows.append(len(hidden_states))
-        return original(hidden_states, *args)
-
-    def collate(self, batch, original=batches.Collator.__call__):
-        batch = original(self, batch)
-        labels.append(int((batch["labels"] != -100).sum()))
-        return batch
-
-    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", apply)
-    monkeypatch.setattr(batches.Collator, "__call__", collate)
-    # choose as on a GPU, but compute without Triton
-    monkeypatch.setattr(utils, "_use_triton", lambda device: sys._getframe(1).f_code.co_name == "_fused_forward")
-    run(finetune, gradient_accumulation_steps=1)
-    assert len(rows) == 2
-    assert rows == labels[:2]  # a third batch was fetched in advance
-
-
 def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_on(run, data, monkeypatch):
-    trained, validated = set(), []
+    seen, phase = {"train": [], "evaluate": []}, ["train"]
 
     def collate(self, rows, original=batches.Collator.__call__):
-        for row in rows:
-            text = str([message["content"] for message in row["messages"]]) + str(
-                [image.size for image in row["images"]]
-            )
-            if torch.is_grad_enabled() and not evaluating:
-                trained.add(text)
-            else:
-                validated.append((text, row["num_visual_tokens"]))
-                assert row["images"]
+        seen[phase[-1]] += [(str([image.size for image in row["images"]]), row["num_visual_tokens"]) for row in rows]
         return original(self, rows)
 
-    evaluating = []
-
     def evaluate(self, *args, original=trainer.SFTTrainer.evaluate, **kwargs):
-        evaluating.append(1)
+        phase.append("evaluate")
         result = original(self, *args, **kwargs)
-        evaluating.clear()
+        phase.pop()
         return result
 
     monkeypatch.setattr(batches.Collator, "__call__", collate)
     monkeypatch.setattr(trainer.SFTTrainer, "evaluate", evaluate)
-    options = {
-        "num_eval_rows": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-        "max_steps": 4,
-        "num_visual_tokens": [1, 16],
-    }
-    folder = run(finetune, **options, save_strategy="steps", save_steps=4)
-    assert len(trained) == 8
-    assert len({text for text, _ in validated}) == 4
-    assert not trained & {text for text, _ in validated}
-    assert {budget for _, budget in validated} == {1, 16}
+    options = {"num_eval_rows": 4, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"max_steps": 4, "num_visual_tokens": [1, 16], "json_path": str(data[1] / "mixed.json")}
+    folder = run(finetune, **options)
+    trained, validated = ({sizes for sizes, _ in rows} for rows in seen.values())
+    assert len(validated) == 4
+    assert "[]" in trained and "[]" not in validated
+    assert not trained & validated
+    assert {budget for _, budget in seen["evaluate"]} == {1, 16}
     history = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     losses = {key for entry in history for key in entry if key.endswith("_loss")}
     assert losses == {"eval_1_loss", "eval_16_loss"}
@@ -366,62 +340,36 @@ def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_
         assert picture.size == (900, 700)
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_the_projector_may_have_its_own_learning_rate(run, monkeypatch, strategy):
+@pytest.mark.parametrize("branch_rate", [None, 0.02])
+def test_projector_and_branch_may_have_learning_rates_and_the_gate_no_decay(run, monkeypatch, branch_rate):
     groups = []
 
     def create_optimizer(self, model=None, original=trainer.DeltaLlavaTrainer.create_optimizer):
         optimizer = original(self, model)
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         for group in optimizer.param_groups:
-            groups.append((group["lr"], group["weight_decay"], {names[id(weight)] for weight in group["params"]}))
+            assert group["params"]
+            for weight in group["params"]:
+                groups.append((names[id(weight)], group["lr"], group["weight_decay"]))
         return optimizer
 
     monkeypatch.setattr(trainer.DeltaLlavaTrainer, "create_optimizer", create_optimizer)
-    run(finetune, projector_learning_rate=0.003, weight_decay=0.1, train_sampling_strategy=strategy)
-    assert sorted({(rate, decay) for rate, decay, _ in groups}) == [
-        (0.003, 0.0),
-        (0.003, 0.1),
-        (0.01, 0.0),
-        (0.01, 0.1),
-    ]
-    for rate, _, names in groups:
-        assert names
-        assert all(("multi_modal_projector" in name) == (rate == 0.003) for name in names)
-    everything = [name for _, _, names in groups for name in names]
-    assert len(everything) == len(set(everything))
+    run(finetune, projector_learning_rate=0.003, branch_learning_rate=branch_rate, weight_decay=0.1)
+    prefix = "model.multi_modal_projector."
+    assert len({name for name, *_ in groups}) == len(groups)
+    for name, rate, _ in groups:
+        is_branch = name.startswith(prefix) and not name.startswith(prefix + "mlp.")
+        expected = (branch_rate if is_branch else None) or (0.003 if name.startswith(prefix) else 0.01)
+        assert rate == expected, name
+    decays = {name: decay for name, _, decay in groups}
+    assert decays[prefix + "gate"] == decays["model.language_model.norm.weight"] == 0.0
+    assert decays[prefix + "attention.in_proj_weight"] == decays["lm_head.weight"] == 0.1
 
 
 def test_a_rate_of_the_branch_needs_a_branch(run, tiny_config, tmp_path):
     tiny_config().save_pretrained(tmp_path / "released")
     with pytest.raises(ValueError, match=r"branch_learning_rate=0\.1 needs .*='residual'.* is 'released'"):
         run(finetune, model_name_or_path=str(tmp_path / "released"), branch_learning_rate=0.1)
-
-
-def test_a_residual_projector_may_have_three_rates_and_no_decay_of_its_gate(run, monkeypatch):
-    groups = []
-
-    def create_optimizer(self, model=None, original=trainer.DeltaLlavaTrainer.create_optimizer):
-        optimizer = original(self, model)
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                groups.append((names[id(weight)], group["lr"], group["weight_decay"]))
-        return optimizer
-
-    monkeypatch.setattr(trainer.DeltaLlavaTrainer, "create_optimizer", create_optimizer)
-    changes = {"projector_learning_rate": 0.003, "branch_learning_rate": 0.02, "weight_decay": 0.1}
-    run(finetune, **changes)
-    prefix = "model.multi_modal_projector."
-    assert len({name for name, *_ in groups}) == len(groups)
-    for name, rate, _ in groups:
-        if name.startswith(prefix + "mlp."):
-            assert rate == 0.003
-        else:
-            assert rate == (0.02 if name.startswith(prefix) else 0.01), name
-    decays = {name: decay for name, _, decay in groups}
-    assert decays[prefix + "gate"] == 0.0
-    assert decays[prefix + "attention.in_proj_weight"] == decays[prefix + "refinement_block.mlp.0.weight"] == 0.1
 
 
 def test_an_adapter_is_not_taken_for_a_model(run, tmp_path):
@@ -441,8 +389,6 @@ def test_a_chat_template_is_that_of_the_run_the_dry_run_and_the_result(run, chec
     assert "ROBOT:' " in (output := capsys.readouterr().out).replace("\n", " ") and "ASSISTANT:" not in output
     folder = run(finetune, chat_template_path=str(tmp_path / "own.jinja"))
     assert (folder / "chat_template.jinja").read_text() == template
-    with pytest.raises(ValueError, match="chat_template_path has no place in stage 1"):
-        run(pretrain, "stage-1", chat_template_path=str(tmp_path / "own.jinja"))
 
 
 def test_the_result_stops_at_the_end_of_turn_of_the_template_that_it_learns(run, templates, tmp_path):
@@ -452,13 +398,6 @@ def test_the_result_stops_at_the_end_of_turn_of_the_template_that_it_learns(run,
         end_of_turn = DeltaLlavaProcessor.from_pretrained(folder).tokenizer.convert_tokens_to_ids("<|im_end|>")
         model = DeltaLlavaForConditionalGeneration.from_pretrained(folder)
         assert sorted(model.generation_config.eos_token_id) == [2, end_of_turn]
-
-
-def test_a_new_run_does_not_delete_what_an_earlier_one_has_left(run):
-    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    run(finetune, "run", **options)
-    with pytest.raises(ValueError, match=r"holds checkpoint-2 of an earlier run.*--resume_from_checkpoint latest"):
-        run(finetune, "run", **options)
 
 
 def test_a_finished_run_that_is_resumed_gives_its_result_again(run):

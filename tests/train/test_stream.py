@@ -8,11 +8,13 @@ import tarfile
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 from datasets.distributed import split_dataset_by_node
+from llava_records import turns
 from PIL import Image as PilImage
 from torch.utils.data import DataLoader
 
 from delta_llava.train import finetune
-from delta_llava.train.batches import Collator, StreamedBatches, stream_rows
+from delta_llava.train.batches import Collator
+from delta_llava.train.stream import StreamedBatches, stream_rows
 
 
 def add(shard, name, content):
@@ -27,8 +29,8 @@ def encoded(colour):
     return file.getvalue()
 
 
-def conversation(text, marker="<image>\n"):
-    return [{"from": "human", "value": f"{marker}Which colour?"}, {"from": "gpt", "value": text}]
+def conversation(text, placeholder="<image>\n"):
+    return turns(f"{placeholder}Which colour?", text)
 
 
 @pytest.fixture
@@ -160,17 +162,17 @@ def test_bad_streams_are_named(shards, tmp_path, tiny_processor, monkeypatch):
     folder = shards(broken=[2])
     with pytest.raises(ValueError, match=r"Record '0001' of .*shards: the record has no image.*--skip_bad_records"):
         list(stream_rows(folder, "train", tiny_processor(), 4, None, require_images=True))
-    with pytest.raises(ValueError, match=r"Record '0000' of .*its first answer lies beyond max_length=10"):
+    with pytest.raises(ValueError, match=r"Record '0000' of .*its first answer ends after max_length=10"):
         list(stream_rows(folder, "train", tiny_processor(), 4, 10))
     rows = stream_rows(folder, "train", tiny_processor(), 4, None)
     with pytest.raises(
         ValueError, match=r"The row 'Which colour\? Number 2.* image 0002.png cannot be read: .*--skip_bad_records"
     ):
         next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=False, images_only=False)))
-    with pytest.raises(ValueError, match=r"has no image\. FSDP and ZeRO-3 wait for ever"):
+    with pytest.raises(ValueError, match=r"has no image\. FSDP and ZeRO-3 wait forever"):
         next(iter(StreamedBatches(rows, 24, [4], 0, skip_bad_records=True, images_only=True)))
     warnings = []
-    monkeypatch.setattr("delta_llava.train.batches.logger.warning", warnings.append)
+    monkeypatch.setattr("delta_llava.train.stream.logger.warning", warnings.append)
     skipping = stream_rows(folder, "train", tiny_processor(), 4, None, require_images=True, skip_bad_records=True)
     batch = next(iter(StreamedBatches(skipping, 19, [4], 0, skip_bad_records=True, images_only=True)))
     assert sorted(answers(batch)) == sorted(f"Number {index}." for index in range(24) if index % 6 != 1 and index != 2)
@@ -186,7 +188,7 @@ def test_draws_and_order_are_the_same_again_and_budgets_in_all_processes(shards,
 
     def batches(process, processes=1, count=10):
         rows = split_dataset_by_node(stream_rows(folder, "train", tiny_processor(), 16, None), process, processes)
-        stream = StreamedBatches(rows, 3, [1, 4, 16], 0, skip_bad_records=False, images_only=False, buffer_size=4)
+        stream = StreamedBatches(rows, 3, [1, 4, 16], 0, skip_bad_records=False, images_only=False)
         loader = iter(DataLoader(stream, batch_size=None, num_workers=num_workers, collate_fn=list))
         return [[(row["id"], row["num_visual_tokens"]) for row in next(loader)] for _ in range(count)]
 
@@ -237,7 +239,7 @@ def test_a_dry_run_looks_at_the_first_rows(run, shards, tmp_path, capsys):
     options = {"json_path": None, "image_folder": None, "stream": shards(), "num_visual_tokens": [4], "max_steps": 7}
     run(finetune, "dry", ["--dry_run"], **options)
     output = capsys.readouterr().out
-    assert "The stream's first 24 rows stand for all." in output
+    assert "The first 24 rows of the stream represent all." in output
     assert "24 rows, 20 images, 4 rows without one" in output
     assert "7 steps of 4 rows" in output
     assert not (tmp_path / "dry").exists()

@@ -1,44 +1,27 @@
-"""Exact match of normalised answers: GQA, ScienceQA, and any question with one right answer."""
+"""Exact match of normalized answers: GQA, ScienceQA, and any question with one right answer."""
 
 from operator import eq
 from statistics import fmean
-
-import datasets
-import evaluate
 
 from delta_llava.evaluation.metrics import checks
 from delta_llava.evaluation.metrics.normalization import comparable
 
 
-DESCRIPTION = """
-Share of the predictions that equal their reference after the normalisation of the VQA evaluation. Where that leaves
-nothing, articles stay: the option "A" of a multiple choice is matched by "a." and "(A)", not by an empty prediction.
-"""
-INPUTS = """
-Args:
-    predictions (`list[str]`): One answer per question.
-    references (`list[str]`): The right answer of each question.
-
-Returns:
-    `dict`: `exact_match` (`float`), from 0 to 1.
-
-Raises:
-    ValueError: If an entry is not a string, or a reference is blank.
-"""
-
-
 class ExactMatch(checks.TextMetric):
-    """Exact match (see `DESCRIPTION`)."""
+    """
+    Share of the predictions that equal their reference after the normalization of the VQA evaluation. If that leaves
+    nothing, articles stay: "a." and "(A)" match the option "A" of a multiple choice, an empty prediction does not.
 
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            inputs_description=INPUTS,
-            citation="",
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
+    Args:
+        predictions (`list[str]`): One answer per question.
+        references (`list[str]`): The right answer to each question.
+
+    Returns:
+        `dict`: `exact_match` (`float`), from 0 to 1.
+
+    Raises:
+        ValueError: If an entry is not a string, or a reference is blank.
+    """
 
     def _compute(self, predictions, references):
         for index, reference in enumerate(references):

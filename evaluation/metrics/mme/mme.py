@@ -2,49 +2,39 @@
 
 from collections import defaultdict
 
-import datasets
-import evaluate
-
 from delta_llava.evaluation.metrics import checks
 
 
-PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-DESCRIPTION = """
-MME asks two yes-no questions of each image. The score of a subtask is the percentage of questions answered rightly plus
-the percentage of images of which both were, so at most 200. Perception is the sum over its ten subtasks (2000),
-cognition that over its four (800). An answer is read as the official script reads it: "yes" if the first four letters
-of the stripped, lower-cased text hold "yes", else "no" if they hold "no", else neither, which is wrong.
-"""
-INPUTS = """
-Args:
-    predictions (`list[str]`): One answer per question.
-    references (`list[str]`): The labels, "yes" or "no" in any case.
-    subtasks (`list[str]`): The subtask of each question, by its official name.
-    image_ids (`list[str]`): The image of each question; the two questions of an image need not be neighbours.
 
-Returns:
-    `dict`: `perception` and `cognition` (`float`), each the sum over those of its subtasks that were given, 0 without
-    any, and `subtasks` (`dict`), which holds for each of these `accuracy` and `accuracy_plus` in percent and their sum
-    `score`.
+class Mme(checks.TextMetric):
+    """
+    MME asks two yes-no questions about each image. The score of a subtask is the percentage of questions answered right
+    plus the percentage of images with both answered right, so at most 200. Perception is the sum over its ten subtasks
+    (2000), cognition that over its four (800). An answer is read as the official script reads it: "yes" if the first
+    four letters of the stripped, lower-cased text hold "yes", else "no" if they hold "no", else a wrong answer.
 
-Raises:
-    ValueError: If an entry is not a string, a label is neither "yes" nor "no", a subtask is unknown, or an image has
-        another number of questions than two in a subtask.
-"""
-CITATION = """
+    Args:
+        predictions (`list[str]`): One answer per question.
+        references (`list[str]`): The labels, "yes" or "no" in any case.
+        subtasks (`list[str]`): The subtask of each question, by its official name.
+        image_ids (`list[str]`): The image of each question; the two questions of an image need not be neighbours.
+
+    Returns:
+        `dict`: `perception` and `cognition` (`float`), each the sum over those of its subtasks that were given, 0 if
+        there are none, and `subtasks` (`dict`), which holds for each of these `accuracy` and `accuracy_plus` in percent
+        and their sum `score`.
+
+    Raises:
+        ValueError: If an entry is not a string, a label is neither "yes" nor "no", a subtask is unknown, or an image
+            does not have two questions in a subtask.
+    """
+
+    COLUMNS = dict.fromkeys(("predictions", "references", "subtasks", "image_ids"), str)
+    SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+    CITATION = """
 @article{fu2023mme,
   title={{MME}: A Comprehensive Evaluation Benchmark for Multimodal Large Language Models},
   author={Fu, Chaoyou and Chen, Peixian and Shen, Yunhang and Qin, Yulei and Zhang, Mengdan and Lin, Xu and others},
@@ -52,20 +42,6 @@ CITATION = """
   year={2023}
 }
 """
-
-
-class Mme(checks.TextMetric):
-    """MME (see `DESCRIPTION`)."""
-
-    def _info(self):
-        columns = ("predictions", "references", "subtasks", "image_ids")
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            inputs_description=INPUTS,
-            citation=CITATION,
-            features=datasets.Features({name: datasets.Value("string") for name in columns}),
-            codebase_urls=["https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"],
-        )
 
     def _compute(self, predictions, references, subtasks, image_ids):
         labels = checks.check_labels(references)
@@ -85,19 +61,7 @@ class Mme(checks.TextMetric):
 
 
 def subtask_score(subtask: str, images: dict[str, list[bool]]) -> dict[str, float]:
-    """
-    The score of one subtask.
-
-    Args:
-        subtask (`str`): Its name, for the error.
-        images (`dict[str, list[bool]]`): For each image, whether its questions were answered rightly.
-
-    Returns:
-        `dict[str, float]`: `accuracy` (of questions) and `accuracy_plus` (of images) in percent, and their sum `score`.
-
-    Raises:
-        ValueError: If an image has not two questions.
-    """
+    """The scores of a subtask, from which questions about each image were answered right."""
     for image_id, right in images.items():
         if len(right) != 2:
             raise ValueError(f"Image {image_id!r} of subtask {subtask!r} has {len(right)} questions: MME asks 2.")
@@ -107,14 +71,6 @@ def subtask_score(subtask: str, images: dict[str, list[bool]]) -> dict[str, floa
 
 
 def read_answer(answer: str) -> str | None:
-    """
-    An answer as MME's script reads it.
-
-    Args:
-        answer (`str`): An answer in free words.
-
-    Returns:
-        `str` or `None`: "yes", "no", or neither.
-    """
+    """A free answer as MME's script reads it: "yes", "no", or neither."""
     start = answer.strip().lower()[:4]
     return next((label for label in ("yes", "no") if label in start), None)

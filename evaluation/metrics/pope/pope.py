@@ -1,29 +1,28 @@
 """POPE: whether a model sees objects that are not there."""
 
-import datasets
-import evaluate
-
 from delta_llava.evaluation.metrics import checks
 
 
-DESCRIPTION = """
-Accuracy, precision, recall and F1 of yes-no answers, where "yes" is the positive class, and the share of "yes" among
-the answers. An answer becomes "no" by the rule of the official script: the text before the first full stop, without
-commas and split at spaces, holds the word "No", "no" or "not". Every other answer is "yes", an empty one too.
-"""
-INPUTS = """
-Args:
-    predictions (`list[str]`): One answer per question, in free words.
-    references (`list[str]`): The labels, "yes" or "no" in any case.
+class Pope(checks.TextMetric):
+    """
+    Accuracy, precision, recall and F1 of yes-no answers, where "yes" is the positive class, and the share of "yes"
+    among the answers. An answer is a "no" by the rule of the official script: the text before the first full stop,
+    without commas and split at spaces, has the word "No", "no" or "not". All others are a "yes", even an empty one.
 
-Returns:
-    `dict`: `accuracy`, `precision`, `recall`, `f1` and `yes_ratio` (`float`), from 0 to 1. A ratio of nothing, such as
-    the precision of a model that never says yes, is 0.
+    Args:
+        predictions (`list[str]`): One answer per question, in free words.
+        references (`list[str]`): The labels, "yes" or "no" in any case.
 
-Raises:
-    ValueError: If an entry is not a string, or a label is neither "yes" nor "no".
-"""
-CITATION = """
+    Returns:
+        `dict`: `accuracy`, `precision`, `recall`, `f1` and `yes_ratio` (`float`), from 0 to 1. A ratio of nothing, such
+        as the precision of a model that never says yes, is 0.
+
+    Raises:
+        ValueError: If an entry is not a string, or a label is neither "yes" nor "no".
+    """
+
+    SOURCE = "https://github.com/AoiDragon/POPE"
+    CITATION = """
 @inproceedings{li2023pope,
   title={Evaluating Object Hallucination in Large Vision-Language Models},
   author={Li, Yifan and Du, Yifan and Zhou, Kun and Wang, Jinpeng and Zhao, Wayne Xin and Wen, Ji-Rong},
@@ -31,21 +30,6 @@ CITATION = """
   year={2023}
 }
 """
-
-
-class Pope(checks.TextMetric):
-    """POPE (see `DESCRIPTION`)."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            inputs_description=INPUTS,
-            citation=CITATION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-            codebase_urls=["https://github.com/AoiDragon/POPE"],
-        )
 
     def _compute(self, predictions, references):
         says_yes = [not says_no(prediction) for prediction in predictions]
@@ -63,28 +47,10 @@ class Pope(checks.TextMetric):
 
 
 def says_no(answer: str) -> bool:
-    """
-    Whether POPE's script reads an answer as a no.
-
-    Args:
-        answer (`str`): An answer in free words.
-
-    Returns:
-        `bool`: Whether it is a no; else it is a yes.
-    """
+    """Whether POPE's script reads a free answer as a no; otherwise it is a yes."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"}.isdisjoint(words)
 
 
 def ratio(part: float, whole: float) -> float:
-    """
-    A ratio, where that of nothing is 0.
-
-    Args:
-        part (`float`): Numerator.
-        whole (`float`): Denominator.
-
-    Returns:
-        `float`: The ratio.
-    """
     return part / whole if whole else 0.0

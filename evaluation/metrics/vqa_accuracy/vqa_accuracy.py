@@ -2,31 +2,31 @@
 
 from statistics import fmean
 
-import datasets
-import evaluate
-
 from delta_llava.evaluation.metrics import checks
 from delta_llava.evaluation.metrics.normalization import normalize_answer
 
 
-DESCRIPTION = """
-Accuracy of open-ended answers against those of ten people. Each of the ten is left out once, the answer scores
-min(matches among the other nine / 3, 1), and the ten scores are averaged: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 or more
-matches. Predictions and references are always normalised, as the description of the official evaluation has it. Its
-scripts leave the references as they are, in some versions the prediction too, where all ten people wrote the same.
-"""
-INPUTS = """
-Args:
-    predictions (`list[str]`): One answer per question.
-    references (`list[list[str]]`): Exactly ten answers per question; with fewer, full marks would be out of reach.
+class VqaAccuracy(checks.TextMetric):
+    """
+    Accuracy of open-ended answers against those of ten people. Each of the ten is left out once, the answer scores
+    min(matches among the other nine / 3, 1), and the ten scores are averaged: 0, 0.3, 0.6, 0.9, 1 for 0, 1, 2, 3, 4 or
+    more matches. Predictions and references are always normalized, as the official evaluation describes it. Its scripts
+    leave the references, and in some versions the prediction too, as they are if all ten people wrote the same.
 
-Returns:
-    `dict`: `vqa_accuracy` (`float`), the mean over the questions, from 0 to 1.
+    Args:
+        predictions (`list[str]`): One answer per question.
+        references (`list[list[str]]`): Exactly ten answers per question; with fewer, full marks would be out of reach.
 
-Raises:
-    ValueError: If an entry has the wrong type, or a question has another number of answers than ten.
-"""
-CITATION = """
+    Returns:
+        `dict`: `vqa_accuracy` (`float`), the mean over the questions, from 0 to 1.
+
+    Raises:
+        ValueError: If an entry has the wrong type, or a question does not have ten answers.
+    """
+
+    COLUMNS = {"predictions": str, "references": list}
+    SOURCE = "https://visualqa.org/evaluation.html"
+    CITATION = """
 @inproceedings{antol2015vqa,
   title={{VQA}: Visual Question Answering},
   author={Antol, Stanislaw and Agrawal, Aishwarya and Lu, Jiasen and Mitchell, Margaret and Batra, Dhruv and
@@ -35,21 +35,6 @@ CITATION = """
   year={2015}
 }
 """
-
-
-class VqaAccuracy(checks.TextMetric):
-    """VQA accuracy (see `DESCRIPTION`)."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=DESCRIPTION,
-            inputs_description=INPUTS,
-            citation=CITATION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
-            ),
-            reference_urls=["https://visualqa.org/evaluation.html"],
-        )
 
     def _compute(self, predictions, references):
         for index, answers in enumerate(references):
@@ -62,16 +47,7 @@ class VqaAccuracy(checks.TextMetric):
 
 
 def question_accuracy(prediction: str, answers: list[str]) -> float:
-    """
-    The accuracy of one answer.
-
-    Args:
-        prediction (`str`): The answer.
-        answers (`list[str]`): The answers of ten people.
-
-    Returns:
-        `float`: From 0 to 1.
-    """
+    """The accuracy of one answer against those of ten people, from 0 to 1."""
     prediction = normalize_answer(prediction)
     agrees = [normalize_answer(answer) == prediction for answer in answers]
     return sum(min((sum(agrees) - left_out) / 3, 1) for left_out in agrees) / len(answers)

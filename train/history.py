@@ -1,15 +1,17 @@
-"""What a run leaves in `training/` of its result, for the card that is published with it: recipe, log and curves."""
+"""The history that a run writes into `training/` of its result, for the card: recipe, log and curves."""
 
 import importlib.metadata
 import json
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
+from matplotlib.figure import Figure
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
@@ -20,48 +22,47 @@ logger = logging.get_logger(__name__)
 
 FOLDER = "training"
 MARK = "# Written by delta_llava.train"
-# What a run writes into the folder, or copies into it from the model's
+# Files that a run writes into the folder, or copies there from the model's
 OURS = re.compile(r"sources\.yaml|(pretrain|finetune)(-\d+)?\.(yaml|json|png)")
-# What a result is made of, a whole model or an adapter
-RESULT = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-RESULT += (
-    "tokenizer.json",
-    "chat_template.jinja",
-    *(f"{part}_config.json" for part in ("generation", "processor", "tokenizer")),
+# The files of a result, a whole model or an adapter
+RESULT = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    *("tokenizer.json", "chat_template.jinja", "config.json"),
+    *(f"{part}_config.json" for part in ("adapter", "generation", "processor", "tokenizer", "trained")),
 )
-RESULT += ("config.json", "adapter_config.json", "trained_config.json")
 PACKAGES = ("delta-llava", "torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 
 def check_output_dir(output_dir: str | Path):
     """
-    Refuse a folder that holds what a run would replace, unless a run has written it.
+    Refuse a folder with files that a run would replace, unless a run has written them.
 
     Raises:
-        `ValueError`: With the files that are in the way.
+        `ValueError`: The message names the files.
     """
     output_dir = Path(output_dir)
     folder = output_dir / FOLDER
-    records = [path for path in folder.glob("*") if OURS.fullmatch(path.name)]
-    recipes = (path for path in records if path.suffix == ".yaml" and path.is_file())
+    found = [path for path in folder.glob("*") if OURS.fullmatch(path.name)]
+    recipes = (path for path in found if path.suffix == ".yaml" and path.is_file())
     if any(path.read_bytes().startswith(MARK.encode()) for path in recipes):
         return
-    records += [path for pattern in RESULT for path in output_dir.glob(pattern)]
-    if records:
-        names = ", ".join(sorted({path.relative_to(output_dir).as_posix() for path in records}))
+    found += [path for pattern in RESULT for path in output_dir.glob(pattern)]
+    if found:
+        names = ", ".join(sorted({path.relative_to(output_dir).as_posix() for path in found}))
         raise ValueError(
             f"output_dir={output_dir} holds {names}, which no run has written and this one would replace: name another "
             "folder."
         )
 
 
-class Record(TrainerCallback):
+@dataclass(eq=False)
+class History(TrainerCallback):
     """
-    Writes `pretrain.yaml` (the recipe), `pretrain.png` (the curves, with every checkpoint) and, when the result is
-    saved, `pretrain.json` (the log) into `training/` of the output folder, or the same of `finetune`.
+    Writes `pretrain.yaml` (the recipe), `pretrain.png` (the curves, updated with every checkpoint) and, once the result
+    is saved, `pretrain.json` (the log) into `training/` of the output folder; likewise for `finetune`.
 
-    What the model's own folder holds from earlier stages is copied beside them. A stage that it has seen already gets a
-    number: `finetune-2.yaml`. Other files there stay. A checkpoint holds all three, up to its step.
+    The history of earlier stages is copied from the model's folder. A repeated stage gets a number: `finetune-2.yaml`.
+    Other files there stay. A checkpoint holds all three files, up to its step.
 
     Args:
         stage (`str`): `pretrain` or `finetune`.
@@ -70,17 +71,11 @@ class Record(TrainerCallback):
         model_name_or_path (`str`), revision (`str`, *optional*): The model that the stage starts from.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        run: dict[str, Any],
-        num_rows: int | None,
-        model_name_or_path: str,
-        revision: str | None = None,
-    ):
-        self.stage, self.run, self.num_rows = stage, run, num_rows
-        self.model_name_or_path, self.revision = model_name_or_path, revision
-        self.versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    stage: str
+    run: dict[str, Any]
+    num_rows: int | None
+    model_name_or_path: str
+    revision: str | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.time()
@@ -96,14 +91,12 @@ class Record(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if state.global_step == 0 or not self.file.with_suffix(".yaml").exists():
             for file in folder.iterdir():
-                if OURS.fullmatch(file.name):  # of an earlier run, whose weights will be replaced
+                if OURS.fullmatch(file.name):  # of an earlier run, whose weights this one replaces
                     file.unlink()
             if (earlier / "sources.yaml").is_file():
                 _copy(model, folder)
             else:
-                logger.warning(
-                    f"{earlier} holds no record of what the model was made of: it will be missing in the card."
-                )
+                logger.warning(f"{earlier} does not say what the model was made from: the card will lack it.")
         recipe = yaml.safe_dump(self.run["recipe"], sort_keys=False)
         self.file.with_suffix(".yaml").write_text(f"{MARK}.{self.stage}\n{recipe}", encoding="utf-8")
 
@@ -112,13 +105,32 @@ class Record(TrainerCallback):
             self._draw(state)
 
     def _draw(self, state: TrainerState):
+        """Plot losses and learning rate against steps."""
+        figure = Figure(figsize=(9, 7), layout="constrained")
+        losses, rates = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+
+        def plot(axis, key, **style):
+            points = [(entry["step"], entry[key]) for entry in state.log_history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), **style)
+
+        plot(losses, "loss", color="grey", label="training")
+        keys = {key for entry in state.log_history for key in entry}
+        for budget in sorted(int(key.split("_")[1]) for key in keys if re.fullmatch(r"eval_\d+_loss", key)):
+            label = f"validation, {budget} visual tokens"
+            plot(losses, f"eval_{budget}_loss", marker="o", markersize=3, label=label)
+        plot(rates, "learning_rate", color="grey")
+        losses.set(ylabel="loss (nats per token)")
+        if losses.lines:
+            losses.legend()
+        rates.set(xlabel="step", ylabel="learning rate")
         try:
-            draw_curves(state.log_history, self.file.with_suffix(".png"))
+            figure.savefig(self.file.with_suffix(".png"), dpi=100)
         except OSError as error:
             logger.warning(f"{self.file}.png could not be written: {error}")  # no reason to end a run
 
     def write_checkpoint(self, trainer: Trainer, checkpoint: Path):
-        """Write the record into a checkpoint as if the run had ended there: whoever publishes it needs all of it."""
+        """Write the history into a checkpoint as if the run had ended there, so that it can be published."""
         self._draw(trainer.state)
         folder = checkpoint / FOLDER
         folder.mkdir()
@@ -127,7 +139,7 @@ class Record(TrainerCallback):
         self._write_log(trainer, folder / f"{self.file.name}.json", end)
 
     def finish(self, trainer: Trainer):
-        """Write the log, once the weights that it tells of are saved."""
+        """Write the log, once the weights that it describes are saved."""
         if trainer.state.is_world_process_zero:
             self._write_log(trainer, self.file.with_suffix(".json"))
 
@@ -137,7 +149,7 @@ class Record(TrainerCallback):
             "num_rows": self.num_rows,
             "num_processes": args.world_size,
             "batch_size": state.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "versions": self.versions,
+            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
             "log_history": [*state.log_history, *more],
         }
         file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
@@ -146,40 +158,5 @@ class Record(TrainerCallback):
 def _copy(model: Path, target: Path):
     for file in (model / FOLDER).iterdir():
         if OURS.fullmatch(file.name):
-            check_place(model, f"{FOLDER}/{file.name}", file)  # what is copied will be published
+            check_place(model, f"{FOLDER}/{file.name}", file)  # what is copied may be published
             shutil.copyfile(file, target / file.name)
-
-
-def draw_curves(log_history: list[dict[str, float]], file: Path):
-    """
-    Draw losses and learning rate against steps.
-
-    Args:
-        log_history (`list[dict[str, float]]`): That of a `TrainerState`.
-        file (`Path`): The picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (losses, rates) = plt.subplots(
-        2, 1, figsize=(9, 7), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-
-    def plot(axis, key, **style):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axis.plot(*zip(*points, strict=True), **style)
-
-    plot(losses, "loss", color="grey", label="training")
-    names = {key for entry in log_history for key in entry if key.startswith("eval_") and key.endswith("_loss")}
-    for name in sorted(names, key=lambda name: int(name.split("_")[1])):
-        plot(losses, name, marker="o", markersize=3, label=f"validation, {name.split('_')[1]} visual tokens")
-    plot(rates, "learning_rate", color="grey")
-    losses.set(ylabel="loss (nats per token)")
-    if losses.lines:
-        losses.legend()
-    rates.set(xlabel="step", ylabel="learning rate")
-    figure.savefig(file, dpi=100)
-    plt.close(figure)

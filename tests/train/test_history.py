@@ -1,4 +1,4 @@
-"""Every result carries the recipes, logs and curves of all stages behind it, and nothing of the machine it ran on."""
+"""Every result carries the recipes, logs and curves of all its stages, and nothing about the machine they ran on."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from delta_llava.train.recipe import parse_recipe
 
 @pytest.fixture
 def assembled(checkpoint, tmp_path):
-    """The tiny checkpoint, knowing what it was made from."""
+    """The tiny checkpoint, with the names of its parts."""
     folder = tmp_path / "models" / "assembled"
     folder.mkdir(parents=True)
     for file in checkpoint.iterdir():
@@ -54,7 +54,7 @@ def test_recipe_log_and_curves_of_both_stages_travel_with_the_result(run, assemb
 def test_a_repository_of_the_hub_keeps_its_whole_name_and_another_path_its_last():
     stream = ["--stream", "org/dataset", "--model_name_or_path", "org/model", "--max_steps", "1", "--bf16", "false"]
     cache = ["--model_init_kwargs", '{"cache_dir": "/home/me/cache"}']
-    *_, recipe = parse_recipe([*stream, *cache, "--output_dir", "runs/of/mine", "--eval_strategy", "steps"])
+    recipe = parse_recipe([*stream, *cache, "--output_dir", "runs/of/mine", "--eval_strategy", "steps"]).named
     assert recipe == {
         "stream": "org/dataset",
         "model_name_or_path": "org/model",
@@ -70,7 +70,7 @@ def test_the_log_is_that_of_the_weights_beside_it(run, assembled, monkeypatch, t
     def end(self, args, state, control, **kwargs):
         raise KeyboardInterrupt
 
-    def records():
+    def history():
         folder = tmp_path / "run/training"
         log = json.loads((folder / "finetune.json").read_text()) if (folder / "finetune.json").exists() else None
         steps = log and [entry["step"] for entry in log["log_history"] if "loss" in entry]
@@ -81,19 +81,19 @@ def test_the_log_is_that_of_the_weights_beside_it(run, assembled, monkeypatch, t
         patch.setattr("delta_llava.train.trainer.SaveOnSigterm.on_epoch_end", end)
         with pytest.raises(KeyboardInterrupt):
             run(finetune, "run", **options, max_steps=-1, num_train_epochs=1)
-    assert records() == (0.01, None)  # no weights yet
+    assert history() == (0.01, None)  # no weights yet
     assert (tmp_path / "run/training/finetune.png").exists()
     resume = ["--resume_from_checkpoint", "latest", "--allow_changes"]
     run(finetune, "run", resume, **options, max_steps=4, learning_rate=0.5)
-    assert records() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
+    assert history() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
     with monkeypatch.context() as patch:
         patch.setattr("delta_llava.train.trainer.SaveOnSigterm.on_epoch_end", end)
         with pytest.raises(KeyboardInterrupt):
             run(finetune, "run", resume, **options, max_steps=6, learning_rate=0.5)
-    assert records() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
+    assert history() == ("0.01, from step 3 on 0.5", [1, 2, 3, 4])
 
 
-def test_a_run_into_a_used_folder_leaves_no_record_of_the_earlier_one(run, assembled):
+def test_a_run_into_a_used_folder_leaves_no_history_of_the_earlier_one(run, assembled):
     stage_1 = run(pretrain, "stage-1", model_name_or_path=str(assembled))
     stage_2 = run(finetune, "stage-2", model_name_or_path=str(stage_1))
     run(finetune, "used", model_name_or_path=str(stage_2))
@@ -132,13 +132,13 @@ def test_a_run_does_not_replace_another_model(run, checkpoint, tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
-def test_a_record_that_links_out_of_the_model_is_not_copied(run, assembled, tmp_path):
+def test_a_history_that_links_out_of_the_model_is_not_copied(run, assembled, tmp_path):
     (tmp_path / "private.png").write_text("private")
     (assembled / "training/pretrain.png").symlink_to(tmp_path / "private.png")
     with pytest.raises(ValueError, match=r"pretrain\.png leads out of its folder"):
         run(finetune, model_name_or_path=str(assembled))
 
 
-def test_a_model_without_records_is_told(run, caplog):
+def test_a_model_without_a_history_is_named(run, caplog):
     run(pretrain)
-    assert "holds no record of what the model was made of" in caplog.text
+    assert "does not say what the model was made from" in caplog.text
