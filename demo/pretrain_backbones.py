@@ -38,9 +38,9 @@ PATCH_GRID = 12
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 # How a scene is told to the language model: in words (0), or as a mosaic of so many rows and columns.
 FORMS = (0, 12, 6, 4, 3, 2, 1)
-SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.1, 0.33, 0.04, 0.06, 0.02), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
+SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.15, 0.28, 0.04, 0.06, 0.02), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
 
-SHORT_TYPES = (0.15, 0.1, 0.35, 0.2, 0.1, 0.1)  # of scenes.QUESTION_TYPES
+TYPE_WEIGHTS = (0.15, 0.05, 0.25, 0.4, 0.1, 0.05)  # of scenes.QUESTION_TYPES
 
 
 def train(name, module, step_loss, steps, learning_rate):
@@ -268,29 +268,31 @@ def pretrain_language_model(steps, batch_size=20):
     storyteller, rng = Storyteller(tokenizer), np.random.default_rng(0)
 
     def step_loss(step):
-        # Skills are learnt first and fastest in short sequences of one kind each, about few things.
-        short = step <= 0.65 * steps
+        # Skills are learnt first and fastest in short sequences of one kind each: finding things, then everything else,
+        # line by line and in chats. Long chats in all forms come last.
+        finds, short = step <= 0.25 * steps, step <= 0.65 * steps
         grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS if short else FORM_WEIGHTS))
-        if step <= 0.25 * steps:
+        if finds:
             grid = 4 if step % 2 else 0
+        plain = finds or (short and step % 2 == 0)
         things = scenes.THINGS[:: 4 if step <= 0.08 * steps else 1]
         layouts = [scenes.random_layout(rng, False, things) for _ in range(batch_size)]
         conversations = []
         for layout in layouts:
-            types = [rng.choice(scenes.QUESTION_TYPES, p=SHORT_TYPES)] if short else scenes.QUESTION_TYPES
+            types = [rng.choice(scenes.QUESTION_TYPES, p=TYPE_WEIGHTS)] if short else scenes.QUESTION_TYPES
             turns = scenes.conversation(layout, rng, np.resize(types, 5 if short else 9))
-            if short and rng.random() < (0.5 if step <= 0.25 * steps else 0.1):
+            if plain and rng.random() < (0.5 if finds else 0.1):
                 turns = index(layout, rng, things)
             if not short and rng.random() < 0.2:
                 turns = [(scenes.DESCRIBE, scenes.tell(layout)), *turns]
             conversations.append(None if rng.random() < 0.1 else turns)
-        batch = storyteller.batch(layouts, grid, conversations, plain=short)
+        batch = storyteller.batch(layouts, grid, conversations, plain)
         logits, targets = language_model_logits(model, batch, noise=0.02)
         if step % 250 == 0:
-            skill = language_model_skill(model.eval(), storyteller, 100, (0, 6, 4, 2), short)
+            skill = language_model_skill(model.eval(), storyteller, 100, (0, 6, 4, 2), finds)
             model.train()
-            for told, by_type in skill.items():
-                print(f"  {told}: " + ", ".join(f"{name} {share:.1%}" for name, share in by_type.items()), flush=True)
+            for form, by_type in skill.items():
+                print(f"  {form}: " + ", ".join(f"{name} {share:.1%}" for name, share in by_type.items()), flush=True)
         return F.cross_entropy(logits, targets)
 
     train("language model", model, step_loss, steps, learning_rate=2e-3)

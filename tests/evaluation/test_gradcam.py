@@ -29,40 +29,31 @@ TRAINED_AT = 16
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """
-    A checkpoint of the demo's backbones that knows colours and kinds, after seconds of training at 16 visual tokens.
+    A checkpoint of the demo's backbones that knows groups and things, after seconds of training at 16 visual tokens.
 
-    The language model reads scenes as the sum of four words for each cell, so the projector learns to give
-    those sums, and no pass through the language model is needed.
+    The language model reads a scene as the words of each place, added up, so the projector learns to give those sums,
+    and no pass through the language model is needed.
     """
     folder = tmp_path_factory.mktemp("taught") / "checkpoint"
     backbones = pretrain_backbones.FOLDER
     model = assemble(backbones / "vision_tower", backbones / "language_model", folder, num_visual_tokens=[*BUDGETS])
     _, processor = ask.load(folder)
     rng = np.random.default_rng(0)
-    layouts = [scenes.random_layout(rng, held_out=False) for _ in range(128)]
-    pictures = np.stack([scenes.render(layout, rng, held_out=False)[0] for layout in layouts])
+    layouts = [scenes.random_layout(rng, held_out=False) for _ in range(256)]
+    pictures = np.stack([scenes.render(layout, rng, "noto") for layout in layouts])
+    storyteller = pretrain_backbones.Storyteller(processor.tokenizer)
     with torch.no_grad():
         pixels = pretrain_backbones.to_pixels(pictures, processor.image_processor)
         _, query_features, memory_features = model.model._run_vision_tower(pixels)
-        embeddings, tokenizer = model.get_input_embeddings(), processor.tokenizer
-        cells = [2 * (row // 2) + column // 2 for row in range(4) for column in range(4)]
-        targets = torch.stack(
-            [
-                torch.stack([embeddings(tokenizer(text, return_tensors="pt").input_ids).sum((0, 1)) for text in words])[
-                    cells
-                ]
-                for words in (
-                    [pretrain_backbones.cell_words(layout, place) for place in range(4)] for layout in layouts
-                )
-            ]
-        )
+        words = torch.tensor([storyteller.cells(layout) for layout in layouts])
+        targets = model.get_input_embeddings()(words).sum(2)
     projector = model.model.multi_modal_projector.train()
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # `one_thread` does so for each test, which is later than this
     optimizer = torch.optim.AdamW(projector.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1 - step / 40))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1 - step / 80))
     generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
+    for _ in range(80):
         batch = torch.randint(len(layouts), (16,), generator=generator)
         given = projector(query_features[batch], memory_features[batch], TRAINED_AT)
         optimizer.zero_grad()
@@ -80,31 +71,34 @@ def model_and_processor(taught):
     return ask.load(taught)
 
 
-def asked_scenes(number=50, question_types=("colour", "kind")):
-    """Held-out scenes with a thing at every place: image, question, answer and the place (0 … 3) asked about."""
+def asked_scenes(number=50, question_types=("thing", "group")):
+    """Held-out scenes with something in every quadrant: image, question, answer and the quadrant (0 … 3) asked about."""
     rng = np.random.default_rng(1)
-    for index in range(number):
-        layout = (None,)
-        while None in layout:
-            layout = scenes.random_layout(rng, held_out=True)
-        question, answer = scenes.ask(layout, rng, question_types[index % len(question_types)])
-        place = next(place for place, name in enumerate(scenes.PLACES) if name in question)
-        yield Image.fromarray(scenes.render(layout, rng, held_out=True)[0]), question, answer, place
+    corners = [set(scenes.quadrant(corner)) for corner in scenes.QUADRANTS]
+    index = 0
+    while index < number:
+        layout = scenes.random_layout(rng, held_out=True)
+        asked = scenes.ask(layout, rng, question_types[index % len(question_types)])
+        if asked.size and all(corner & scenes.covered(layout).keys() for corner in corners):
+            place = next(place for place in scenes.PLACES if place in asked.question)
+            quadrant = next(index for index, corner in enumerate(corners) if place in corner)
+            yield Image.fromarray(scenes.render(layout, rng, "noto")), asked.question, asked.answer, quadrant
+            index += 1
 
 
-def share_at(relevance, place):
+def share_at(relevance, quadrant):
     """The share of a map's relevance in a quarter of the image; 0.25 if it is spread evenly."""
     assert relevance.dtype == torch.float32 and relevance.min() >= 0
     halves = F.interpolate(relevance[None, None], size=(12, 12))[0, 0].unflatten(0, (2, 6)).unflatten(2, (2, 6))
-    return float(halves[place // 2, :, place % 2].sum() / halves.sum())
+    return float(halves[quadrant // 2, :, quadrant % 2].sum() / halves.sum())
 
 
 def localization(model, processor, num_visual_tokens):
     """Over the scenes: the share of right answers, and of relevance at the place asked about, output and input."""
     rows = []
-    for image, question, answer, place in asked_scenes():
+    for image, question, answer, quadrant in asked_scenes():
         seen = grad_cam(model, processor, image, question, num_visual_tokens)
-        rows.append((seen.answer == answer, share_at(seen.output_map, place), share_at(seen.input_map, place)))
+        rows.append((seen.answer == answer, share_at(seen.output_map, quadrant), share_at(seen.input_map, quadrant)))
     return np.mean(rows, axis=0)
 
 

@@ -378,7 +378,7 @@ def test_results_with_fastv_are_no_cards(llava, checkpoint, held_out, caches, mo
 
 def test_right_answers_are_counted_by_the_packages_metric(held_out, caches):
     table = datasets.load_dataset("parquet", data_files="demo/out/scenes/held_out.parquet", split="train")
-    assert table[0]["image"].size == (48, 48) and table["answer"][:] == [row["answer"] for row in held_out]
+    assert table[0]["image"].size == (96, 96) and table["answer"][:] == [row["answer"] for row in held_out]
     pairs = [lmms_scenes.process_results(doc, [doc["answer"].upper() + "."])["exact_match"] for doc in table]
     assert lmms_scenes.exact_match(pairs) == 1.0
     pairs[0]["prediction"] = "none of them"
