@@ -458,8 +458,8 @@ def main():
     """Train what is asked for and write `skills.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("vision_tower", "language_model"))
-    parser.add_argument("--vision_tower_steps", type=int, default=1500)
-    parser.add_argument("--language_model_steps", type=int, default=1900)
+    parser.add_argument("--vision_tower_steps", type=int, default=3600)
+    parser.add_argument("--language_model_steps", type=int, default=4400)
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     skills = {}
