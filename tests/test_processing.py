@@ -408,14 +408,14 @@ class Endless(BaseHTTPRequestHandler):
 
 
 def test_an_address_without_an_end_is_given_up(http_server, monkeypatch):
-    monkeypatch.setattr(processing_delta_llava, "FETCH_SECONDS", 0.4)
+    monkeypatch.setattr(processing_delta_llava, "FETCH_SECONDS", 1.5)
     monkeypatch.setattr(processing_delta_llava, "MAX_IMAGE_BYTES", 2**24)
     port = http_server(Endless).server_port
     for path, reason in {
         "redirects": "redirects",
         "silence": "timed out",
-        "header": "no whole answer within 0.4 s",
-        "drops": "no whole answer within 0.4 s",
+        "header": "no whole answer within 1.5 s",
+        "drops": "no whole answer within 1.5 s",
         "flood": "it has more than 16777216 bytes",
         "gzip": r"the server sends it compressed \(gzip\), which was not requested",
     }.items():

@@ -69,7 +69,7 @@ def test_parity_with_the_published_projector(published, fixtures, num_visual_tok
 
 
 def test_a_name_that_was_never_published_is_refused():
-    with pytest.raises(ValueError, match=r"'readout\.weight' is no weight of the published projector"):
+    with pytest.raises(ValueError, match=r"'readout\.weight' is not a weight of the published projector"):
         projector_from_released({"readout.weight": torch.zeros(1)})
 
 
