@@ -50,7 +50,7 @@ def space_files(checkpoint: str, commit: str) -> dict[str, bytes]:
         checkpoint; and `delta_llava/` with the source that the page imports.
     """
     page = PACKAGE / "space"
-    paths = [page / "app.py", page / "requirements.txt", *sorted((page / "examples").iterdir())]
+    paths = [*(page / name for name in ("app.py", "style.css", "requirements.txt")), *sorted(page.glob("examples/*"))]
     card = SpaceCard.load(page / "README.md")
     card.data.models = [checkpoint]
     return {
