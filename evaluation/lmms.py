@@ -137,12 +137,7 @@ class DeltaLlava(lmms):
         """
         Answers requests in batches with equal generation arguments, the longest first.
 
-        Args:
-            requests (`list[Instance]`): Each with the context, a function from a document to messages, generation
-                arguments, and the document's number, task and split.
-
-        Returns:
-            `list[str]`: In the order of the requests, each cut before the first of `until`.
+        Returns the answers in the order of the requests, each cut before the first of `until`.
 
         Raises:
             RuntimeError: If documents cannot be answered; the message names the task and the documents.
@@ -230,13 +225,8 @@ class UntilStrings(StoppingCriteria):
 
 def generation_options(arguments: dict) -> tuple[dict, list[str]]:
     """
-    Splits a task's generation arguments into those of `generate` and the strings that end an answer.
-
-    Args:
-        arguments (`dict`): `until`, a string or a list of them, and arguments of `generate`.
-
-    Returns:
-        `tuple[dict, list[str]]`: Both. Without a temperature above 0 the answer is greedy.
+    Splits a task's generation arguments into those of `generate` and the strings `until` (one, or a list) that end an
+    answer. Without a temperature above 0 the answer is greedy.
 
     Raises:
         ValueError: If `until` is of another type, or has an empty string.
