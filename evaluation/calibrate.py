@@ -195,12 +195,12 @@ def calibrate(
 
     Args:
         checkpoint (`str` or `Path`): Folder, which gets `cascade.json`.
-        json_path, image_folder (`str` or `Path`): See [`read_questions`].
+        json_path, image_folder (`str` or `Path`): JSON list, or JSON lines, of questions, and folder of their images.
         budgets (`tuple[int, int]`): The smaller and the larger budget of the cascade.
         target_tokens (`float`): Largest mean number of visual tokens per image.
         plot (`str` or `Path`, *optional*, defaults to `"cascade.png"`): The picture.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
-        batch_size, max_new_tokens (`int`): See [`answer_all`].
+        batch_size, max_new_tokens (`int`): Questions per batch, and the longest answer.
 
     Returns:
         `str`: A Markdown table of accuracy against visual tokens.

@@ -168,13 +168,13 @@ class DeltaLlava(lmms):
                 # Its answers end at the end token, as they did in calibration
                 output = generate(self.model, **inputs, **options)
                 self.usage += torch.tensor([output.visual_tokens_used.sum(), len(inputs.get("pixel_values", ()))])
-                texts = self.processor.batch_decode(output.sequences, skip_special_tokens=True)
-                return [cut(text, until) for text in texts]
-            prompt_length = inputs["input_ids"].shape[1]
-            criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
-            pruned = self.fastv_layer is not None
-            with fastv(self.model, self.num_visual_tokens, self.fastv_layer) if pruned else nullcontext():
-                generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
+                generated = output.sequences
+            else:
+                prompt_length = inputs["input_ids"].shape[1]
+                criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
+                pruned = self.fastv_layer is not None
+                with fastv(self.model, self.num_visual_tokens, self.fastv_layer) if pruned else nullcontext():
+                    generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
             texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         except Exception as error:
             # A missing answer must not count as a wrong one
