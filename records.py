@@ -74,7 +74,7 @@ def read_records(json_path: str | Path) -> Iterator[Any]:
     """
     Yield the records of a JSON list or of JSON lines, in UTF-8, one by one; the file is never in memory as a whole.
 
-    In place of a record in which an object has a key twice, a [`BadRecord`] comes.
+    Yields a [`BadRecord`] in place of one in which an object has a key twice.
 
     Raises:
         `ValueError`: The file is not JSON (possibly after many good records), not a list, or an empty list.

@@ -276,8 +276,8 @@ def _window_attention(
 
 def seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
     """
-    What a vision tower with patches of `patch_size` pixels gets from a processor, `(3, height, width)`, as a picture:
-    `(height, width, 3)`, float32 in 0 … 1, on the CPU, where whole patches cover the image.
+    The vision tower's input for one image, `(3, height, width)` from the processor, as a picture: `(height, width, 3)`,
+    float32 in 0 … 1, on the CPU, where whole patches of `patch_size` pixels cover the image.
     """
     image_processor = processor.image_processor
     pixels = pixel_values.float().cpu().movedim(0, -1)
