@@ -459,7 +459,9 @@ def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: C
                 images, notes = [], list(chat.notes)
                 for number, image in enumerate(chat.images):
                     if isinstance(image, str):
-                        images.append({"path": _path_in_folder(image, root)})
+                        if root is None:
+                            raise BadRecord(f"image {image} is a file, but no image_folder is named", "missing", image)
+                        images.append({"path": os.path.join(root, image)})
                     else:
                         images.append(image)
                         notes += _check_embedded_image(image, number, scratch)
@@ -475,12 +477,6 @@ def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: C
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
                 rows, num_bytes = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-
-
-def _path_in_folder(name: str, root: str | None) -> str:
-    if root is None:
-        raise BadRecord(f"image {name} is a file, but no image_folder is named", "missing", name)
-    return os.path.join(root, name)
 
 
 def _check_embedded_image(image: dict[str, Any], number: int, scratch: str) -> list[dict[str, str]]:

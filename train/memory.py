@@ -26,13 +26,10 @@ MACHINES = {
 
 def recipe_memory(file: Path) -> dict[str, int]:
     """
-    Bytes on each GPU with full rows: `max_length` tokens each, with one image and a loss on all text.
+    Bytes on each GPU with full rows, `max_length` tokens each, with one image and a loss on all text: the sum that
+    [`~delta_llava.costs.training_memory`] gives for each of `MACHINES`.
 
-    Args:
-        file (`Path`): A recipe; its folder names the language model, and the tower is CLIP-L/336.
-
-    Returns:
-        `dict[str, int]`: The sum that [`~delta_llava.costs.training_memory`] gives, for each of `MACHINES`.
+    The recipe's folder names the language model; the tower is CLIP-L/336.
 
     Raises:
         ValueError: The recipe lacks a value, or its language model is unknown.
