@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clients import encoded
+from clients import encoded, photograph
 from PIL import Image, ImageOps
 from transformers import SiglipImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -140,14 +140,6 @@ def test_one_pixel_is_an_image(tiny_processor, tiny_model, mode):
     inputs = tiny_processor()(images=Image.new(mode, (1, 1)), text="<image>", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 48, 48)
     assert tiny_model()(**inputs).logits.isfinite().all()
-
-
-def photograph(size=(160, 200)):
-    """Smooth colours with some noise, as photographs have them."""
-    draw = np.random.default_rng(0)
-    rows, columns = (np.sin(np.linspace(0, 6, length))[:, None] for length in size)
-    pixels = 127 + 90 * (rows * columns.T)[..., None] * [1, 0.8, -0.6] + draw.normal(0, 5, (*size, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def test_an_image_is_the_same_however_it_is_given(tiny_processor, noise, tmp_path, httpserver_url, monkeypatch):
