@@ -280,12 +280,6 @@ def test_without_lmms_eval_the_command_says_what_to_install(checkpoint, suite, m
         module.main(["--checkpoint", str(checkpoint), "--num_visual_tokens", "36", "--suite", str(suite())])
 
 
-def test_a_wrong_dtype_is_refused_by_the_command_itself(checkpoint, suite, measured, capsys):
-    with pytest.raises(SystemExit):
-        module.main(["--checkpoint", str(checkpoint), "--num_visual_tokens", "36", "--dtype", "bf16"])
-    assert "--dtype: invalid choice: 'bf16' (choose from " in capsys.readouterr().err and not measured
-
-
 @pytest.mark.parametrize("value", [float("nan"), None, "N/A", True])
 def test_a_value_that_is_no_number_is_no_result(value):
     with pytest.raises(ValueError, match=r"gqa: exact_match is .* instead of a number"):

@@ -106,14 +106,12 @@ def source(tiny_model, tower_config):
 
 
 @pytest.fixture
-def tower_folder(tmp_path):
+def tower_folder(tiny_processor, tmp_path):
     """Saves a CLIP model, as its repository has it."""
 
     def save(clip):
         clip.save_pretrained(tmp_path / "tower")
-        CLIPImageProcessor(
-            size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, do_convert_rgb=True
-        ).save_pretrained(tmp_path / "tower")
+        tiny_processor().image_processor.save_pretrained(tmp_path / "tower")
         return str(tmp_path / "tower")
 
     return save
@@ -184,8 +182,9 @@ def assert_no_path(path, folder):
 
 
 @torch.no_grad()
-def assert_same_logits(converted, source, processor, noise, num_visual_tokens=36):
+def assert_same_logits(folder, source, noise, num_visual_tokens=36):
     """On an image and a question, of the tokens that the source knows; `<image>` is a new token with a new id."""
+    converted, processor = load(folder), AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     inputs = processor(images=noise(1), text="USER: <image> What?", return_tensors="pt")
     budget = inputs.pop("num_visual_tokens")
     assert budget.tolist() == [num_visual_tokens]
@@ -207,6 +206,7 @@ def assert_same_logits(converted, source, processor, noise, num_visual_tokens=36
     )
     mean = theirs.mean(-1, keepdim=True).expand(*theirs.shape[:-1], 20)
     torch.testing.assert_close(ours[..., 300:], mean, rtol=0, atol=1e-3)
+    return converted, processor
 
 
 @pytest.mark.parametrize("tower_inside", [True, False])
@@ -217,8 +217,7 @@ def test_a_whole_checkpoint_keeps_every_logit(whole, tmp_path, noise, tower_insi
     model, folder, weights = whole(tower_inside=tower_inside, **files)
     out = tmp_path / "out"
     conversion = convert(folder, out)
-    converted, processor = load(out), AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    assert_same_logits(converted, model, processor, noise)
+    converted, processor = assert_same_logits(out, model, noise)
 
     assert converted.config.num_visual_tokens == 36 and converted.config.visual_token_budgets == [36]  # (12 / 2)²
     assert (processor.num_visual_tokens, processor.visual_token_budgets, processor.patch_grid_size) == (36, [36], 12)
@@ -281,12 +280,10 @@ def test_other_language_models(whole, tmp_path, templates, noise, model_type, co
         with pytest.raises(ValueError, match=r"type 'seed_oss'.*--chat_template"):
             convert(folder, tmp_path / "out")
     convert(folder, tmp_path / "out", chat_template=template)
-    converted = load(tmp_path / "out")
-    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    converted, processor = assert_same_logits(tmp_path / "out", model, noise)
     assert converted.config.text_config.model_type == config.model_type
     assert (converted.lm_head.weight is converted.get_input_embeddings().weight) is tie
     assert processor.chat_template == (templates / "chatml.jinja").read_text()
-    assert_same_logits(converted, model, processor, noise)
 
 
 def test_a_tied_head_that_is_stored_too(whole, tmp_path):
@@ -346,8 +343,7 @@ def stage1(source, tower_folder, tiny_tokenizer, tmp_path):
 def test_a_stage_1_projector_and_its_language_model(stage1, tmp_path, noise, prefix):
     model, folder, language_model, _ = stage1(prefix)
     convert(folder, tmp_path / "out", language_model=language_model)
-    processor = AutoProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert_same_logits(load(tmp_path / "out"), model, processor, noise, num_visual_tokens=9)
+    _, processor = assert_same_logits(tmp_path / "out", model, noise, num_visual_tokens=9)
     assert processor.tokenizer.pad_token == "<pad>"
     sources = yaml.safe_load((tmp_path / "out/training/sources.yaml").read_text())
     assert sources == {"vision_tower": "tower", "language_model": "vicuna", "converted_from": "stage1"}
@@ -364,8 +360,7 @@ def test_a_projector_file_alone(stage1, tmp_path, noise):
     with pytest.raises(ValueError, match=r"no scale_factor in a config\.json: .*--num_visual_tokens"):
         convert(file, out, language_model=language_model, vision_tower=tower)
     convert(file, out, language_model=language_model, vision_tower=tower, num_visual_tokens=[16])
-    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    assert_same_logits(load(out), model, processor, noise, num_visual_tokens=16)
+    assert_same_logits(out, model, noise, num_visual_tokens=16)
 
 
 class Attack:
@@ -804,8 +799,7 @@ def test_cached_repositories_are_converted_offline(whole, hub_cache, tmp_path, n
     hub_cache("someone/llava-delta-7b", folder, revision="tokens-36")
     out = tmp_path / "out"
     convert("someone/llava-delta-7b", out, revision="tokens-36")
-    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    assert_same_logits(load(out), model, processor, noise)
+    assert_same_logits(out, model, noise)
     sources = yaml.safe_load((out / "training/sources.yaml").read_text())
     names = {"vision_tower": "openai/clip-tiny", "language_model": "someone/llava-delta-7b"}
     assert sources == names | {"converted_from": "someone/llava-delta-7b"}
@@ -976,8 +970,7 @@ def test_an_interrupted_conversion_leaves_no_checkpoint_and_can_be_repeated(whol
     (tmp_path / "out.incomplete/model.safetensors").write_bytes(b"left by a process that was killed")
     convert(folder, out)
     assert not (tmp_path / "out.incomplete").exists() and len(list(out.glob("*.safetensors"))) == 1
-    processor = AutoProcessor.from_pretrained(out, trust_remote_code=True)
-    assert_same_logits(load(out), model, processor, noise)
+    _, processor = assert_same_logits(out, model, noise)
     assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<image>") == processor.image_token_id
 
 
