@@ -39,11 +39,6 @@ def test_parity_with_the_published_projector(published, fixtures, num_visual_tok
     assert_parity(published, num_visual_tokens, fixtures / "released_delta_projector.safetensors")
 
 
-def test_a_name_that_was_never_published_is_refused():
-    with pytest.raises(ValueError, match=r"'readout\.weight' is no weight of the published projector"):
-        projector_from_released({"readout.weight": torch.zeros(1)})
-
-
 @pytest.mark.parametrize(
     ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 42_504_704)]
 )

@@ -193,7 +193,6 @@ def test_results_of_something_else_are_not_mixed_in(checkpoint, suite, measured,
     ("arguments", "message"),
     [
         ({"num_visual_tokens": [36, 7]}, r"num_visual_tokens=\[7\] must be among \[1, 4, 9, 16, 36, 144\]"),
-        ({"tasks": ["vqa"]}, r"tasks=\['vqa'\] are not in"),
         ({"limit": 0}, "limit=0 must be 1 or more"),
         ({"dtype": "auto"}, r"dtype=auto must be one of \('float32', 'bfloat16', 'float16'\)"),
         ({"revision": "main"}, "is a folder, which has no revision"),

@@ -505,7 +505,6 @@ LLAVAS = {
         "vision_feature_layer": [-1],
     },
     "half precision": {"dtype": torch.float16},
-    "bfloat16": {"dtype": torch.bfloat16},
 }
 
 

@@ -531,7 +531,6 @@ def misshape(folder):
     ("damage", "message"),
     [
         (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja is not there"),
-        (lambda folder: (folder / "modeling_delta_llava.py").unlink(), "modeling_delta_llava.py is not there"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds neither"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "holds both"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_adapter"),
@@ -564,10 +563,6 @@ def misshape(folder):
         ),
         (misshape, r"mismatched keys: .*lm_head\.weight"),
         (lambda folder: break_config(folder, projector_variant="paper"), "missing keys: .*multi_modal_projector"),
-        (
-            lambda folder: (folder / "training/finetune.yaml").write_text("stream: org/x\nkey: hf_" + "a" * 34),
-            "training/finetune.yaml holds what looks like an access token",
-        ),
         (lambda folder: (folder / "training/sources.yaml").write_text("language_model: mine"), "base_model"),
     ],
 )

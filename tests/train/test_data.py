@@ -142,14 +142,6 @@ def test_bad_records_are_left_out_when_asked_and_their_list_goes_once_they_are_f
         load([record(image="b.png")], skip_bad_records=True)
 
 
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"json_path=.*none\.json is not a file"):
-        load_llava_json(tmp_path / "none.json", tmp_path)
-    (tmp_path / "data.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match=r"image_folder=.*none is not a folder"):
-        load_llava_json(tmp_path / "data.json", tmp_path / "none")
-
-
 def test_a_key_that_an_object_has_twice_makes_its_record_bad(load, tmp_path):
     twice = json.dumps(record()).replace('"gpt", ', '"gpt", "value": "Another.", ')
     with pytest.raises(ValueError, match=r"1 of the 2 records.*\n.*record 0 .*has the key 'value' twice"):
