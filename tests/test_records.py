@@ -230,12 +230,6 @@ def test_what_cannot_be_read_right_is_bad(record, kind, reason):
     assert kind in FAULTS  # with a remedy
 
 
-def test_files_are_not_looked_at():
-    found = parse_record(llava("<image><image>?", "!", image=["none/a.png", "../b.png"]))
-    assert found.images == ["none/a.png", "../b.png"]
-    assert [part["type"] for part in found.messages[0]["content"]] == ["image", "image", "text"]
-
-
 STAGE_1 = {
     "no image": (llava("a", "b"), "no_image"),
     "two questions": (llava("<image>", "b", "c", "d", image="a.png"), "answer"),

@@ -186,17 +186,12 @@ def test_what_a_client_may_not_name_is_a_bad_request(client, folder, server):
 
 
 def test_what_transformers_refuses_is_in_openai_s_form(client, noise):
-    with pytest.raises(openai.BadRequestError, match=r"Unexpected fields .*num_visual_tokens"):
-        ask(client, noise(1), extra_body={"num_visual_tokens": 36})
-    with pytest.raises(openai.BadRequestError, match=r"serves only .*, not 'another'"):
-        client.chat.completions.create(model="another", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.BadRequestError, match="did you mean num_visual_tokens"):
         ask(client, noise(1), extra_body={"chat_template_kwargs": {"num_visual_token": 36}})
     with pytest.raises(openai.BadRequestError, match="<image>"):
         client.chat.completions.create(
             model="demo/out/checkpoint", messages=[{"role": "user", "content": "What is <image>?"}]
         )
-    assert [model.id for model in client.models.list()] == ["demo/out/checkpoint"]
 
 
 def test_an_answer_ends_where_the_context_does(client):
