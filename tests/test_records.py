@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+from llava_records import turns
 
 from delta_llava import records
 from delta_llava.records import BadRecord, parse_record, read_records
@@ -23,8 +24,7 @@ def say(role, *content):
 
 
 def llava(*values, **changes):
-    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
-    return {"id": "0", "conversations": turns, **changes}
+    return {"id": "0", "conversations": turns(*values), **changes}
 
 
 def chat(*values, **changes):
