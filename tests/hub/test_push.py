@@ -176,7 +176,7 @@ def test_a_branch_of_a_budget_is_one_commit_off_main_with_another_default_and_ca
     loopback_hub, checkpoint, unverified
 ):
     folder = checkpoint()
-    publish(folder, REPO)
+    assert publish(folder, REPO) == publish(folder, REPO, revision="main")
     commit = publish(folder, REPO, revision="tokens-4")
     main_files, branch_files = (visible(loopback_hub)[branch] for branch in ("main", "tokens-4"))
     changed = {name for name in FILES if main_files[name] != branch_files.get(name)}

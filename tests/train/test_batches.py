@@ -232,6 +232,8 @@ def test_order_and_budgets_follow_from_seed_epoch_and_position_alone():
     budgets = [{budget for _, budget in first[start : start + 4]} for start in range(0, 50, 4)]
     assert all(len(budget) == 1 for budget in budgets)
     assert set.union(*budgets) == {1, 4, 16}
+    drawn = Counter(budget for _, budget in sampler(num_rows=3000, batch_size=1))
+    assert all(900 < count < 1100 for count in drawn.values())
     # not from the data: another number of rows leaves the draws as they are
     assert [budget for _, budget in sampler(num_rows=48)] == [budget for _, budget in first[:48]]
 
