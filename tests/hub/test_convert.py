@@ -251,22 +251,6 @@ def test_the_folder_is_a_hub_repository(whole, tmp_path):
     assert sources == {"vision_tower": "tower", "language_model": "lmsys/vicuna-7b-v1.5", "converted_from": "whole"}
 
 
-def test_it_is_the_checkpoint_that_saving_the_model_writes(whole, tmp_path):
-    _, folder, _ = whole()
-    convert(folder, tmp_path / "out", max_shard_size=100_000)
-    load(tmp_path / "out").save_pretrained(tmp_path / "again", max_shard_size=100_000)
-    saved = {path.name for path in (tmp_path / "again").iterdir()}
-    assert saved <= {path.name for path in (tmp_path / "out").iterdir()}
-    for name in ("config.json", "generation_config.json"):
-        ours, theirs = (json.loads((tmp_path / where / name).read_text()) for where in ("out", "again"))
-        assert ours == theirs
-    ours, theirs = (
-        json.loads((tmp_path / where / "model.safetensors.index.json").read_text()) for where in ("out", "again")
-    )
-    assert ours["weight_map"].keys() == theirs["weight_map"].keys() and len(set(ours["weight_map"].values())) > 3
-    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
-
-
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize(
     ("model_type", "config"),
@@ -797,7 +781,8 @@ def test_cached_repositories_are_converted_offline(whole, hub_cache, tmp_path, n
     hub_cache("openai/clip-tiny", tmp_path / "tower")
     hub_cache("someone/llava-delta-7b", folder, revision="tokens-36")
     out = tmp_path / "out"
-    convert("someone/llava-delta-7b", out, revision="tokens-36")
+    convert("someone/llava-delta-7b", out, revision="tokens-36", max_shard_size=100_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 3
     assert_same_logits(out, model, noise)
     sources = yaml.safe_load((out / "training/sources.yaml").read_text())
     names = {"vision_tower": "openai/clip-tiny", "language_model": "someone/llava-delta-7b"}
