@@ -946,7 +946,7 @@ def test_an_interrupted_conversion_leaves_no_checkpoint_and_can_be_repeated(whol
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "write_sources", stop)
+        patch.setattr(hub.parts, "write_sources", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(folder, out, max_shard_size=100_000)
     assert not list(out.iterdir()) and not (tmp_path / "out.incomplete").exists()
