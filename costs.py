@@ -192,7 +192,8 @@ def _decoder(text: PreTrainedConfig) -> _Decoder:
             cache_size=sum(cached.keys.numel() + cached.values.numel() for cached in caches[0].layers),
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
-            intermediate_size=max((module.in_features for module in linear), default=0),
+            intermediate_size=getattr(text, "intermediate_size", None)
+            or max((module.in_features for module in linear), default=0),
             num_heads=text.num_attention_heads,
             vocab_size=text.vocab_size,
             layer_parameters=_num_parameters(layer),
@@ -583,8 +584,8 @@ def flops_unit(flops: float) -> tuple[float, str]:
 
 
 def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
-    """In which, with three digits after the point, no part is zero."""
-    return flops_unit(1e3 * min(cost[part] for cost in costs.values() for part in FLOP_PARTS))
+    """In which, with three digits after the point, no part that is computed is zero."""
+    return flops_unit(1e3 * min(cost[part] for cost in costs.values() for part in FLOP_PARTS if cost[part]))
 
 
 def costs_table(costs: dict[int, dict[str, int]]) -> str:

@@ -110,7 +110,7 @@ def check_fields(entry: Any, fields: dict[str, Any], where: str, optional: Set[s
         if not isinstance(value, kind) or isinstance(value, bool) or value in ("", [], {}):
             raise ValueError(f"{where}: {name} is {value!r}, but must be of type {kind}, and not empty.")
         if isinstance(value, str) and set("|\r\n") & set(value):
-            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without '|', for the card's table.")
+            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without '|', as a table's cell.")
 
 
 def new_result(task: dict[str, Any], value: float, num_samples: int) -> dict[str, Any]:

@@ -256,6 +256,8 @@ def main(arguments: list[str] | None = None):
     parser = harness.make_parser(__doc__, rounds=5)
     parser.add_argument("--plot", type=Path, help="picture of seconds and memory against visual tokens")
     options = harness.parse_options(parser, arguments, {})
+    if options.size != "7b":  # what the smaller sizes are for
+        options.device, options.dtype = torch.device("cpu"), "float32"
     size, device = SIZES[options.size], options.device
     report = {**harness.describe_run(options), "peak_flops_per_second": peak_flops_per_second(device), "stages": []}
     with tqdm(total=len(STAGES) * (1 + len(size.budgets)) * (3 + options.rounds), unit="step") as progress:

@@ -271,7 +271,8 @@ def check_llava_json(
     images_key = _digest(checking_code(), str(root))
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, records_module.__file__)]
     file = cache / f"records-{_digest(*code, images_key, content, str(require_images))}.arrow"
-    _cache_records(read, root, partial(parse_record, require_images=require_images), file)
+    if not file.is_file():  # a cache of read-only files serves too
+        _cache_records(read, root, partial(parse_record, require_images=require_images), file)
     records = read_table(file)
     with open(file.with_suffix(".jsonl"), encoding="utf-8") as lines:
         num_unreadable = sum(1 for _ in lines)
