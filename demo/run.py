@@ -73,12 +73,9 @@ def table(report, flops):
 
 def draw(report, flops, questions, answers, folder):
     """Write `report.png`: scenes with answers at three budgets, and accuracy and FLOPs against visual tokens."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(14, 8), layout="constrained")
+    figure = Figure(figsize=(14, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     chosen = []
     for name in scenes.QUESTION_TYPES:

@@ -571,12 +571,10 @@ CLAIMS = (
 
 def draw(shares: dict, differences: dict, majority: float, file: Path):
     """Draw accuracy against visual tokens, and what the parts and the training for one budget change."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(14, 10), layout="constrained")
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    axes = figure.subplots(2, 2)
     wide = ("delta-wide-init", "average-pooling-wide-init")
     panels = {
         "Projectors, one elastic checkpoint each": (
@@ -628,7 +626,6 @@ def draw(shares: dict, differences: dict, majority: float, file: Path):
         if lines:
             axis.legend(fontsize=8)
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None):
