@@ -217,17 +217,10 @@ def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> to
 
 def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, int]:
     """
-    The budgets of a cascade.
-
-    Args:
-        budgets (`Sequence[int]`): The budgets to check.
-        patch_grid_size (`int`): Side of the tower's patch grid.
-
-    Returns:
-        `tuple[int, int]`: The smaller and the larger.
+    The smaller and the larger budget of a cascade.
 
     Raises:
-        ValueError: If they are not two, the smaller one first, that the grid allows.
+        ValueError: If they are not two, the smaller one first, that a patch grid of this side allows.
     """
     if isinstance(budgets, (str, int)) or len(budgets) != 2 or not budgets[0] < budgets[1]:
         raise ValueError(f"budgets={budgets} must be two numbers of visual tokens, the smaller one first.")

@@ -76,10 +76,8 @@ HEAD_TOKENS, HEAD_WORDS = 4096, 32768
 
 def recipe_config(recipe: str) -> DeltaLlavaConfig:
     """
-    The configuration that a recipe trains: CLIP-L/336, the `residual` projector, the language model of that name.
-
-    Args:
-        recipe (`str`): One of `LANGUAGE_MODELS`.
+    The configuration that a recipe trains: CLIP-L/336, the `residual` projector, the language model of that name
+    in `LANGUAGE_MODELS`.
 
     Raises:
         ValueError: There is no recipe of that name; the message lists those that there are.
@@ -194,7 +192,8 @@ def _decoder(text: PreTrainedConfig) -> _Decoder:
             cache_size=sum(cached.keys.numel() + cached.values.numel() for cached in caches[0].layers),
             num_layers=text.num_hidden_layers,
             hidden_size=text.hidden_size,
-            intermediate_size=max((module.in_features for module in linear), default=0),
+            intermediate_size=getattr(text, "intermediate_size", None)
+            or max((module.in_features for module in linear), default=0),
             num_heads=text.num_attention_heads,
             vocab_size=text.vocab_size,
             layer_parameters=_num_parameters(layer),
@@ -211,14 +210,8 @@ def _num_parameters(module: nn.Module) -> int:
 @_once
 def parameter_counts(config: DeltaLlavaConfig) -> dict[str, int]:
     """
-    Parameters of each part.
-
-    Args:
-        config ([`DeltaLlavaConfig`]): Of any model.
-
-    Returns:
-        `dict[str, int]`: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and `lm_head`,
-        which is 0 where it is the embeddings.
+    Parameters of each part: `vision_tower`, `multi_modal_projector`, `language_model` with its embeddings, and
+    `lm_head`, which is 0 where it is the embeddings.
     """
     with torch.device("meta"):
         model = DeltaLlavaForConditionalGeneration(config)
@@ -586,32 +579,18 @@ def _tile_bytes(decoder: _Decoder, num_labels: int) -> int:
 
 
 def flops_unit(flops: float) -> tuple[float, str]:
-    """
-    The unit in which a figure has digits before the point.
-
-    Args:
-        flops (`float`): The figure, in FLOPs.
-
-    Returns:
-        `tuple[float, str]`: The unit's size in FLOPs, and its name.
-    """
+    """The unit in which so many FLOPs have digits before the point: its size in FLOPs, and its name."""
     return next(((size, name) for size, name in UNITS.items() if flops >= size), (1.0, "FLOPs"))
 
 
 def _unit(costs: dict[int, dict[str, int]]) -> tuple[float, str]:
-    """In which, with three digits after the point, no part is zero."""
-    return flops_unit(1e3 * min(cost[part] for cost in costs.values() for part in FLOP_PARTS))
+    """In which, with three digits after the point, no part that is computed is zero."""
+    return flops_unit(1e3 * min(cost[part] for cost in costs.values() for part in FLOP_PARTS if cost[part]))
 
 
 def costs_table(costs: dict[int, dict[str, int]]) -> str:
     """
-    Costs in Markdown, for people.
-
-    Args:
-        costs (`dict[int, dict[str, int]]`): What [`inference_costs`] returns, by number of visual tokens.
-
-    Returns:
-        `str`: A table with a row for each budget.
+    A table in Markdown, with a row for each budget, of what [`inference_costs`] returns by number of visual tokens.
     """
     size, unit = _unit(costs)
     lines = [

@@ -124,7 +124,7 @@ class DeltaLlavaProcessor(ProcessorMixin):
             raise ValueError(f"num_visual_tokens={num_visual_tokens!r} must be an integer here: 'auto' is for a call.")
         (self.num_visual_tokens,) = self._budgets(_plain(num_visual_tokens), [(1, 1)])
         self.visual_token_budgets = visual_token_budgets
-        for budget in _plain(visual_token_budgets) or ():
+        for budget in _plain(visual_token_budgets, "visual_token_budgets") or ():
             self._check_budget(budget)
         image_token_ids = tokenizer.encode(self.image_token, add_special_tokens=False)
         if len(image_token_ids) != 1:
@@ -367,15 +367,14 @@ def _plain_value(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
 
 
-def _plain(num_visual_tokens: Any) -> int | str | list[int | str] | None:
+def _plain(num_visual_tokens: Any, name: str = "num_visual_tokens") -> int | str | list[int | str] | None:
     found = _plain_value(num_visual_tokens)
     found = [_plain_value(budget) for budget in found] if isinstance(found, (list, tuple)) else found
     budgets = found if isinstance(found, list) else [found]
     if found is None or all(type(budget) is int or budget == "auto" for budget in budgets):
         return found
     raise ValueError(
-        f"num_visual_tokens={num_visual_tokens!r} must be an integer or 'auto', or a list, tuple or 1-d tensor of one"
-        " per image."
+        f"{name}={num_visual_tokens!r} must be an integer or 'auto', or a list, tuple or 1-d tensor of one per image."
     )
 
 

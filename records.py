@@ -72,14 +72,9 @@ class BadRecord(ValueError):
 
 def read_records(json_path: str | Path) -> Iterator[Any]:
     """
-    Yield the records of a JSON list or of JSON lines one by one; the file is never in memory as a whole.
+    Yield the records of a JSON list or of JSON lines, in UTF-8, one by one; the file is never in memory as a whole.
 
-    Args:
-        json_path (`str` or `Path`):
-            JSON file in UTF-8.
-
-    Yields:
-        The records, of any type; a [`BadRecord`] in place of one in which an object has a key twice.
+    Yields a [`BadRecord`] in place of one in which an object has a key twice.
 
     Raises:
         `ValueError`: The file is not JSON (possibly after many good records), not a list, or an empty list.
@@ -180,9 +175,6 @@ def parse_record(record: Any, require_images: bool = False) -> Chat:
             A record of one of the forms that [`~delta_llava.train.data.load_llava_json`] lists.
         require_images (`bool`, *optional*, defaults to `False`):
             Whether a record must have an image, one question and one answer, as stage 1 takes it.
-
-    Returns:
-        [`Chat`]: The contents of the record.
 
     Raises:
         [`BadRecord`]: The record cannot be trained on; `kind` and message say why.

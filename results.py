@@ -57,13 +57,7 @@ def results_file(output_dir: Path, num_visual_tokens: int | None, fastv_layer: i
 
 def read_results(file: Path) -> dict[str, Any]:
     """
-    Reads and checks a file of results.
-
-    Args:
-        file (`Path`): The file.
-
-    Returns:
-        `dict`: Its content, as described above.
+    The content of a file of results.
 
     Raises:
         ValueError: If the file cannot be read or is not as described above; the message names the place.
@@ -100,13 +94,8 @@ def check_measurement(entry: Any, fields: dict[str, Any], where: str, optional: 
 
 def check_fields(entry: Any, fields: dict[str, Any], where: str, optional: Set[str] = frozenset()):
     """
-    Checks the fields of an entry in a file.
-
-    Args:
-        entry: What the file holds there.
-        fields (`dict`): Types of the required fields by their names. Text must fit the cell of a Markdown table.
-        where (`str`): File and place, for the error.
-        optional (`Set[str]`, *optional*): Names of fields that may be there too.
+    Checks the fields of an entry in a file, at the place `where`: the types of the required ones by their names, and
+    that only `optional` ones are there too. Text must fit the cell of a Markdown table.
 
     Raises:
         ValueError: If a field is missing, unknown, empty or of another type, or text has more than one line or a "|".
@@ -121,17 +110,12 @@ def check_fields(entry: Any, fields: dict[str, Any], where: str, optional: Set[s
         if not isinstance(value, kind) or isinstance(value, bool) or value in ("", [], {}):
             raise ValueError(f"{where}: {name} is {value!r}, but must be of type {kind}, and not empty.")
         if isinstance(value, str) and set("|\r\n") & set(value):
-            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without '|', for the card's table.")
+            raise ValueError(f"{where}: {name} is {value!r}, but must be one line without '|', as a table's cell.")
 
 
 def new_result(task: dict[str, Any], value: float, num_samples: int) -> dict[str, Any]:
     """
-    One result of a file.
-
-    Args:
-        task (`dict`): The suite's task.
-        value (`float`): What lmms-eval measured.
-        num_samples (`int`): Number of documents that it measured it on.
+    One result of a file: the suite's task, what lmms-eval measured, and the number of documents that it measured it on.
 
     Raises:
         ValueError: If the value is not a finite number.
@@ -151,14 +135,13 @@ def write_results(
     results: list[dict[str, Any]],
 ):
     """
-    Writes a file of results, whole or not at all, with today's date in UTC.
+    Writes a file of results, whole or not at all, with today's date in UTC; its folder is created.
 
     Args:
-        file (`Path`): The file; its folder is created.
         num_visual_tokens (`int` or None): Budget of each image, if it is the same for all.
         toolkit (`str`): Name and version of the tool that measured, and the dtype of the weights.
         commit (`str` or None): What was measured, if it is on the Hub.
-        weights (`dict[str, str]`): SHA-256 of each file of weights.
+        weights (`dict[str, str]`): From [`~delta_llava.weights.weight_digests`].
         results (`list[dict]`): From [`new_result`].
     """
     date = datetime.now(UTC).date().isoformat()

@@ -26,26 +26,8 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from ..costs import inference_costs
-from .harness import (
-    BASELINE,
-    DTYPES,
-    OURS,
-    SIZES,
-    Batch,
-    add_device_options,
-    add_request_options,
-    describe_run,
-    make_inputs,
-    make_models,
-    make_parser,
-    markdown_table,
-    median_ratio,
-    name_contestants,
-    parse_options,
-    peak_bytes,
-    run_caption,
-    write_report,
-)
+from . import harness
+from .harness import BASELINE, DTYPES, OURS, SIZES
 
 
 FIRST_TOKEN_PARTS, DECODE_PARTS = ("vision", "projector", "prefill"), ("decode",)
@@ -132,9 +114,11 @@ def make_contestants(
         options = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
         calls = {name: torch.compile(model, **options) for name, model in models.items()}
     contestants = []
-    for name, count in name_contestants(num_patches, budgets):
+    for name, count in harness.name_contestants(num_patches, budgets):
         model = models[name]
-        inputs = make_inputs(model.config, count, Batch(batch_size, request.text_tokens, labels=1), request.device)
+        inputs = harness.make_inputs(
+            model.config, count, harness.Batch(batch_size, request.text_tokens, labels=1), request.device
+        )
         del inputs["labels"], inputs["attention_mask"]
         inputs["pixel_values"] = inputs["pixel_values"].to(request.dtype)
         cache = None
@@ -179,7 +163,7 @@ def measure(
         contestant.answer()  # pays for what later ones reuse: compilation, static caches
 
     def weigh(contestant: Contestant, row: dict):
-        row["peak_bytes"] = peak_bytes(contestant.answer, request.device, contestant.resident())
+        row["peak_bytes"] = harness.peak_bytes(contestant.answer, request.device, contestant.resident())
 
     def clock(contestant: Contestant, row: dict):
         for part, seconds in contestant.answer()[2].items():
@@ -208,9 +192,10 @@ def seconds_of_parts(row: dict, parts: Iterable[str]) -> list[float]:
 
 def caption(report: dict) -> str:
     """What was held equal, and what the columns mean."""
-    text = f"""{run_caption(report)}, {DECODINGS[report["decoding"]]}. Held equal: an image and {report["text_tokens"]}
-    text tokens in each row, answers of {report["new_tokens"]} tokens, the language model, the tower's shape (ours
-    without the layers that it does not read), random weights. Times are medians of {report["rounds"]} interleaved
+    text = f"""{harness.run_caption(report)}, {DECODINGS[report["decoding"]]}. Held equal: an image and
+    {report["text_tokens"]} text tokens in each row, answers of {report["new_tokens"]} tokens, the language model, the
+    tower's shape (ours without the layers that it does not read), random weights. Times are medians of
+    {report["rounds"]} interleaved
     rounds, a ratio the median of the rounds' own, to {BASELINE} at the same batch size; of a speed, above 1 is faster.
     TTFT, the time to the first token, is tower, projector and prefill. Decode tokens/s counts the tokens after the
     first and the time after it; request tokens/s and images/s count the whole request. The paper's ratio is of its
@@ -240,12 +225,14 @@ def table(report: dict) -> str:
         first = seconds_of_parts(row, FIRST_TOKEN_PARTS)
         cells.append(f"{1e3 * median(first):.4g}")
         cells.append(
-            f"{median_ratio(first, seconds_of_parts(baseline, FIRST_TOKEN_PARTS)):.2f}" if has_baseline else ""
+            f"{harness.median_ratio(first, seconds_of_parts(baseline, FIRST_TOKEN_PARTS)):.2f}" if has_baseline else ""
         )
         for tokens, parts in ((report["new_tokens"] - 1, DECODE_PARTS), (report["new_tokens"], PARTS)):
             seconds = seconds_of_parts(row, parts)
             cells.append(f"{row['batch_size'] * tokens / median(seconds):.4g}")
-            cells.append(f"{median_ratio(seconds_of_parts(baseline, parts), seconds):.2f}" if has_baseline else "")
+            cells.append(
+                f"{harness.median_ratio(seconds_of_parts(baseline, parts), seconds):.2f}" if has_baseline else ""
+            )
         paper = PAPER_TOKENS_PER_SECOND.get(row["num_visual_tokens"])
         is_the_papers = paper and row["batch_size"] == 1 and baseline["num_visual_tokens"] == 576
         cells += [
@@ -255,7 +242,7 @@ def table(report: dict) -> str:
             f"{row['peak_bytes'] / baseline['peak_bytes']:.2f}" if has_baseline else "",
             cached,
         ]
-    return f"{caption(report)}\n\n{markdown_table(columns, lines)}"
+    return f"{caption(report)}\n\n{harness.markdown_table(columns, lines)}"
 
 
 def draw(report: dict, file: Path):
@@ -301,9 +288,9 @@ def draw(report: dict, file: Path):
 
 def main(arguments: list[str] | None = None):
     """Measure and print a table; the figures are also written where asked."""
-    parser = make_parser(__doc__, rounds=5)
-    add_device_options(parser)
-    add_request_options(parser, new_tokens=30)
+    parser = harness.make_parser(__doc__, rounds=5)
+    harness.add_device_options(parser)
+    harness.add_request_options(parser, new_tokens=30)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="requests at a time (default: 1 8)")
     parser.add_argument(
         "--static_cache",
@@ -316,13 +303,13 @@ def main(arguments: list[str] | None = None):
         help="compile the decoding for each budget and batch size, which takes its time; with a static cache",
     )
     parser.add_argument("--plot", type=Path, help="picture of times to the first token and of tokens per second")
-    options = parse_options(parser, arguments, {"new_tokens": 2, "text_tokens": 1, "batch_sizes": 1})
+    options = harness.parse_options(parser, arguments, {"new_tokens": 2, "text_tokens": 1, "batch_sizes": 1})
 
     decoding = "compiled" if options.compile else "static" if options.static_cache else "eager"
     request = Request(options.text_tokens, options.new_tokens, decoding, options.device, DTYPES[options.dtype])
-    models = make_models(SIZES[options.size], options.budgets, options.device, request.dtype)
+    models = harness.make_models(SIZES[options.size], options.budgets, options.device, request.dtype)
     lengths = {"text_tokens": options.text_tokens, "new_tokens": options.new_tokens}
-    report = {**describe_run(options), "decoding": decoding, **lengths, "rows": []}
+    report = {**harness.describe_run(options), "decoding": decoding, **lengths, "rows": []}
     num_turns = len(options.batch_sizes) * (1 + len(options.budgets)) * (2 + options.rounds)
     # Every cache length is compiled by itself, which may be more often than torch allows by default
     limit = torch.compiler.config.patch(recompile_limit=64) if decoding == "compiled" else nullcontext()
@@ -330,7 +317,7 @@ def main(arguments: list[str] | None = None):
         for batch_size in options.batch_sizes:
             report["rows"] += measure(models, options.budgets, batch_size, request, options.rounds, progress)
     print(table(report))
-    write_report(report, options.output)
+    harness.write_report(report, options.output)
     if options.plot:
         draw(report, options.plot)
 

@@ -22,20 +22,8 @@ from ..configuration_delta_llava import DeltaLlavaConfig
 from ..modeling_delta_llava import DeltaProjector
 from ..study.meteor import MeteorConfig, MeteorProjector
 from ..study.projectors import AveragePoolingProjector, TokenPackerProjector
-from .harness import (
-    DTYPES,
-    SIZES,
-    add_device_options,
-    describe_run,
-    make_parser,
-    markdown_table,
-    median_ratio,
-    parse_options,
-    peak_bytes,
-    run_caption,
-    seconds_of,
-    write_report,
-)
+from . import harness
+from .harness import DTYPES, SIZES
 
 
 PASSES = ("forward", "forward and backward")
@@ -154,10 +142,10 @@ def measure(
         figures = {}
         for key, step in steps.items():
             step()  # the first call pays for what later ones reuse
-            figures[key] = {"seconds": [], "peak_bytes": peak_bytes(step, device, ())}
+            figures[key] = {"seconds": [], "peak_bytes": harness.peak_bytes(step, device, ())}
         for _ in range(rounds):
             for key, step in steps.items():
-                figures[key]["seconds"].append(seconds_of(step, device))
+                figures[key]["seconds"].append(harness.seconds_of(step, device))
         for name in dict.fromkeys(name for name, _ in steps):
             yield {
                 "projector": name,
@@ -169,7 +157,7 @@ def measure(
 def table(report: dict) -> str:
     """The report in Markdown."""
     source = "by the profiler" if report["device"] == "cpu" else "by max_memory_allocated"
-    caption = f"""{run_caption(report)}, batch {report["batch_size"]}. ms is the median of {report["rounds"]}
+    caption = f"""{harness.run_caption(report)}, batch {report["batch_size"]}. ms is the median of {report["rounds"]}
     interleaved rounds, a ratio the median of the rounds' own. MB is the most that a step had allocated at a time beside
     weights and features, gradients included, {source}."""
     heads = ("ms", "to TokenPacker", "to torch's attention", "MB")
@@ -182,25 +170,25 @@ def table(report: dict) -> str:
             seconds = row[kind]["seconds"]
             others = [rows[other, budget][kind]["seconds"] for other in (TOKEN_PACKER, TORCHS)]
             cells.append(f"{1e3 * median(seconds):.4g}")
-            cells += [f"{median_ratio(seconds, other):.2f}" for other in others]
+            cells += [f"{harness.median_ratio(seconds, other):.2f}" for other in others]
             cells.append(f"{row[kind]['peak_bytes'] / 1e6:.3g}")
         lines.append(cells)
-    return f"{' '.join(caption.split())}\n\n{markdown_table(columns, lines)}"
+    return f"{' '.join(caption.split())}\n\n{harness.markdown_table(columns, lines)}"
 
 
 def main(arguments: list[str] | None = None):
     """Measure and print a table; the figures are also written where asked."""
-    parser = make_parser(__doc__, rounds=9)
-    add_device_options(parser)
+    parser = harness.make_parser(__doc__, rounds=9)
+    harness.add_device_options(parser)
     parser.add_argument("--batch_size", type=int, default=1, help="images in a step (default: 1)")
-    options = parse_options(parser, arguments, {"batch_size": 1}, large_on_cpu=True)
+    options = harness.parse_options(parser, arguments, {"batch_size": 1}, large_on_cpu=True)
     size, batch_size = SIZES[options.size], options.batch_size
     config = DeltaLlavaConfig(vision_config=size.vision_config, text_config=size.text_config)
     rows = measure(config, size.budgets, batch_size, options.device, DTYPES[options.dtype], options.rounds)
     rows = list(tqdm(rows, total=6 * len(size.budgets), unit="row"))
-    report = {**describe_run(options), "batch_size": batch_size, "rows": rows}
+    report = {**harness.describe_run(options), "batch_size": batch_size, "rows": rows}
     print(table(report))
-    write_report(report, options.output)
+    harness.write_report(report, options.output)
 
 
 if __name__ == "__main__":

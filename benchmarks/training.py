@@ -22,23 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .harness import (
-    BASELINE,
-    OURS,
-    SIZES,
-    Size,
-    describe_run,
-    make_inputs,
-    make_models,
-    make_parser,
-    markdown_table,
-    name_contestants,
-    parse_options,
-    peak_bytes,
-    run_caption,
-    seconds_of,
-    write_report,
-)
+from . import harness
+from .harness import BASELINE, OURS, SIZES
 
 
 STAGES = {1: "Stage 1: projector trained", 2: "Stage 2: projector and language model trained"}
@@ -86,7 +71,7 @@ class Contestant:
         F.cross_entropy(logits.float(), labels[is_label]).backward()
 
 
-def make_contestants(size: Size, stage: int, device: torch.device) -> list[Contestant]:
+def make_contestants(size: harness.Size, stage: int, device: torch.device) -> list[Contestant]:
     """
     The baseline, then Delta-LLaVA at every budget, which share one language model; none checkpoints gradients yet.
 
@@ -96,7 +81,7 @@ def make_contestants(size: Size, stage: int, device: torch.device) -> list[Conte
     gc.collect()
     torch.cuda.empty_cache()
     frozen_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    llava, delta_llava = models = make_models(size, size.budgets, device, frozen_dtype)
+    llava, delta_llava = models = harness.make_models(size, size.budgets, device, frozen_dtype)
     for model in models:
         model.train().requires_grad_(False)
         model.model.multi_modal_projector.float().requires_grad_(True)
@@ -110,9 +95,9 @@ def make_contestants(size: Size, stage: int, device: torch.device) -> list[Conte
         for name, model in ((BASELINE, llava), (OURS, delta_llava))
     }
     contestants = []
-    for name, budget in name_contestants(size.budgets[0], size.budgets):
+    for name, budget in harness.name_contestants(size.budgets[0], size.budgets):
         model, optimizers = parts[name]
-        inputs = make_inputs(model.config, budget, size.batches[stage], device)
+        inputs = harness.make_inputs(model.config, budget, size.batches[stage], device)
         contestants.append(Contestant(name, model, inputs, optimizers))
     return contestants
 
@@ -147,10 +132,10 @@ def peak_flops_per_second(device: torch.device) -> float:
     """The fastest of ten products of large square matrices, in the dtype that training computes in."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     matrix = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / min(seconds_of(lambda: matrix @ matrix, device) for _ in range(10))
+    return 2 * side**3 / min(harness.seconds_of(lambda: matrix @ matrix, device) for _ in range(10))
 
 
-def measure(size: Size, stage: int, device: torch.device, rounds: int, progress: tqdm) -> dict:
+def measure(size: harness.Size, stage: int, device: torch.device, rounds: int, progress: tqdm) -> dict:
     """
     Measures a stage; in each round every contestant takes its turn.
 
@@ -178,11 +163,11 @@ def measure(size: Size, stage: int, device: torch.device, rounds: int, progress:
     for contestant, row in zip(contestants, rows, strict=True):
         contestant.step()  # the first one makes the optimizer's states
         progress.update()
-        row["peak_bytes"] = peak_bytes(contestant.step, device, contestant.resident())
+        row["peak_bytes"] = harness.peak_bytes(contestant.step, device, contestant.resident())
         progress.update()
     for _ in range(rounds):
         for contestant, row in zip(contestants, rows, strict=True):
-            row["seconds"].append(seconds_of(contestant.step, device))
+            row["seconds"].append(harness.seconds_of(contestant.step, device))
             progress.update()
     trained_dtype = contestants[0].optimizers[-1].param_groups[0]["params"][0].dtype
     return {
@@ -196,7 +181,7 @@ def measure(size: Size, stage: int, device: torch.device, rounds: int, progress:
 def caption(report: dict, measured: dict) -> str:
     """What was held equal, and what the columns mean."""
     batch, on_gpu = measured["batch"], report["device"] != "cpu"
-    text = f"""**{STAGES[measured["stage"]]}.** {run_caption(report)}. Held equal: {batch["rows"]} rows, each
+    text = f"""**{STAGES[measured["stage"]]}.** {harness.run_caption(report)}. Held equal: {batch["rows"]} rows, each
     an image and {batch["text_tokens"]} text tokens, {batch["labels"]} of them labels; the language model, the tower's
     shape, random weights; AdamW on the trained weights in {measured["trained_dtype"]}, all computed in
     {"bfloat16" if on_gpu else "float32"}; gradient checkpointing of the language model; the frozen tower without
@@ -234,7 +219,7 @@ def table(report: dict, measured: dict) -> str:
             f"{row['flops'] / seconds / report['peak_flops_per_second']:.0%}",
         )
         lines.append(cells)
-    return f"{caption(report, measured)}\n\n{markdown_table(columns, lines)}"
+    return f"{caption(report, measured)}\n\n{harness.markdown_table(columns, lines)}"
 
 
 def draw(report: dict, file: Path):
@@ -252,7 +237,10 @@ def draw(report: dict, file: Path):
         ):
             axis.plot(budgets, [value(row) for row in rows], "o-", label=OURS)
             axis.axhline(
-                value(baseline), color="grey", linestyle="--", label=f"{BASELINE}, {baseline['num_visual_tokens']}"
+                value(baseline),
+                color="grey",
+                linestyle="--",
+                label=f"{BASELINE}, {baseline['num_visual_tokens']}",
             )
             axis.set(xscale="log", xticks=budgets, xticklabels=budgets, ylabel=label)
             axis.minorticks_off()
@@ -265,16 +253,18 @@ def draw(report: dict, file: Path):
 
 def main(arguments: list[str] | None = None):
     """Measure both stages and print a table of each; the figures are also written where asked."""
-    parser = make_parser(__doc__, rounds=5)
+    parser = harness.make_parser(__doc__, rounds=5)
     parser.add_argument("--plot", type=Path, help="picture of seconds and memory against visual tokens")
-    options = parse_options(parser, arguments, {})
+    options = harness.parse_options(parser, arguments, {})
+    if options.size != "7b":  # what the smaller sizes are for
+        options.device, options.dtype = torch.device("cpu"), "float32"
     size, device = SIZES[options.size], options.device
-    report = {**describe_run(options), "peak_flops_per_second": peak_flops_per_second(device), "stages": []}
+    report = {**harness.describe_run(options), "peak_flops_per_second": peak_flops_per_second(device), "stages": []}
     with tqdm(total=len(STAGES) * (1 + len(size.budgets)) * (3 + options.rounds), unit="step") as progress:
         for stage in STAGES:
             report["stages"].append(measure(size, stage, device, options.rounds, progress))
     print("\n\n".join(table(report, measured) for measured in report["stages"]))
-    write_report(report, options.output)
+    harness.write_report(report, options.output)
     if options.plot:
         draw(report, options.plot)
 

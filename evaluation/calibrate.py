@@ -49,14 +49,8 @@ class Cascade:
 
 def read_questions(json_path: str | Path, image_folder: str | Path) -> list[Chat]:
     """
-    Reads validation questions.
-
-    Args:
-        json_path (`str` or `Path`): JSON list, or JSON lines, of records of any form that training takes.
-        image_folder (`str` or `Path`): Folder of their images.
-
-    Returns:
-        `list[Chat]`: Each with one question and one answer, and its images as paths or bytes.
+    Reads validation questions, records of any form that training takes: each a chat of one question and one answer, and
+    its images as paths or bytes.
 
     Raises:
         ValueError: If a record is not one question about at least one image with its answer, or an image is missing.
@@ -84,13 +78,8 @@ def answer_all(
     max_new_tokens: int = 64,
 ) -> tuple[list[bool], list[float]]:
     """
-    Answers greedily at one budget.
-
-    Args:
-        model ([`DeltaLlavaForConditionalGeneration`]), processor ([`DeltaLlavaProcessor`]): Of one checkpoint.
-        questions (`list[Chat]`): From [`read_questions`].
-        num_visual_tokens (`int`): The budget of every image.
-        batch_size, max_new_tokens (`int`): Questions per batch, and the longest answer.
+    Answers questions of [`read_questions`] greedily, by the model and the processor of one checkpoint, with one budget
+    for every image.
 
     Returns:
         `tuple[list[bool], list[float]]`: Which answers are right, and their mean log-probabilities in nats.
@@ -130,16 +119,14 @@ def cascades(
     small: tuple[list[bool], list[float]], large: list[bool], num_images: list[int], budgets: tuple[int, int]
 ) -> list[Cascade]:
     """
-    The cascades of all thresholds that differ in their answers.
+    The cascades of all thresholds that differ in their answers, from the one that never asks again to the one that asks
+    again whenever it is not certain.
 
     Args:
         small (`tuple[list[bool], list[float]]`): From [`answer_all`] at the smaller budget.
         large (`list[bool]`): Which answers are right at the larger one.
         num_images (`list[int]`): Of each question.
         budgets (`tuple[int, int]`): The smaller and the larger.
-
-    Returns:
-        `list[Cascade]`: From the one that never asks again to the one that asks again whenever it is not certain.
     """
     least_sure_first = sorted(zip(small[1], small[0], large, num_images, strict=True))
     scores = [score for score, *_ in least_sure_first]
@@ -169,13 +156,8 @@ def choose(found: list[Cascade], target_tokens: float) -> Cascade:
 
 def draw(fixed: dict[int, float], found: list[Cascade], chosen: Cascade, budgets: tuple[int, int], output: str | Path):
     """
-    Draws accuracy against visual tokens.
-
-    Args:
-        fixed (`dict[int, float]`): Accuracy, from 0 to 1, of each budget by itself.
-        found (`list[Cascade]`), chosen ([`Cascade`]): For a pair of budgets.
-        budgets (`tuple[int, int]`): The pair.
-        output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
+    Draws accuracy against visual tokens: `fixed`, from 0 to 1, of each budget by itself, and the cascades `found` for a
+    pair of `budgets`, as a picture of a type that matplotlib writes, such as PNG.
     """
     from matplotlib.figure import Figure
 
@@ -213,12 +195,12 @@ def calibrate(
 
     Args:
         checkpoint (`str` or `Path`): Folder, which gets `cascade.json`.
-        json_path, image_folder (`str` or `Path`): See [`read_questions`].
+        json_path, image_folder (`str` or `Path`): JSON list, or JSON lines, of questions, and folder of their images.
         budgets (`tuple[int, int]`): The smaller and the larger budget of the cascade.
         target_tokens (`float`): Largest mean number of visual tokens per image.
         plot (`str` or `Path`, *optional*, defaults to `"cascade.png"`): The picture.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
-        batch_size, max_new_tokens (`int`): See [`answer_all`].
+        batch_size, max_new_tokens (`int`): Questions per batch, and the longest answer.
 
     Returns:
         `str`: A Markdown table of accuracy against visual tokens.

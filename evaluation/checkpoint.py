@@ -44,12 +44,8 @@ def locate(checkpoint: str | Path, revision: str | None = None) -> tuple[Path, s
 
 def check_visual_tokens(config: PreTrainedConfig, num_visual_tokens: list[int], fastv_layer: int | None = None):
     """
-    Checks the numbers of visual tokens per image at which a checkpoint is to be measured.
-
-    Args:
-        config (`PreTrainedConfig`): Of Delta-LLaVA; with FastV, of LLaVA-1.5.
-        num_visual_tokens (`list[int]`): Budgets; with FastV, how many tokens it keeps.
-        fastv_layer (`int`, *optional*): Layer after which FastV drops visual tokens.
+    Checks the budgets at which a checkpoint of Delta-LLaVA is to be measured; or, with `fastv_layer`, how many tokens
+    FastV keeps after that layer of a LLaVA-1.5.
 
     Raises:
         ValueError: If the checkpoint does not allow one of these, has no such layer, or is of another kind.

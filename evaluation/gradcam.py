@@ -256,16 +256,10 @@ def _window_attention(
     attention: nn.MultiheadAttention, queries: torch.Tensor, keys: torch.Tensor, num_patches: int
 ) -> torch.Tensor:
     """
-    Lays the attention weights of all cells out on the patch grid.
+    The attention weights of all cells, laid out on the patch grid: float32 `(G, G)`, on the CPU.
 
-    Args:
-        attention (`nn.MultiheadAttention`): Of the cells, with packed weights.
-        queries (`torch.Tensor` of shape `(1, V, hidden_size)`): One for each cell, row by row of the query grid.
-        keys (`torch.Tensor` of shape `(1, V, num_levels * (G/g)², hidden_size)`): Those that a cell's query sees.
-        num_patches (`int`): G².
-
-    Returns:
-        `torch.Tensor` of shape `(G, G)`, float32, on the CPU.
+    The cells' `attention` has packed weights, `queries` are `(1, V, hidden_size)`, row by row of the query grid, and
+    `keys` `(1, V, num_levels * (G/g)², hidden_size)`, those that a cell's query sees; `num_patches` is G².
     """
     projected = (
         F.linear(tokens[0].float(), weight.float(), bias.float()).unflatten(-1, (attention.num_heads, -1))
@@ -282,15 +276,8 @@ def _window_attention(
 
 def seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size: int) -> torch.Tensor:
     """
-    The vision tower's input as a picture.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(3, height, width)`): One image as the tower gets it.
-        processor ([`DeltaLlavaProcessor`]): The processor that made it.
-        patch_size (`int`): Side of the tower's patches, in pixels.
-
-    Returns:
-        `torch.Tensor` of shape `(height, width, 3)`: float32 in 0 … 1, on the CPU, where whole patches cover the image.
+    The vision tower's input for one image, `(3, height, width)` from the processor, as a picture: `(height, width, 3)`,
+    float32 in 0 … 1, on the CPU, where whole patches of `patch_size` pixels cover the image.
     """
     image_processor = processor.image_processor
     pixels = pixel_values.float().cpu().movedim(0, -1)
@@ -302,11 +289,8 @@ def seen_image(pixel_values: torch.Tensor, processor: ProcessorMixin, patch_size
 
 def draw(explanations: list[GradCam], output: str | Path):
     """
-    Draws explanations of answers to one question about one image, a row for each budget.
-
-    Args:
-        explanations (`list[GradCam]`): In the order of the rows.
-        output (`str` or `Path`): The picture, of a type that matplotlib writes, such as PNG.
+    Draws explanations of answers to one question about one image, a row for each budget, as a picture of a type that
+    matplotlib writes, such as PNG.
 
     Raises:
         ValueError: If the picture's type is unknown.

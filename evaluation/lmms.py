@@ -137,12 +137,7 @@ class DeltaLlava(lmms):
         """
         Answers requests in batches with equal generation arguments, the longest first.
 
-        Args:
-            requests (`list[Instance]`): Each with the context, a function from a document to messages, generation
-                arguments, and the document's number, task and split.
-
-        Returns:
-            `list[str]`: In the order of the requests, each cut before the first of `until`.
+        Returns the answers in the order of the requests, each cut before the first of `until`.
 
         Raises:
             RuntimeError: If documents cannot be answered; the message names the task and the documents.
@@ -173,13 +168,13 @@ class DeltaLlava(lmms):
                 # Its answers end at the end token, as they did in calibration
                 output = generate(self.model, **inputs, **options)
                 self.usage += torch.tensor([output.visual_tokens_used.sum(), len(inputs.get("pixel_values", ()))])
-                texts = self.processor.batch_decode(output.sequences, skip_special_tokens=True)
-                return [cut(text, until) for text in texts]
-            prompt_length = inputs["input_ids"].shape[1]
-            criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
-            pruned = self.fastv_layer is not None
-            with fastv(self.model, self.num_visual_tokens, self.fastv_layer) if pruned else nullcontext():
-                generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
+                generated = output.sequences
+            else:
+                prompt_length = inputs["input_ids"].shape[1]
+                criteria = [UntilStrings(self.processor, until, prompt_length)] if until else []
+                pruned = self.fastv_layer is not None
+                with fastv(self.model, self.num_visual_tokens, self.fastv_layer) if pruned else nullcontext():
+                    generated = self.model.generate(**inputs, **options, stopping_criteria=criteria)[:, prompt_length:]
             texts = self.processor.batch_decode(generated, skip_special_tokens=True)
         except Exception as error:
             # A missing answer must not count as a wrong one
@@ -230,13 +225,8 @@ class UntilStrings(StoppingCriteria):
 
 def generation_options(arguments: dict) -> tuple[dict, list[str]]:
     """
-    Splits a task's generation arguments into those of `generate` and the strings that end an answer.
-
-    Args:
-        arguments (`dict`): `until`, a string or a list of them, and arguments of `generate`.
-
-    Returns:
-        `tuple[dict, list[str]]`: Both. Without a temperature above 0 the answer is greedy.
+    Splits a task's generation arguments into those of `generate` and the strings `until` (one, or a list) that end an
+    answer. Without a temperature above 0 the answer is greedy.
 
     Raises:
         ValueError: If `until` is of another type, or has an empty string.

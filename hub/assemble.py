@@ -32,18 +32,7 @@ from transformers import (
 )
 
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, check_all_loaded
-from .parts import (
-    add_tokens,
-    build_config,
-    build_generation_config,
-    build_processor,
-    check_logits,
-    find_chat_template,
-    join,
-    new_folder,
-    text_logits,
-    write_sources,
-)
+from . import parts
 
 
 def assemble(
@@ -84,36 +73,36 @@ def assemble(
             result does not give the language model's logits. Then nothing is left in `output_dir`.
         OSError: If a folder or repository has no safetensors weights (nothing is unpickled here).
     """
-    with new_folder(output_dir) as folder:
+    with parts.new_folder(output_dir) as folder:
         vision_config = AutoConfig.from_pretrained(vision_tower)
         vision_config = getattr(vision_config, "vision_config", vision_config)
         text_config = AutoConfig.from_pretrained(language_model)
         tokenizer = AutoTokenizer.from_pretrained(language_model)
-        template = find_chat_template(text_config, chat_template, tokenizer)
-        add_tokens(tokenizer)
+        template = parts.find_chat_template(text_config, chat_template, tokenizer)
+        parts.add_tokens(tokenizer)
         config_overrides = {"projector_variant": "residual", "image_size": image_size, **config_overrides}
-        config = build_config(vision_config, text_config, tokenizer, num_visual_tokens, **config_overrides)
-        processor = build_processor(_load_image_processor(vision_tower, image_size), tokenizer, template, config)
-        generation_config = build_generation_config(language_model, text_config, tokenizer, template)
+        config = parts.build_config(vision_config, text_config, tokenizer, num_visual_tokens, **config_overrides)
+        processor = parts.build_processor(_load_image_processor(vision_tower, image_size), tokenizer, template, config)
+        generation_config = parts.build_generation_config(language_model, text_config, tokenizer, template)
 
         options = {"use_safetensors": True, "output_loading_info": True}
         language, info = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype, **options)
         check_all_loaded(info, language_model)
-        expected = text_logits(language, tokenizer)
+        expected = parts.text_logits(language, tokenizer)
         options |= {"config": config.vision_config, "dtype": language.dtype}
         tower, info = AutoModel.from_pretrained(vision_tower, **options)
         check_all_loaded(info, vision_tower)
         set_seed(seed)
-        model = join(config, tower, language)
-        check_logits(model, tokenizer, expected)
+        model = parts.join(config, tower, language)
+        parts.check_logits(model, tokenizer, expected)
         model.generation_config = generation_config
         model.save_pretrained(folder, max_shard_size="5GB")
         processor.save_pretrained(folder)
-        write_sources(folder, vision_tower=vision_tower, language_model=language_model)
+        parts.write_sources(folder, vision_tower=vision_tower, language_model=language_model)
 
         del model, tower, language  # memory is for one language model
         model = DeltaLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        check_logits(model, tokenizer, expected)
+        parts.check_logits(model, tokenizer, expected)
         return model
 
 
@@ -142,13 +131,9 @@ def main(arguments: list[str] | None = None):
     parser.add_argument("--config_overrides", type=json.loads, default={}, help="JSON: fields of DeltaLlavaConfig")
     options = vars(parser.parse_args(arguments))
     model = assemble(**options.pop("config_overrides"), **options)
-    parts = {
-        "vision tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-        "language model": model.model.language_model,
-    }
-    for name, part in parts.items():
-        print(f"{name:15} {sum(weight.numel() for weight in part.parameters()):>14,} parameters")
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        weights = model.model.get_submodule(name).parameters()
+        print(f"{name:22} {sum(weight.numel() for weight in weights):>14,} parameters")
     print(f"Saved to {options['output_dir']}, for {model.config.visual_token_budgets} visual tokens per image.")
 
 

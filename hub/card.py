@@ -136,11 +136,12 @@ def build_card(
 
 def eval_results_yaml(card: ModelCard) -> str:
     """
-    A card's results as a file of `.eval_results/`, where the Hub's benchmarks read them. It replaces `model-index`, the
-    card's own metadata of results.
+    A card's results as a file of `.eval_results/`, where the Hub's benchmarks read them, beside the card's own
+    `model-index`. A data set that was asked with several prompts has one entry here, that of the first.
     """
-    entries = [
-        EvalResultEntry(
+    entries = {}
+    for result in card.data.eval_results or ():
+        entry = EvalResultEntry(
             dataset_id=result.dataset_type,
             task_id=result.dataset_config or "default",
             value=result.metric_value,
@@ -148,9 +149,8 @@ def eval_results_yaml(card: ModelCard) -> str:
             source_name=result.source_name,
             notes=result.metric_name,
         )
-        for result in card.data.eval_results or ()
-    ]
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        entries.setdefault((entry.dataset_id, entry.task_id), entry)
+    return yaml.safe_dump(eval_result_entries_to_yaml(list(entries.values())), sort_keys=False)
 
 
 def _render(data: ModelCardData, fields: dict[str, Any]) -> ModelCard:

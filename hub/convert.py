@@ -45,20 +45,8 @@ from ..llava import fit_spaces, pad_to_square
 from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..weights import check_finite
+from . import parts
 from .layouts import FRESH, Source, StoredTensor, projector_from_released, read_source
-from .parts import (
-    add_tokens,
-    brief_list,
-    build_config,
-    build_generation_config,
-    build_processor,
-    check_logits,
-    find_chat_template,
-    join,
-    new_folder,
-    text_logits,
-    write_sources,
-)
 
 
 __all__ = ["Conversion", "StoredTensor", "convert", "main", "projector_from_released"]
@@ -136,7 +124,7 @@ def convert(
             vocabulary, or an option is missing or contradicts the checkpoint.
     """
     checkpoint = str(checkpoint)
-    with new_folder(output_dir) as folder:
+    with parts.new_folder(output_dir) as folder:
         source = read_source(checkpoint, revision, language_model, vision_tower, projector_variant, chat_template)
         variant = projector_variant or source.projector
         if source.projector == "released" != variant:
@@ -152,11 +140,11 @@ def convert(
         model.generation_config = generation_config
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-        write_sources(folder, **source.sources)
+        parts.write_sources(folder, **source.sources)
         used = {part: [*tensors.values()] for part, tensors in source.parts.items()}
         del model  # memory is for one language model
         model = DeltaLlavaForConditionalGeneration.from_pretrained(folder, dtype="auto")
-        check_logits(model, processor.tokenizer, expected)
+        parts.check_logits(model, processor.tokenizer, expected)
     return Conversion(source.layout, model.config, used, fresh, left)
 
 
@@ -176,11 +164,11 @@ def _configure(
             f"The tokenizer of {checkpoint} cannot be read: {error} A tokenizer.model without a tokenizer.json needs"
             " `pip install sentencepiece protobuf`."
         ) from error
-    template = find_chat_template(source.text_config, chat_template, tokenizer)
-    add_tokens(tokenizer)
+    template = parts.find_chat_template(source.text_config, chat_template, tokenizer)
+    parts.add_tokens(tokenizer)
     # If the tokenizer already had `<image>`, it may be one that swallows the spaces around it
     tokenizer.add_tokens(AddedToken(DeltaLlavaProcessor.image_token, normalized=False), special_tokens=True)
-    config = build_config(
+    config = parts.build_config(
         source.vision_config,
         source.text_config,
         tokenizer,
@@ -197,8 +185,8 @@ def _configure(
             f" {FRESH}"
         )
     image_processor = pad_to_square(source.image_processor) if source.is_padded else source.image_processor
-    processor = build_processor(image_processor, tokenizer, fit_spaces(template, tokenizer), config)
-    return processor, config, build_generation_config(source.text_folder, source.text_config, tokenizer, template)
+    processor = parts.build_processor(image_processor, tokenizer, fit_spaces(template, tokenizer), config)
+    return processor, config, parts.build_generation_config(source.text_folder, source.text_config, tokenizer, template)
 
 
 def _budgets(checkpoint: str, source: Source, variant: str, num_visual_tokens: list[int] | None) -> list[int] | None:
@@ -286,8 +274,8 @@ def _load(
     dtype = sizes.most_common(1)[0][0] if dtype == "auto" else _DTYPES[dtype]
 
     problems = []
-    language = _load_part(AutoModelForCausalLM, source.text_config, source.parts, "language_model", dtype, problems)
-    tower = _load_part(AutoModel, config.vision_config, source.parts, "vision_tower", dtype, problems)
+    language = _load_part(AutoModelForCausalLM, source.text_config, source, "language_model", dtype, problems)
+    tower = _load_part(AutoModel, config.vision_config, source, "vision_tower", dtype, problems)
     stored = source.parts["projector"]
     with torch.device("meta"):
         expected = DeltaProjector(config).state_dict()
@@ -301,7 +289,7 @@ def _load(
         elif tensor.tensor.shape != expected[name].shape:
             problems.append(_misshapen(tensor, expected[name].shape))
     if problems:
-        raise ValueError(f"{checkpoint} cannot be converted: {brief_list(problems, '; ')}.")
+        raise ValueError(f"{checkpoint} cannot be converted: {parts.brief_list(problems, '; ')}.")
     if source.text_config.tie_word_embeddings and (
         language.get_output_embeddings().weight is not language.get_input_embeddings().weight
     ):
@@ -309,10 +297,10 @@ def _load(
             f"lm_head.weight of {checkpoint} differs from the embeddings, though tie_word_embeddings in its config.json"
             " is true."
         )
-    expected_logits = text_logits(language, tokenizer)
+    expected_logits = parts.text_logits(language, tokenizer)
     config.dtype = config.vision_config.dtype = config.text_config.dtype = dtype
     set_seed(seed)
-    model = join(config, tower, language)
+    model = parts.join(config, tower, language)
     projector = {name: tensor.tensor for name, tensor in stored.items()}
     model.model.multi_modal_projector.load_state_dict(projector, strict=False)
     if set(sizes) != {dtype}:
@@ -325,12 +313,12 @@ def _load(
 def _load_part(
     auto_class: type,
     config: PreTrainedConfig,
-    parts: dict[str, dict[str, StoredTensor]],
+    source: Source,
     part: str,
     dtype: torch.dtype,
     problems: list[str],
 ) -> PreTrainedModel:
-    stored = parts[part]
+    stored = source.parts[part]
     with torch.device("meta"):
         model_class = type(auto_class.from_config(config))
     model, info = model_class.from_pretrained(

@@ -257,14 +257,8 @@ def _recognize_projector(
 
 def projector_from_released(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Renames the weights of a published projector.
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`): Weights by their published names, without a checkpoint's prefix
-            `model.mm_projector.`.
-
-    Returns:
-        `dict[str, torch.Tensor]`: The same tensors under names that `DeltaProjector` loads with `strict=True`.
+    Renames the weights of a published projector, whose names lack a checkpoint's prefix `model.mm_projector.`, to those
+    that `DeltaProjector` loads with `strict=True`.
 
     Raises:
         ValueError: If a name is not one of the published projector's.

@@ -39,18 +39,12 @@ POINTER = "checkpoint.json"  # says what the app serves, and marks a Space as ou
 
 def space_files(checkpoint: str, commit: str) -> dict[str, bytes]:
     """
-    All files of a Space, by name.
-
-    Args:
-        checkpoint (`str`): `ORG/NAME` on the Hub.
-        commit (`str`): Its commit to serve.
-
-    Returns:
-        `dict[str, bytes]`: The page, its requirements and examples; README.md and `checkpoint.json`, which name the
-        checkpoint; and `delta_llava/` with the source that the page imports.
+    All files of a Space, by name: the page, its style, requirements and examples; README.md and `checkpoint.json`,
+    which name the checkpoint, `ORG/NAME` on the Hub, and its commit to serve; and `delta_llava/` with the source that
+    the page imports.
     """
     page = PACKAGE / "space"
-    paths = [page / "app.py", page / "requirements.txt", *sorted((page / "examples").iterdir())]
+    paths = [*(page / name for name in ("app.py", "style.css", "requirements.txt")), *sorted(page.glob("examples/*"))]
     card = SpaceCard.load(page / "README.md")
     card.data.models = [checkpoint]
     return {

@@ -64,13 +64,8 @@ class ImageGuard:
 
     def __call__(self, source: str | bytes) -> Image.Image:
         """
-        Open an image.
-
-        Args:
-            source (`str` or `bytes`): An http(s) or `data:` URL, base64, or the bytes of a file.
-
-        Returns:
-            `PIL.Image.Image`: As [`open_image`] returns it: upright, in mode RGB.
+        Open an image, an http(s) or `data:` URL, base64, or the bytes of a file, as [`open_image`] does: upright, in
+        mode RGB.
 
         Raises:
             ValueError: Names the image, and says why it may not be named or cannot be read.

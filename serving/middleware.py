@@ -46,10 +46,9 @@ _REQUEST_ERRORS = (ValueError, TypeError, LookupError, AttributeError, Recursion
 
 @dataclass
 class _Image:
-    """An image of a request: its address, its detail, and where its `data:` URL goes."""
+    """An image of a request: the part that its `data:` URL goes into, its address, its detail and its place."""
 
-    owner: dict[str, Any]
-    key: str
+    part: dict[str, Any]
     source: str
     detail: str | None
     place: str
@@ -346,7 +345,7 @@ class RequestGuard:
                 if not isinstance(detail, str | None) or detail not in self.budget_of_detail:
                     raise _Refusal(f'{found}: detail={detail!r} must be "low", "high" or "auto".')
                 parts.append({"type": kind, "image_url": source})
-                images.append(_Image(parts[-1], "image_url", source, detail, f"{place}[{number}]"))
+                images.append(_Image(parts[-1], source, detail, f"{place}[{number}]"))
             else:
                 raise _Refusal(f"{found}: its type must be one of {', '.join((*_TEXTS, *_IMAGES))}.")
         return parts
@@ -474,10 +473,9 @@ class RequestGuard:
             return f"data:image/{opened.info['format'].lower()};base64,{base64.b64encode(data).decode()}"
 
         for image in images:
-            is_address = isinstance(image.source, str) and image.source[:4].lower() == "http"
-            limiter = self.fetching if is_address else self.opening
+            limiter = self.fetching if image.source[:4].lower() == "http" else self.opening
             try:
-                image.owner[image.key] = await to_thread.run_sync(data_url, image, limiter=limiter)
+                image.part["image_url"] = await to_thread.run_sync(data_url, image, limiter=limiter)
             except ValueError as error:
                 of_all = (
                     f" (the images of a request have at most {self.guard.max_bytes} bytes, {self.guard.max_pixels}"

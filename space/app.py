@@ -264,48 +264,6 @@ def message(text: str = "") -> str:
     return f'<p role="alert">{html.escape(text)}</p>' if text else ""
 
 
-CSS = """
-.gradio-container { max-width: 1280px !important; margin: auto; }
-#head h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
-#head p { margin: 0; color: var(--body-text-color-subdued); }
-#message { min-height: 1.5rem; }
-#message p { margin: 0; padding: .6rem .8rem; border-radius: var(--radius-lg); border-left: 4px solid #e5484d;
-    background: var(--background-fill-primary); overflow-wrap: anywhere; }
-#upload img { width: 100%; height: 100%; object-fit: contain; }
-.buttons button { white-space: nowrap; }
-.side { border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl); padding: 1rem !important; }
-.budget-label { display: block; font-weight: 600; }
-.budget input { appearance: none; width: 100%; height: 1.5rem; margin: .25rem 0 0; background: none; cursor: pointer; }
-.budget input::-webkit-slider-runnable-track { height: 6px; border-radius: 3px;
-    background: var(--border-color-primary); }
-.budget input::-moz-range-track { height: 6px; border-radius: 3px; background: var(--border-color-primary); }
-.budget input::-webkit-slider-thumb { appearance: none; width: 20px; height: 20px; margin-top: -7px;
-    border-radius: 50%; background: var(--color-accent); }
-.budget input::-moz-range-thumb { width: 20px; height: 20px; border: 0; border-radius: 50%;
-    background: var(--color-accent); }
-:is(input, button, [role=log]):focus-visible { outline: 2px solid var(--color-accent); outline-offset: 2px; }
-.ticks { display: flex; justify-content: space-between; font-size: .8rem; color: var(--body-text-color-subdued); }
-.ticks span { width: 20px; display: flex; justify-content: center; }
-.seen { align-items: start; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; border-radius: var(--radius-md); background: var(--border-color-primary); }
-figure path { fill: none; stroke: #fff; stroke-width: 1px; vector-effect: non-scaling-stroke; }
-figcaption, .note { font-size: .8rem; color: var(--body-text-color-subdued); margin: .25rem 0 0; }
-dl { display: grid; gap: .4rem; margin: 0; }
-dt { font-size: .75rem; color: var(--body-text-color-subdued); }
-dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); margin-top: .2rem; }
-.bar div { height: 100%; border-radius: 3px; background: var(--color-accent); transition: width .3s; }
-.chat [role=log] { max-height: 300px; overflow-y: auto; display: flex;
-    flex-direction: column-reverse; } /* shows its end */
-.chat p { margin: .35rem 0; padding: .5rem .75rem; border-radius: var(--radius-lg); overflow-wrap: anywhere;
-    white-space: pre-wrap; width: fit-content; max-width: 90%; }
-.chat .question { margin-left: auto; border: 1px solid var(--border-color-primary); }
-.chat .answer { background: var(--color-accent-soft); font-weight: 600; }
-.chat small { display: block; font-weight: 400; color: var(--body-text-color-subdued); }
-"""
-
-
 def chat(turns: list[dict], side: int) -> str:
     """Questions, and the answers of one side."""
     shown = ""
@@ -465,7 +423,7 @@ def launch(demo: gr.Blocks, **options):
     )
     return demo.launch(
         theme=theme,
-        css=CSS,
+        css_paths=HERE / "style.css",
         footer_links=[],
         run_history=False,  # would leave images and questions in the browser
         enable_monitoring=False,

@@ -69,11 +69,11 @@ class MlpProjector(nn.Module):
             `torch.Tensor` of shape `(batch_size, G², text_hidden_size)`.
 
         Raises:
-            ValueError: If the budget is another than all patches.
+            ValueError: If the budget is not the number of all patches.
         """
         if num_visual_tokens != self.num_patches:
             raise ValueError(
-                f"num_visual_tokens={num_visual_tokens} is nothing that LLaVA-1.5's MLP can give: it makes one token of"
+                f"num_visual_tokens={num_visual_tokens} is not possible with LLaVA-1.5's MLP: it makes one token of"
                 f" each of the {self.num_patches} patches, so the budget must be {self.num_patches}."
             )
         return self.mlp(query_features)

@@ -7,8 +7,10 @@ import subprocess
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from huggingface_hub.utils import httpx
+from PIL import Image
 
 
 def encoded(image, format="PNG", **options):
@@ -16,6 +18,14 @@ def encoded(image, format="PNG", **options):
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def photograph(size=(160, 200)):
+    """Smooth colours with some noise, as photographs have them."""
+    draw = np.random.default_rng(0)
+    rows, columns = (np.sin(np.linspace(0, 6, length))[:, None] for length in size)
+    pixels = 127 + 90 * (rows * columns.T)[..., None] * [1, 0.8, -0.6] + draw.normal(0, 5, (*size, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def data_url(image, format="PNG"):

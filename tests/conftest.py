@@ -1,5 +1,6 @@
 """Tiny backbones of the real architectures, made in place, and what is built from them."""
 
+import subprocess
 import sys
 import threading
 from functools import partial
@@ -23,6 +24,11 @@ from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, De
 # pytest imports the root's __init__.py by the clone's name, and a second copy of the package would register its own
 # classes with transformers
 sys.modules.setdefault(Path(delta_llava.__file__).parent.name, delta_llava)
+
+
+def pytest_collection_modifyitems(items):
+    """Training's long files come first: at the end short ones keep all cores busy."""
+    items.sort(key=lambda item: "train" not in item.path.parts)
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +171,26 @@ def checkpoint(tiny_model, tiny_processor, tmp_path):
     tiny_model().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def in_fresh_process(tmp_path):
+    """`in_fresh_process(code, **variables)`: runs code where there is no Hub and no `delta_llava`; its last line."""
+
+    def run(code, **variables):
+        environment = {"HF_HOME": str(tmp_path / "empty_cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        completed = subprocess.run(
+            [sys.executable, "-c", "import sys; sys.modules['delta_llava'] = None\n" + code],
+            env=environment | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert completed.returncode == 0, completed.stderr[-3000:]
+        return completed.stdout.strip().rpartition("\n")[2]
+
+    return run
 
 
 @pytest.fixture(scope="session")

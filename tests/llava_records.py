@@ -1,9 +1,9 @@
 """Training data in LLaVA's format, for tests to vary."""
 
 
-def turns(*values, speakers=("human", "gpt")):
-    """Turns from the speakers in alternation."""
-    return [{"from": speakers[index % 2], "value": value} for index, value in enumerate(values)]
+def turns(*values):
+    """Turns of questions and answers in alternation."""
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
 
 
 def record(*values, **changes):

@@ -103,8 +103,6 @@ class File:
 class Commit:
     sha: str
     parent: str
-    title: str
-    message: str
     date: str
     files: dict[str, File]
 
@@ -121,7 +119,7 @@ class Repository:
         parent = self.branches.get(branch, "")
         content = json.dumps([parent, title, message, sorted((path, file.oid) for path, file in files.items())])
         sha = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[sha] = Commit(sha, parent, title, message, now(), files)
+        self.commits[sha] = Commit(sha, parent, now(), files)
         self.branches[branch] = sha
         return self.commits[sha]
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from delta_llava.hub import layouts
+
 
 def drawn(name, shape):
     """A weight by its published name, or `input.query_features` or `input.memory_features`."""
@@ -15,6 +17,20 @@ def drawn(name, shape):
         return values
     is_norm = "norm" in name or name.startswith("ln_")
     return 1 + 0.1 * values if is_norm and name.endswith("weight") else 0.05 * values
+
+
+def published_weights(projector):
+    """The projector's weights under the names that the published code gives them."""
+    beginnings = {
+        ours.replace(r"\1", letter): theirs.replace("([qkv])", letter).replace("\\", "")
+        for theirs, ours in layouts._RENAMED.items()
+        for letter in "qkv"
+    }
+    weights = {}
+    for name, weight in projector.state_dict().items():
+        ours = next(beginning for beginning in beginnings if name.startswith(beginning))
+        weights[beginnings[ours] + name.removeprefix(ours)] = weight
+    return weights
 
 
 def assert_parity(projector, num_visual_tokens, file):

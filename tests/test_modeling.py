@@ -134,22 +134,23 @@ def test_static_cache_generates_the_same(tiny_model, tiny_processor, noise):
     assert torch.equal(static, new_tokens(model, inputs))
 
 
+def gradients(model, inputs, run):
+    """Of the loss that `run`, the model or what it is compiled to, gives on these inputs, by the names of weights."""
+    model.zero_grad()
+    run(**inputs).loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
 @pytest.mark.parametrize("variant", ["released", "residual"])
 def test_gradient_checkpointing_gives_the_same_gradients(variant, tiny_model, tiny_processor, noise):
     model = tiny_model(projector_variant=variant, drops=False).train()
     inputs = tiny_processor()(images=noise(1), text="<image> a red circle", return_tensors="pt")
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
-
-    def gradients():
-        model.zero_grad()
-        model(**inputs, labels=labels).loss.backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_id, -100)
     passes = []
     model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
-    expected = gradients()
+    expected = gradients(model, inputs, model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name, gradient in gradients().items():
+    for name, gradient in gradients(model, inputs, model).items():
         torch.testing.assert_close(gradient, expected[name])
     assert len(passes) == 3  # the last backward pass runs it again
     assert any("multi_modal_projector" in name for name in expected) and any(
@@ -307,16 +308,9 @@ def test_one_graph_in_inference_and_training(compilable):
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     inputs["labels"] = inputs["input_ids"]
     model.model.vision_tower.requires_grad_(False)
-    model.train()
-
-    def step(run):
-        model.zero_grad()
-        run(**inputs).loss.backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-    expected = step(model)
+    expected = gradients(model.train(), inputs, model)
     assert any("multi_modal_projector" in name for name in expected)
-    for name, gradient in step(compiled).items():
+    for name, gradient in gradients(model, inputs, compiled).items():
         torch.testing.assert_close(gradient, expected[name])
 
 

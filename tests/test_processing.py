@@ -6,7 +6,6 @@ import os
 import struct
 import sys
 import time
-import warnings
 import zlib
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clients import encoded
+from clients import encoded, photograph
 from PIL import Image, ImageOps
 from transformers import SiglipImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -140,14 +139,6 @@ def test_one_pixel_is_an_image(tiny_processor, tiny_model, mode):
     inputs = tiny_processor()(images=Image.new(mode, (1, 1)), text="<image>", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 48, 48)
     assert tiny_model()(**inputs).logits.isfinite().all()
-
-
-def photograph(size=(160, 200)):
-    """Smooth colours with some noise, as photographs have them."""
-    draw = np.random.default_rng(0)
-    rows, columns = (np.sin(np.linspace(0, 6, length))[:, None] for length in size)
-    pixels = 127 + 90 * (rows * columns.T)[..., None] * [1, 0.8, -0.6] + draw.normal(0, 5, (*size, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def test_an_image_is_the_same_however_it_is_given(tiny_processor, noise, tmp_path, httpserver_url, monkeypatch):
@@ -349,6 +340,8 @@ def test_a_png_with_a_zeroed_tail_or_without_all_rows_is_refused():
         for tail in (b"", bytes(num_bytes)):
             with pytest.raises(ValueError, match=r"damaged|broken|truncated|unrecognized"):
                 open_image(data[:-num_bytes] + tail)
+    with pytest.raises(ValueError, match=r"Cannot read image .*truncated"):
+        open_image(Image.open(io.BytesIO(data[:-5000])))
     assert open_image(png([bytes(30)] * 10, 10, 10)).size == (10, 10)
     for num_rows, is_interlaced in ((5, 0), (9, 0), (5, 1)):
         with pytest.raises(ValueError, match=r"rows of its pixels are missing|truncated"):
@@ -408,37 +401,19 @@ class Endless(BaseHTTPRequestHandler):
 
 
 def test_an_address_without_an_end_is_given_up(http_server, monkeypatch):
-    monkeypatch.setattr(processing_delta_llava, "FETCH_SECONDS", 0.4)
+    monkeypatch.setattr(processing_delta_llava, "FETCH_SECONDS", 1.5)
     monkeypatch.setattr(processing_delta_llava, "MAX_IMAGE_BYTES", 2**24)
     port = http_server(Endless).server_port
     for path, reason in {
         "redirects": "redirects",
         "silence": "timed out",
-        "header": "no whole answer within 0.4 s",
-        "drops": "no whole answer within 0.4 s",
+        "header": "no whole answer within 1.5 s",
+        "drops": "no whole answer within 1.5 s",
         "flood": "it has more than 16777216 bytes",
         "gzip": r"the server sends it compressed \(gzip\), which was not requested",
     }.items():
         with pytest.raises(ValueError, match=rf"Cannot read image http.*/{path}: .*{reason}"):
             open_image(f"http://127.0.0.1:{port}/{path}")
-
-
-def test_an_unreadable_image_is_named(tiny_processor, noise, tmp_path):
-    (tmp_path / "truncated.jpg").write_bytes(encoded(noise(1)[0], "JPEG")[:-700])
-    (tmp_path / "text.png").write_text("not an image")
-    for name in ("truncated.jpg", "text.png", "missing.png", "."):
-        with pytest.raises(ValueError, match=f"Cannot read image {tmp_path / name}: "):
-            tiny_processor()(images=str(tmp_path / name), text="<image>")
-    with pytest.raises(ValueError, match=r"Cannot read image .*truncated\.jpg"):
-        tiny_processor()(images=Image.open(tmp_path / "truncated.jpg"), text="<image>")
-
-
-def test_a_decompression_bomb_is_refused(tiny_processor, tmp_path, monkeypatch):
-    Image.new("1", (200, 200)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"bomb\.png: .*exceeds limit"):
-        warnings.simplefilter("ignore")
-        tiny_processor()(images=str(tmp_path / "bomb.png"), text="<image>")
 
 
 def test_texts_and_images_that_do_not_fit_are_refused(tiny_processor, noise):
@@ -487,16 +462,12 @@ def test_budgets_of_every_integer_kind_are_taken_and_others_refused_by_name(tiny
 @pytest.mark.parametrize(
     ("longer_side", "patch_size", "budgets", "default", "expected"),
     [
-        (48, 14, [1, 4, 9, 16, 36, 64, 144], 144, 16),  # ceil(48 / 14) = 4
-        (56, 14, [1, 4, 9, 16, 36, 64, 144], 144, 16),
-        (57, 14, [1, 4, 9, 16, 36, 64, 144], 144, 36),
         (14, 14, [144, 1, 36], 144, 1),
+        (15, 14, [144, 1, 36], 144, 36),
         (1, 14, [36, 144], 144, 36),
-        (60, 14, [1, 144, 576], 144, 144),
         (16_384, 14, [1, 144, 576], 144, 144),  # no more than the default
         (16_384, 14, [1, 144], 144, 144),  # none is as large as it needs
         (20, 14, [1, 36, 144], 16, 16),  # nor is any that the default allows
-        (9999, 14, [144], 144, 144),
     ],
 )
 def test_auto_is_the_smallest_trained_budget_for_the_patches_of_the_image_itself(
@@ -534,11 +505,6 @@ def test_auto_looks_at_the_picture_as_it_was_opened(tiny_processor, noise, tmp_p
     assert (planned.num_image_tokens, planned.num_image_patches) == (expected, [1] * len(images))
     mixed = ["auto", 9, "auto"]
     assert processor(images=images[:3], text="<image>" * 3, num_visual_tokens=mixed)["num_visual_tokens"] == [1, 9, 9]
-    chat = with_image(images[3])
-    for options in ({"processor_kwargs": {"num_visual_tokens": "auto"}}, {"num_visual_tokens": "auto"}):
-        assert processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)["num_visual_tokens"] == [
-            16
-        ]
     assert set(processor(text="hi", num_visual_tokens="auto")) == {"input_ids", "attention_mask"}
     for default in (1, 16, 36):
         processor.num_visual_tokens = default
@@ -611,11 +577,6 @@ def test_each_row_s_images_share_the_total(tiny_processor, noise):
                 inputs = processor(images=given, text=texts, padding=True, return_tensors="pt", **named)
                 assert inputs["num_visual_tokens"].tolist() == [16, 9, 9, 36]
                 assert placeholders(processor, inputs) == [34, 0, 36]
-    chat = with_image(images[0])
-    for options in ({"processor_kwargs": {"total_visual_tokens": 20}}, {"total_visual_tokens": 20}):
-        assert processor.apply_chat_template(chat, tokenize=True, return_dict=True, **options)["num_visual_tokens"] == [
-            16
-        ]
     for row in (None, [], [[]]):
         assert set(processor(images=row, text=["hi"], total_visual_tokens=4)) == {"input_ids", "attention_mask"}
     assert processor(images=[rows[0]], total_visual_tokens=40)["num_visual_tokens"] == [16, 9, 9]
@@ -667,12 +628,14 @@ def test_an_argument_that_nobody_knows_is_refused(tiny_processor, noise):
 
 
 @pytest.mark.parametrize(
-    "options", [{"processor_kwargs": {"num_visual_tokens": 16}}, {"num_visual_tokens": 16}], ids=str
+    ("named", "budget"),
+    [({"num_visual_tokens": 16}, 16), ({"num_visual_tokens": "auto"}, 9), ({"total_visual_tokens": 20}, 16)],
 )
-def test_an_argument_beside_the_template_s_leaves_the_others_in_force(tiny_processor, noise, options):
-    processor, chat = tiny_processor(), with_image(noise(1)[0])
-    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, padding=True, **options)
-    assert placeholders(processor, inputs) == [16]
+def test_a_chat_takes_a_budget_beside_other_arguments(tiny_processor, noise, named, budget):
+    processor, chat = tiny_processor(), with_image(noise(1, size=(9, 12))[0])
+    for options in ({"processor_kwargs": named}, named):
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, padding=True, **options)
+        assert inputs["num_visual_tokens"] == placeholders(processor, inputs) == [budget]
 
 
 @pytest.mark.parametrize(

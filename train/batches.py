@@ -47,11 +47,8 @@ def skip_breaks(processor: ProcessorMixin) -> ProcessorMixin:
 
 def break_special_tokens(messages: list[dict], processor: ProcessorMixin) -> list[dict]:
     """
-    Write a `BREAK` into every special token that a text spells out, so that it is encoded as plain text.
-
-    Args:
-        messages (`list[dict]`): A chat whose contents are lists of parts.
-        processor ([`DeltaLlavaProcessor`]): What [`skip_breaks`] returns.
+    Write a `BREAK` into every special token that a text of a chat spells out, so that it is encoded as plain text by a
+    processor of [`skip_breaks`]. The contents of the chat are lists of parts.
 
     Raises:
         `ValueError`: The tokenizer finds its special token all the same.
@@ -85,17 +82,11 @@ def cut_positions(
     conversations: list[list[dict]], processor: ProcessorMixin, chat_template: str | None = None
 ) -> list[list[tuple[int, int, int]]]:
     """
-    Where conversations may be cut: after each of their answers.
+    Where conversations, chats whose contents are lists of parts, may be cut: after each of their answers.
 
-    Args:
-        conversations (`list[list[dict]]`): Chats whose contents are lists of parts.
-        processor ([`DeltaLlavaProcessor`]): What [`skip_breaks`] returns.
-        chat_template (`str`, *optional*): As the [`Collator`] has it.
-
-    Returns:
-        `list[list[tuple[int, int, int]]]`: For each conversation, the messages, tokens (an image counts as one) and
-        images up to each cut. The last cut is the whole conversation; it is the only one if the template does not
-        separate the answers.
+    Takes a processor of [`skip_breaks`] and the chat template of the [`Collator`]. Returns for each conversation the
+    messages, tokens (an image counts as one) and images up to each cut. The last cut is the whole conversation; it is
+    the only one if the template does not separate the answers.
     """
     with template_lock:
         tokens = processor.tokenizer.apply_chat_template(
@@ -130,13 +121,9 @@ def last_fitting_cut(
     max_length: int | None,
 ) -> tuple[int, int, int] | None:
     """
-    The last cut that leaves an answer to learn and at most `max_length` tokens, or `None`.
-
-    Args:
-        cuts (`list[tuple[int, int, int]]`): Those of a conversation, as [`cut_positions`] returns them.
-        messages (`list[dict]`), loss (`list[bool]`, *optional*): The conversation, and which of its messages count.
-        num_visual_tokens (`int`): Tokens of one image.
-        max_length (`int`, *optional*): Most tokens of a row; `None` for any number.
+    The last of a conversation's [`cut_positions`] that leaves an answer to learn and at most `max_length` tokens
+    (`None`: any number), with `num_visual_tokens` for each image; `None` if there is none. `loss` says which messages
+    count.
     """
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     first = next((index for index in answers if loss is None or loss[index]), -1)

@@ -130,20 +130,7 @@ def _fix_all(
 
 
 def fix(record: Any, fault: dict[str, Any], image_folder: str | Path) -> dict[str, Any] | None:
-    """
-    Fix a bad record if that needs no guess.
-
-    Args:
-        record:
-            A bad record.
-        fault (`dict`):
-            Its line of `bad_records.jsonl`.
-        image_folder (`str` or `Path`):
-            Folder of its images.
-
-    Returns:
-        `dict`, *optional*: A record without this fault; `None` if that would need a guess.
-    """
+    """The record without the fault of its line in `bad_records.jsonl`, or `None` if a fix would need a guess."""
     if not isinstance(record, dict):
         return None
     key = "images" if record.get("images") is not None else "image"

@@ -271,7 +271,8 @@ def check_llava_json(
     images_key = _digest(checking_code(), str(root))
     code = [Path(file).read_text(encoding="utf-8") for file in (__file__, records_module.__file__)]
     file = cache / f"records-{_digest(*code, images_key, content, str(require_images))}.arrow"
-    _cache_records(read, root, partial(parse_record, require_images=require_images), file)
+    if not file.is_file():  # a cache of read-only files serves too
+        _cache_records(read, root, partial(parse_record, require_images=require_images), file)
     records = read_table(file)
     with open(file.with_suffix(".jsonl"), encoding="utf-8") as lines:
         num_unreadable = sum(1 for _ in lines)
@@ -459,7 +460,9 @@ def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: C
                 images, notes = [], list(chat.notes)
                 for number, image in enumerate(chat.images):
                     if isinstance(image, str):
-                        images.append({"path": _path_in_folder(image, root)})
+                        if root is None:
+                            raise BadRecord(f"image {image} is a file, but no image_folder is named", "missing", image)
+                        images.append({"path": os.path.join(root, image)})
                     else:
                         images.append(image)
                         notes += _check_embedded_image(image, number, scratch)
@@ -475,12 +478,6 @@ def _write_records(read: Callable[[], Iterator[Any]], root: str | None, parse: C
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
                 rows, num_bytes = [], 0
         writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-
-
-def _path_in_folder(name: str, root: str | None) -> str:
-    if root is None:
-        raise BadRecord(f"image {name} is a file, but no image_folder is named", "missing", name)
-    return os.path.join(root, name)
 
 
 def _check_embedded_image(image: dict[str, Any], number: int, scratch: str) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,9 @@ class History(TrainerCallback):
     num_rows: int | None
     model_name_or_path: str
     revision: str | None = None
+    versions: dict[str, str] = field(  # those that train, not those that are installed when the log is written
+        init=False, default_factory=lambda: {package: importlib.metadata.version(package) for package in PACKAGES}
+    )
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.time()
@@ -149,7 +152,7 @@ class History(TrainerCallback):
             "num_rows": self.num_rows,
             "num_processes": args.world_size,
             "batch_size": state.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+            "versions": self.versions,
             "log_history": [*state.log_history, *more],
         }
         file.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")

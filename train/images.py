@@ -116,15 +116,9 @@ def _locate_image(
 
 def similar_files(path: str, root: str) -> list[str]:
     """
-    Find the files that the path of a missing image may mean.
+    Paths in `root` that the path of a missing image, in `root` or absolute, may mean.
 
-    Args:
-        path (`str`): The image's path, in `root` or absolute.
-        root (`str`): The image folder.
-
-    Returns:
-        `list[str]`: Paths in `root` that differ from the missing one only in letter case, slashes or Unicode form; if
-        there are none, those that also differ in the suffix.
+    They differ from it only in letter case, slashes or Unicode form; if there are none, also in the suffix.
     """
     *folders, name = [part for part in re.split(r"[\\/]", image_name(path, root)) if part not in ("", ".")] or [""]
     places = [root]

@@ -26,13 +26,10 @@ MACHINES = {
 
 def recipe_memory(file: Path) -> dict[str, int]:
     """
-    Bytes on each GPU with full rows: `max_length` tokens each, with one image and a loss on all text.
+    Bytes on each GPU with full rows, `max_length` tokens each, with one image and a loss on all text: the sum that
+    [`~delta_llava.costs.training_memory`] gives for each of `MACHINES`.
 
-    Args:
-        file (`Path`): A recipe; its folder names the language model, and the tower is CLIP-L/336.
-
-    Returns:
-        `dict[str, int]`: The sum that [`~delta_llava.costs.training_memory`] gives, for each of `MACHINES`.
+    The recipe's folder names the language model; the tower is CLIP-L/336.
 
     Raises:
         ValueError: The recipe lacks a value, or its language model is unknown.
@@ -80,6 +77,8 @@ def main(arguments: list[str] | None = None):
     print(f"|---|---|{'---|' * len(MACHINES)}")
     by_stage = {file: (file.parent.name, file.stem != "pretrain", file.stem) for file in RECIPES.glob("*/*.yaml")}
     for file in sorted(by_stage, key=by_stage.get):
+        if not file.stem.startswith(("pretrain", "finetune")):
+            raise ValueError(f"{file}: a recipe's name must start with its stage, pretrain or finetune.")
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         sizes = [num_bytes / 2**30 for num_bytes in recipe_memory(file).values()]
         columns = [f"{gib:.1f}{' ✗' * (gib > options.budget_gib)}" for gib in sizes]

@@ -32,12 +32,8 @@ def report(
     """
     Print what a run of this recipe would do and cost, with as many processes as have been launched.
 
-    Args:
-        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe.
-        model ([`DeltaLlavaForConditionalGeneration`]): On `meta`, with `requires_grad` set as for training.
-        rows (`Dataset` or `IterableDataset`): What is trained on. The first rows of a stream represent all.
-        collator ([`Collator`]): Makes the batches.
-        adapters (`LoraConfig`, *optional*): Those to be added to the model.
+    The `model` is on `meta`, with `requires_grad` set as for training, and without the `adapters`, which are added
+    here. The first rows of a stream represent all.
 
     Raises:
         `ValueError`: Among the sampled rows, one has no labels or is too long.

@@ -175,14 +175,10 @@ def _readable(value: Any) -> Any:
 
 def check_recipe(recipe: Recipe, is_stage_1: bool = False) -> DeltaLlavaConfig:
     """
-    Check whatever can be checked of a recipe before data and weights are loaded.
+    Check whatever can be checked of a recipe before data and weights are loaded. (Stage 1 has no adapters.)
 
-    Args:
-        recipe ([`Recipe`]): What [`parse_recipe`] returns. Its `num_visual_tokens` become the budgets to draw.
-        is_stage_1 (`bool`, *optional*, defaults to `False`): Whether it is of stage 1, which has no adapters.
-
-    Returns:
-        [`DeltaLlavaConfig`]: The model's configuration, with the budgets to be trained.
+    Returns the model's configuration, with the budgets to be trained; the recipe's `num_visual_tokens` become the
+    budgets to draw.
 
     Raises:
         `ValueError`: The model's patch grid does not allow a budget, or options are missing, exclude each other, have

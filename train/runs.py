@@ -112,14 +112,8 @@ def _lock(folder: Path) -> int:
 
 def why_incomplete(checkpoint: Path) -> str | None:
     """
-    Why a run cannot resume from a checkpoint: a file is missing, has changed, or was never written.
-
-    Args:
-        checkpoint (`Path`): Folder that [`~delta_llava.train.trainer.DeltaLlavaTrainer`] has written, possibly under
-            FSDP or DeepSpeed.
-
-    Returns:
-        `str`: The reason; `None` if the checkpoint is complete.
+    Why a run cannot resume from a checkpoint of [`~delta_llava.train.trainer.DeltaLlavaTrainer`], possibly under FSDP
+    or DeepSpeed: a file is missing, has changed, or was never written. `None` if it is complete.
     """
     manifest = _manifest(checkpoint)
     if manifest is None:
@@ -302,17 +296,10 @@ def configured_run(
     stage: str, recipe: Recipe, budgets: list[int], rows: Dataset | IterableDataset, checkpoint: str | None
 ) -> dict[str, Any]:
     """
-    How every checkpoint describes the run that writes it: a new run, or the run that a checkpoint continues.
+    How every checkpoint describes the run that writes it: a new run, or the run that a complete `checkpoint` continues.
 
     All settings are compared: options, processes, budgets, data and model. Data and model are compared by digests of
     their files' contents, wherever they lie: the sources whole, and texts and images of up to 1,000 rows.
-
-    Args:
-        stage (`str`): `pretrain` or `finetune`.
-        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe.
-        budgets (`list[int]`): Those that are trained.
-        rows (`Dataset` or `IterableDataset`): What is trained on.
-        checkpoint (`str`, *optional*): A complete one to resume from.
 
     Returns:
         `dict[str, Any]`: `id`; `settings`; `recipe`, as published, which says what has changed at which step; and

@@ -90,17 +90,10 @@ def load_rows(
     recipe: Recipe, collator: Collator, config: DeltaLlavaConfig, is_stage_1: bool = False
 ) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
-    The rows to train on and the rows held out, as the recipe names them.
+    The rows to train on and the rows held out, as the recipe names them and [`DeltaLlavaTrainer`] takes them.
 
-    Args:
-        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe.
-        collator ([`Collator`]): Will make their batches.
-        config ([`DeltaLlavaConfig`]): With the budgets to be trained.
-        is_stage_1 (`bool`, *optional*, defaults to `False`): Whether every record must have an image, one question and
-            one answer.
-
-    Returns:
-        `tuple[Dataset | IterableDataset, Dataset | None]`: What [`DeltaLlavaTrainer`] takes.
+    `collator` will make their batches, for the budgets in `config`. In stage 1 every record must have an image, one
+    question and one answer.
 
     Raises:
         `ValueError`: A record is bad, no row fits into `max_length`, there are fewer rows than are to be held out, or
@@ -171,11 +164,9 @@ def load_rows(
 
 def load_model(recipe: Recipe, config: DeltaLlavaConfig) -> DeltaLlavaForConditionalGeneration:
     """
-    The model to train, in the dtype that mixed precision computes in and quantized if asked; on `meta` in a dry run.
+    The model to train, with the configuration that [`check_recipe`] returns; on `meta` in a dry run.
 
-    Args:
-        recipe ([`~delta_llava.train.recipe.Recipe`]): The recipe, whose `bf16` and `fp16` decide the dtype.
-        config ([`DeltaLlavaConfig`]): What [`check_recipe`] returns.
+    It has the dtype that mixed precision computes in, which `bf16` and `fp16` decide, and is quantized if asked.
     """
     training_args, model_args = recipe.training, recipe.model
     dtype = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else torch.float32
@@ -195,11 +186,8 @@ def load_model(recipe: Recipe, config: DeltaLlavaConfig) -> DeltaLlavaForConditi
 
 def lora_config(model: DeltaLlavaForConditionalGeneration, model_args: ModelConfig) -> LoraConfig:
     """
-    Adapters on the linear layers of the language model; the projector is trained in full and saved with them.
-
-    Args:
-        model ([`DeltaLlavaForConditionalGeneration`]): The model to adapt.
-        model_args (`ModelConfig`): `lora_target_modules` names layers of the language model; by default all.
+    Adapters on linear layers of the language model, those that `lora_target_modules` names or all; the projector is
+    trained in full and saved with them.
 
     Raises:
         `ValueError`: The language model has no layer of a name that `lora_target_modules` lists.

@@ -21,7 +21,7 @@ STATIC, COMPILED = replace(EAGER, decoding="static"), replace(EAGER, decoding="c
 
 @pytest.fixture(scope="module")
 def models():
-    return inference.make_models(TINY, BUDGETS, CPU, torch.float32)
+    return inference.harness.make_models(TINY, BUDGETS, CPU, torch.float32)
 
 
 def make_contestants(models, request=EAGER, batch_size=2, budgets=BUDGETS):
@@ -94,7 +94,7 @@ def test_the_table_has_medians_and_the_papers_ratio_beside_its_own_figures_only(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_that_is_held_has_the_bytes_that_are_reported(dtype, request_):
     request_ = replace(request_, dtype=dtype)
-    models = inference.make_models(TINY, BUDGETS, CPU, dtype)
+    models = inference.harness.make_models(TINY, BUDGETS, CPU, dtype)
     for contestant, row in zip(make_contestants(models, request_), measure(models, request_), strict=True):
         cache = contestant.answer()[1]
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

@@ -92,7 +92,7 @@ def test_agreement_is_checked_at_the_precision_of_the_dtype(projectors, features
 def test_nothing_is_timed_where_the_two_disagree(config, monkeypatch):
     others = benchmark.with_torchs_attention
     monkeypatch.setattr(benchmark, "with_torchs_attention", lambda *inputs: 1.1 * others(*inputs))
-    monkeypatch.setattr(benchmark, "seconds_of", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(benchmark.harness, "seconds_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match=r"At num_visual_tokens=36 .* differ by 0\.09"):
         next(benchmark.measure(config, (36, 9), 1, CPU, torch.float32, rounds=1))
 
@@ -103,7 +103,7 @@ def test_projectors_take_turns(config, monkeypatch):
     def noted(*arguments):
         steps = make_steps(*arguments)
         names = {step: key for key, step in steps.items()}
-        monkeypatch.setattr(benchmark, "seconds_of", lambda step, device: turns.append(names[step]) or 1.0)
+        monkeypatch.setattr(benchmark.harness, "seconds_of", lambda step, device: turns.append(names[step]) or 1.0)
         return steps
 
     monkeypatch.setattr(benchmark, "make_steps", noted)

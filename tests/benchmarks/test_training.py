@@ -69,7 +69,7 @@ def test_rows_take_turns_and_recompute_as_in_training(monkeypatch):
         turns.append((contestant.name, contestant.inputs.get("num_visual_tokens", 144)))
         return 1.0
 
-    monkeypatch.setattr(training, "seconds_of", seconds_of)
+    monkeypatch.setattr(training.harness, "seconds_of", seconds_of)
     training.measure(TINY, 1, CPU, rounds=2, progress=tqdm(disable=True))
     assert turns == 2 * CONTESTANTS
 

@@ -4,6 +4,7 @@ import json
 from math import inf
 
 import pytest
+from llava_records import record
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
 from delta_llava.cascade import generate, generate_scored, read_calibration
@@ -36,8 +37,7 @@ def validation(tmp_path, noise):
         records = []
         for index, (image, answer) in enumerate(zip(noise(len(answers), size=(4, 4)), answers, strict=True)):
             image.save(tmp_path / f"images/{index}.png")
-            turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": answer}]
-            records.append({"id": index, "image": f"{index}.png", "conversations": turns})
+            records.append(record("<image>\nWhat?", answer, image=f"{index}.png"))
         (tmp_path / "validation.json").write_text(json.dumps(records))
         return tmp_path / "validation.json"
 

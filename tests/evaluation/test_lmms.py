@@ -14,6 +14,7 @@ pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own
 
 import evaluate
 import torch
+from clients import greedy_tokens
 from lmms_eval import evaluator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import ConfigurableMessagesTask
@@ -107,18 +108,8 @@ def batches(model, monkeypatch):
 def test_answers_are_those_of_each_question_alone_in_the_order_asked(model, docs, answers):
     alone = []
     for doc in docs:
-        chat = [{"type": "image", "image": image} for image in doc["images"]] + [
-            {"type": "text", "text": doc["question"]}
-        ]
-        inputs = model.processor.apply_chat_template(
-            [{"role": "user", "content": chat}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        generated = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        alone.append(model.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        tokens = greedy_tokens(model.model, model.processor, doc["images"], doc["question"])
+        alone.append(model.processor.decode(tokens, skip_special_tokens=True))
     assert len(set(alone)) >= 6  # else the order would not matter
     for batch_size in (1, 4, 7):
         model.batch_size = batch_size

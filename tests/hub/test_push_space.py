@@ -16,7 +16,7 @@ from delta_llava.hub.push_space import SOURCES, main
 
 MODEL, SPACE = "org/delta-llava-7b", "org/what-a-token-buys"
 PACKAGE = Path(delta_llava.__file__).parent
-PAGE = {"README.md", "app.py", "requirements.txt", "checkpoint.json"}
+PAGE = {"README.md", "app.py", "style.css", "requirements.txt", "checkpoint.json"}
 ARGUMENTS = ["--checkpoint", MODEL, "--repo_id", SPACE]
 
 

@@ -34,15 +34,11 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_config, tiny_processor, noise, tmp_path_factory):
+def folder(tiny_model, tiny_processor, noise, tmp_path_factory):
     """A folder as README's commands expect it, with a tiny checkpoint that says other things of other images."""
     folder = tmp_path_factory.mktemp("serve")
-    processor = tiny_processor()
-    torch.manual_seed(0)
-    model = DeltaLlavaForConditionalGeneration(tiny_config()).eval()
+    model, processor = tiny_model(), tiny_processor()
     with torch.no_grad():
-        model.model.multi_modal_projector.mlp[-1].weight.mul_(50)
-        model.lm_head.weight.mul_(10)
         for token in range(320):  # of half a character a stream says nothing
             text = processor.tokenizer.decode(token)
             if not (text and text.isascii() and text.isprintable()):
@@ -190,17 +186,12 @@ def test_what_a_client_may_not_name_is_a_bad_request(client, folder, server):
 
 
 def test_what_transformers_refuses_is_in_openai_s_form(client, noise):
-    with pytest.raises(openai.BadRequestError, match=r"Unexpected fields .*num_visual_tokens"):
-        ask(client, noise(1), extra_body={"num_visual_tokens": 36})
-    with pytest.raises(openai.BadRequestError, match=r"serves only .*, not 'another'"):
-        client.chat.completions.create(model="another", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.BadRequestError, match="did you mean num_visual_tokens"):
         ask(client, noise(1), extra_body={"chat_template_kwargs": {"num_visual_token": 36}})
     with pytest.raises(openai.BadRequestError, match="<image>"):
         client.chat.completions.create(
             model="demo/out/checkpoint", messages=[{"role": "user", "content": "What is <image>?"}]
         )
-    assert [model.id for model in client.models.list()] == ["demo/out/checkpoint"]
 
 
 def test_an_answer_ends_where_the_context_does(client):

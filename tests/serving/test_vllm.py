@@ -25,8 +25,6 @@ from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 
-import delta_llava
-
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
@@ -97,13 +95,10 @@ def command(checkpoint, *options):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_config, tiny_processor, tmp_path_factory):
+def checkpoint(tiny_model, tiny_processor, tmp_path_factory):
     """A tiny one, to whose answers every visual token, and its place, matters."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = delta_llava.DeltaLlavaForConditionalGeneration(tiny_config()).eval()
+    folder, model = tmp_path_factory.mktemp("checkpoint"), tiny_model()
     with torch.no_grad():
-        model.model.multi_modal_projector.mlp[-1].weight.mul_(50)
         for weight in model.model.language_model.layers.parameters():
             weight.mul_(8 if weight.dim() == 2 else 1)
     model.save_pretrained(folder)

@@ -16,7 +16,7 @@ from delta_llava.study.projectors import (
     ResamplerProjector,
     TokenPackerProjector,
 )
-from delta_llava.train import pretrain
+from delta_llava.train import pretrain, stage
 
 
 ELASTIC = (AveragePoolingProjector, TokenPackerProjector, ResamplerProjector)
@@ -218,13 +218,13 @@ def test_stage_1_trains_it(tiny_config, tiny_processor, noise, tmp_path, monkeyp
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
-    models, load_model = [], pretrain.load_model
+    models, load_model = [], stage.load_model
 
     def load_with_comparator(*arguments):
         models.append(placed(load_model(*arguments), kind))
         return models[0]
 
-    monkeypatch.setattr(pretrain, "load_model", load_with_comparator)
+    monkeypatch.setattr(stage, "load_model", load_with_comparator)
     pretrain.main(["--config", str(tmp_path / "recipe.yaml")])
     projector = models[0].model.multi_modal_projector
     saved = load_file(tmp_path / "out" / "model.safetensors")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from llava_records import record
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from delta_llava import DeltaLlavaForConditionalGeneration
 from delta_llava.hub.convert import convert
@@ -15,10 +15,10 @@ from delta_llava.train import finetune
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory, tiny_tokenizer):
+def llava(tmp_path_factory, tiny_processor):
     """A toy LLaVA-1.5 in llava-hf's layout, converted: weights wide enough for its images to sway what it says."""
     folder = tmp_path_factory.mktemp("llava")
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_processor().tokenizer
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
     language_model = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -31,8 +31,7 @@ def llava(tmp_path_factory, tiny_tokenizer):
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder / "llava-hf")
     tokenizer.save_pretrained(folder / "llava-hf")
-    size = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
-    CLIPImageProcessor(**size).save_pretrained(folder / "llava-hf")
+    tiny_processor().image_processor.save_pretrained(folder / "llava-hf")
     convert(folder / "llava-hf", folder / "converted")
     return folder / "converted"
 

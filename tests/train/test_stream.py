@@ -6,6 +6,7 @@ import shutil
 import tarfile
 
 import pytest
+from clients import encoded
 from datasets import Dataset, Features, Image, List, Value
 from datasets.distributed import split_dataset_by_node
 from llava_records import turns
@@ -23,10 +24,8 @@ def add(shard, name, content):
     shard.addfile(entry, io.BytesIO(content))
 
 
-def encoded(colour):
-    file = io.BytesIO()
-    PilImage.new("RGB", (20, 30), colour).save(file, "PNG")
-    return file.getvalue()
+def png(colour):
+    return encoded(PilImage.new("RGB", (20, 30), colour))
 
 
 def conversation(text, placeholder="<image>\n"):
@@ -50,7 +49,7 @@ def shards(tmp_path):
                     record = {"id": index if index % 2 else f"r{index}", "conversations": text}
                     if has_image:
                         record["image"] = ["a.png"] if index % 3 else "a.png"
-                        content = b"no image" if index in broken else encoded((index * 8, 0, 0))
+                        content = b"no image" if index in broken else png((index * 8, 0, 0))
                         add(shard, f"{index:04}.{'jpg' if index % 6 == 5 else 'png'}", content)
                     add(shard, f"{index:04}.json", json.dumps(record).encode())
                     if index % 6 == 4:
@@ -74,7 +73,7 @@ def test_rows_come_from_tar_files_with_their_images(shards, tmp_path, tiny_proce
     (tmp_path / "several").mkdir()
     with tarfile.open(tmp_path / "several" / "train.tar", "w") as shard:
         for number in (2, 0, 1):
-            add(shard, f"0.{number}.png", encoded((number, 0, 0)))
+            add(shard, f"0.{number}.png", png((number, 0, 0)))
         record = {"id": 0, "conversations": conversation("None.", "<image>\n" * 3)}
         add(shard, "0.json", json.dumps(record).encode())
     batches = StreamedBatches(
@@ -92,9 +91,9 @@ def test_rows_come_from_tar_files_with_their_images(shards, tmp_path, tiny_proce
 @pytest.mark.parametrize("content", [b"[1]", None])
 def test_a_sample_that_is_no_record_is_named(tmp_path, tiny_processor, content):
     with tarfile.open(tmp_path / "train.tar", "w") as shard:
-        add(shard, "0.png", encoded("red"))
+        add(shard, "0.png", png("red"))
         add(shard, "0.json", json.dumps({"id": 0, "conversations": conversation("Red.")}).encode())
-        add(shard, "1.png", encoded("red"))
+        add(shard, "1.png", png("red"))
         if content:
             add(shard, "1.json", content)
     with pytest.raises(ValueError, match=r"Record '1' of .*: the record is a .*, not an object with id"):
@@ -106,7 +105,7 @@ def test_a_sample_that_is_no_record_is_named(tmp_path, tiny_processor, content):
 def test_other_forms_stream_with_their_loss_and_what_is_ignored(tmp_path, tiny_processor):
     part = {"type": Value("string"), "text": Value("string"), "image": Image()}
     message = {"role": Value("string"), "content": List(part), "weight": Value("int64")}
-    photo = {"bytes": encoded("red"), "path": None}
+    photo = {"bytes": png("red"), "path": None}
 
     def say(role, text, image=None, weight=None):
         images = [{"type": "image", "image": image}] if image else []
@@ -145,7 +144,7 @@ def test_a_stream_has_to_carry_its_images(tmp_path, tiny_processor):
 def test_rows_come_from_parquet_files_with_lists_of_images(tmp_path, tiny_processor):
     turn = {"from": Value("string"), "value": Value("string")}
     features = Features({"id": Value("int64"), "photos": List(Image()), "conversations": List(turn)})
-    photo = {"bytes": encoded("red"), "path": None}
+    photo = {"bytes": png("red"), "path": None}
     records = [
         {"id": 1, "photos": [photo, photo], "conversations": conversation("Red.", "<image>\n<image>\n")},
         {"id": 2, "photos": [], "conversations": conversation("None.", "")},
