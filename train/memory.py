@@ -32,8 +32,11 @@ def recipe_memory(file: Path) -> dict[str, int]:
     The recipe's folder names the language model; the tower is CLIP-L/336.
 
     Raises:
-        ValueError: The recipe lacks a value, or its language model is unknown.
+        ValueError: The recipe's name has no stage, it lacks a value, or its language model is unknown.
     """
+    stage = file.stem.partition("-")[0]
+    if stage not in ("pretrain", "finetune"):
+        raise ValueError(f"{file}: a recipe's name must start with its stage, pretrain or finetune.")
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     uses_lora = recipe.get("use_peft", False)
     needed = {"num_visual_tokens", "per_device_train_batch_size", "max_length"} | ({"lora_r"} if uses_lora else set())
@@ -44,7 +47,7 @@ def recipe_memory(file: Path) -> dict[str, int]:
     if not budgets:
         raise ValueError(f"{file} names no number in num_visual_tokens, without which its memory cannot be computed.")
     config = recipe_config(file.parent.name)
-    trains_all = file.stem != "pretrain" and not uses_lora
+    trains_all = stage == "finetune" and not uses_lora
     return {
         machine: training_memory(
             config,
@@ -77,8 +80,6 @@ def main(arguments: list[str] | None = None):
     print(f"|---|---|{'---|' * len(MACHINES)}")
     by_stage = {file: (file.parent.name, file.stem != "pretrain", file.stem) for file in RECIPES.glob("*/*.yaml")}
     for file in sorted(by_stage, key=by_stage.get):
-        if not file.stem.startswith(("pretrain", "finetune")):
-            raise ValueError(f"{file}: a recipe's name must start with its stage, pretrain or finetune.")
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
         sizes = [num_bytes / 2**30 for num_bytes in recipe_memory(file).values()]
         columns = [f"{gib:.1f}{' ✗' * (gib > options.budget_gib)}" for gib in sizes]
