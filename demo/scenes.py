@@ -124,6 +124,12 @@ def render(layout, rng, design, crop=atlases.crop):
     return picture.clip(0, 255).astype(np.uint8)
 
 
+def count(layout, group):
+    """How many things of a group are in a scene, as a word of `COUNTS`, whose last means that many or more."""
+    number = sum(GROUP_OF[placed.thing] == group for placed in layout)
+    return COUNTS[min(number, len(COUNTS) - 1)]
+
+
 def tell(layout):
     """The scene in words, e.g. "a1 cat, c1 big bus, b2 pear", in the order of `PLACES`; "nothing" if it is empty."""
     return ", ".join(map(str, layout)) or "nothing"
@@ -188,11 +194,11 @@ def ask(layout, rng, question_type):
         question = f"What is at {place}?"
         return Question(question, at[place].thing, size(at[place])) if place in at else Question(question, "nothing")
     if question_type == "number":
-        counts = {group: sum(GROUP_OF[placed.thing] == group for placed in layout) for group in GROUPS}
+        counts = {group: count(layout, group) for group in GROUPS}
         # Weights by the answer, so that "zero" and "one" do not drown the rest.
-        weights = np.array([(0.25, 0.6, 1, 1.4, 1.8)[min(count, 4)] for count in counts.values()])
+        weights = np.array([(0.25, 0.6, 1, 1.4, 1.8)[min(COUNTS.index(answer), 4)] for answer in counts.values()])
         group = str(rng.choice(list(counts), p=weights / weights.sum()))
-        return Question(f"How many {group} are there?", COUNTS[min(counts[group], 8)])
+        return Question(f"How many {group} are there?", counts[group])
     if question_type == "presence":
         if rng.random() < 0.5 and layout:
             placed = pick(layout)
