@@ -256,7 +256,8 @@ def write_scenes(output_dir, train_scenes=6000, held_out_scenes=160, seed=0, que
     Args:
         output_dir (`str`): receives `images/`, `pretrain.json` (captions), `finetune.json` (conversations),
             `held_out.json` (new layouts in known designs) and `held_out_design.json` (new layouts in the held-out
-            design); the last two are lists of `{id, image, design, type, question, answer, size}`.
+            design); the last two are lists of `{id, image, design, type, question, answer, size, conversations}`, so
+            that each is one of LLaVA's records, too.
         train_scenes (`int`), held_out_scenes (`int`): how many scenes of each kind.
         seed (`int`): fixes every file bit by bit.
         questions_per_scene (`int`): the length of a training conversation; held-out scenes get one per type.
@@ -286,7 +287,8 @@ def write_scenes(output_dir, train_scenes=6000, held_out_scenes=160, seed=0, que
             for question_type in QUESTION_TYPES:
                 drawn = ask(layout, rng, question_type)
                 if drawn:
-                    files[name].append({**record, "design": design, "type": question_type, **drawn._asdict()})
+                    asked = {"conversations": _turns([(drawn.question, drawn.answer)])}
+                    files[name].append({**record, "design": design, "type": question_type, **drawn._asdict(), **asked})
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
