@@ -103,21 +103,22 @@ def draw(report, questions, answers, folder):
     """Write `report.png`: one question about each of some scenes at four budgets; accuracy and FLOPs against tokens."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 8.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1))
+    figure = Figure(figsize=(14, 9), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     chosen = shown_questions(questions, answers)
     upper.suptitle("The same question at four budgets (questions that one visual token gets wrong)", fontsize=11)
-    for axis, index in zip(upper.subplots(1, len(chosen)), chosen, strict=True):
+    pictures, texts = upper.subplots(2, len(chosen), height_ratios=(2.4, 1), squeeze=False)
+    for picture, text, index in zip(pictures, texts, chosen, strict=True):
         row = questions[index]
-        axis.imshow(Image.open(folder / "scenes" / "images" / row["image"]))
-        axis.set_axis_off()
-        axis.set_title(row["question"], fontsize=10)
+        picture.imshow(Image.open(folder / "scenes" / "images" / row["image"]))
+        picture.set_title(row["question"], fontsize=11)
         for line, budget in enumerate(("144", "16", "4", "1")):
             given = answers[budget][index]
             right = given == row["answer"]
-            text = f"{budget:>3} token{'s' * (budget != '1')}: {given} {'✓' if right else '✗'}"
-            place = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 10}
-            axis.text(0.5, -0.03 - 0.105 * line, text, color="#1a7f37" if right else "#cf222e", **place)
+            said = f"{budget} token{'s' * (budget != '1')}: {given} {'✓' if right else '✗'}"
+            text.text(0.5, 0.95 - 0.25 * line, said, color="#1a7f37" if right else "#cf222e", ha="center", va="top")
+        for axis in (picture, text):
+            axis.set_axis_off()
     budgets = list(report["budgets"])
     ticks = range(len(budgets))
     left, right = lower.subplots(1, 2, width_ratios=(1.6, 1))

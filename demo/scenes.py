@@ -250,7 +250,7 @@ def _turns(pairs):
     return turns
 
 
-def write_scenes(output_dir, train_scenes=6000, held_out_scenes=160, seed=0, questions_per_scene=8):
+def write_scenes(output_dir, train_scenes=4000, held_out_scenes=120, seed=0, questions_per_scene=8):
     """Render scenes to PNG files and write the data of both stages and the held-out questions.
 
     Args:
@@ -297,8 +297,8 @@ def main():
     """Command line of `write_scenes`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--train_scenes", type=int, default=6000)
-    parser.add_argument("--held_out_scenes", type=int, default=160)
+    parser.add_argument("--train_scenes", type=int, default=4000)
+    parser.add_argument("--held_out_scenes", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     write_scenes(**vars(parser.parse_args()))
 
