@@ -232,12 +232,25 @@ def index(layout, rng, things):
     return [(f"The {names[at]}", places.get(names[at], "nothing")) for at in rng.permutation(len(names))]
 
 
-def census(layout, rng):
-    """How many things of each group are in a scene, in random order: ("The animals", "three").
+def census(layout, rng, question):
+    """How many things of each group are in a scene, in random order, by a question with a place for the group."""
+    return [(question.format(group), scenes.count(layout, group)) for group in rng.permutation(list(scenes.GROUPS))]
 
-    Counting, too, is learnt from this in a fraction of the time.
-    """
-    return [(f"The {group}", scenes.count(layout, group)) for group in rng.permutation(list(scenes.GROUPS))]
+
+def practise_counting(model, storyteller, steps, batch_size=20):
+    """Train on, every other batch on counting, which is learnt late: it rests on knowing the groups."""
+    rng = np.random.default_rng(1)
+
+    def step_loss(step):
+        grid = int(rng.choice(FORMS, p=FORM_WEIGHTS))
+        layouts = [scenes.random_layout(rng, False) for _ in range(batch_size)]
+        if step % 2:
+            conversations = [census(layout, rng, scenes.HOW_MANY) for layout in layouts]
+        else:
+            conversations = [scenes.conversation(layout, rng, scenes.QUESTION_TYPES) for layout in layouts]
+        return F.cross_entropy(*language_model_logits(model, storyteller.batch(layouts, grid, conversations), 0.02))
+
+    train("language model, counting", model, step_loss, steps, learning_rate=1e-3)
 
 
 def pretrain_language_model(steps, batch_size=20):
@@ -282,7 +295,7 @@ def pretrain_language_model(steps, batch_size=20):
             turns = scenes.conversation(layout, rng, np.resize(types, 5 if short else 9))
             drill = rng.random() / (0.8 if finds else 0.3)
             if plain and drill < 1:
-                turns = index(layout, rng, things) if drill < 0.5 else census(layout, rng)
+                turns = index(layout, rng, things) if drill < 0.5 else census(layout, rng, "The {}")
             if not short and rng.random() < 0.2:
                 turns = [(scenes.DESCRIBE, scenes.tell(layout)), *turns]
             conversations.append(None if rng.random() < 0.1 else turns)
@@ -296,6 +309,7 @@ def pretrain_language_model(steps, batch_size=20):
         return F.cross_entropy(logits, targets)
 
     train("language model", model, step_loss, steps, learning_rate=2e-3)
+    practise_counting(model, storyteller, steps // 4)
     model.save_pretrained(FOLDER / "language_model")
     tokenizer.save_pretrained(FOLDER / "language_model")
     return language_model_skill(model.eval(), storyteller)
@@ -449,6 +463,7 @@ def pretrain_vision_tower(steps, batch_size=32):
         )
 
     train("vision tower", nn.ModuleList([model, heads]), step_loss, steps, learning_rate=2e-3)
+    model.config.attention_dropout = 0.0  # was for this training, not for those of models that the tower is part of
     model.save_pretrained(FOLDER / "vision_tower")
     processor.save_pretrained(FOLDER / "vision_tower")
     return vision_tower_skill(model.eval(), heads, processor)

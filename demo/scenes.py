@@ -35,6 +35,7 @@ COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 QUESTION_TYPES = ("thing", "place", "beside", "number", "group", "presence")
 DESCRIBE = "Describe the picture."
+HOW_MANY = "How many {} are there?"
 
 
 class Placed(NamedTuple):
@@ -198,7 +199,7 @@ def ask(layout, rng, question_type):
         # Weights by the answer, so that "zero" and "one" do not drown the rest.
         weights = np.array([(0.25, 0.6, 1, 1.4, 1.8)[min(COUNTS.index(answer), 4)] for answer in counts.values()])
         group = str(rng.choice(list(counts), p=weights / weights.sum()))
-        return Question(f"How many {group} are there?", counts[group])
+        return Question(HOW_MANY.format(group), counts[group])
     if question_type == "presence":
         if rng.random() < 0.5 and layout:
             placed = pick(layout)
