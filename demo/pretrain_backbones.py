@@ -242,7 +242,7 @@ def practise_counting(model, storyteller, steps, batch_size=20):
     rng = np.random.default_rng(1)
 
     def step_loss(step):
-        grid = int(rng.choice(FORMS, p=FORM_WEIGHTS))
+        grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS))
         layouts = [scenes.random_layout(rng, False) for _ in range(batch_size)]
         if step % 2:
             conversations = [census(layout, rng, scenes.HOW_MANY) for layout in layouts]
@@ -309,7 +309,7 @@ def pretrain_language_model(steps, batch_size=20):
         return F.cross_entropy(logits, targets)
 
     train("language model", model, step_loss, steps, learning_rate=2e-3)
-    practise_counting(model, storyteller, steps // 4)
+    practise_counting(model, storyteller, steps // 5)
     model.save_pretrained(FOLDER / "language_model")
     tokenizer.save_pretrained(FOLDER / "language_model")
     return language_model_skill(model.eval(), storyteller)
