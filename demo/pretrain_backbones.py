@@ -237,12 +237,12 @@ def census(layout, rng, question):
     return [(question.format(group), scenes.count(layout, group)) for group in rng.permutation(list(scenes.GROUPS))]
 
 
-def practise_counting(model, storyteller, steps, batch_size=20):
+def practise_counting(model, storyteller, steps, form_weights, batch_size=20):
     """Train on, every other batch on counting, which is learnt late: it rests on knowing the groups."""
     rng = np.random.default_rng(1)
 
     def step_loss(step):
-        grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS))
+        grid = int(rng.choice(FORMS, p=form_weights))
         layouts = [scenes.random_layout(rng, False) for _ in range(batch_size)]
         if step % 2:
             conversations = [census(layout, rng, scenes.HOW_MANY) for layout in layouts]
@@ -309,7 +309,8 @@ def pretrain_language_model(steps, batch_size=20):
         return F.cross_entropy(logits, targets)
 
     train("language model", model, step_loss, steps, learning_rate=2e-3)
-    practise_counting(model, storyteller, steps // 5)
+    for form_weights in (SHORT_WEIGHTS, FORM_WEIGHTS):
+        practise_counting(model, storyteller, steps // 5, form_weights)
     model.save_pretrained(FOLDER / "language_model")
     tokenizer.save_pretrained(FOLDER / "language_model")
     return language_model_skill(model.eval(), storyteller)
