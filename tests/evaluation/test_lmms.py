@@ -214,7 +214,7 @@ def test_the_budget_is_the_arguments_or_the_checkpoints(checkpoint, model, docs,
 
 
 def test_a_cascade_answers_as_calibrated_and_counts_its_tokens(checkpoint, docs, answers):
-    with pytest.raises(ValueError, match=r"has no cascade\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no cascade\.json"):
         DeltaLlava(str(checkpoint), device="cpu", cascade=True)
     plain = DeltaLlava(str(checkpoint), num_visual_tokens=36, batch_size=3, device="cpu")
     (checkpoint / "cascade.json").write_text(json.dumps({"num_visual_tokens": [4, 36], "threshold": 0.0}))
