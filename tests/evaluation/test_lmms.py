@@ -255,7 +255,7 @@ def test_the_commands_figure_is_the_cards(checkpoint, held_out, answers, caches,
     # Three questions whose right answers the untrained model gives
     folder = tmp_path / "demo/out/scenes"
     docs = [{"question": row["question"], "images": [str(folder / "images" / row["image"])]} for row in held_out[:3]]
-    said = answers(DeltaLlava(str(checkpoint), device="cpu"), docs=docs, kwargs=[{"max_new_tokens": 6}] * 3)
+    said = answers(DeltaLlava(str(checkpoint), device="cpu"), docs=docs, kwargs=[{"max_new_tokens": 4}] * 3)
     for row, answer in zip(held_out, said, strict=False):
         row["answer"] = answer
     (folder / "held_out.json").write_text(json.dumps(held_out))
