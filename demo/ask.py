@@ -73,9 +73,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="any image file")
     parser.add_argument("question")
-    parser.add_argument(
-        "--num_visual_tokens", type=budget, help="the image's budget, or auto (default: the checkpoint's)"
-    )
+    parser.add_argument("--num_visual_tokens", type=budget, help="or auto (default: the checkpoint's own)")
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(default: the one that the demo leaves)")
     options = parser.parse_args(arguments)
     try:

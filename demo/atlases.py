@@ -5,9 +5,9 @@
 An atlas is one WebP file for each design: 12 crops of 64x64 pixels in a row, in the order of `THINGS`, cut from
 pinned npm packages. `atlases/LICENSES.md` names their authors and licences.
 
-Of 118 common emoji, the things are those that all designs have, that have a plain English name in the singular, and that
-a small convolutional network recognizes across authors: trained on all training designs except one author's, it names
-at least 75 % of that author's crops at 18 to 24 pixels, on average over five authors. OpenMoji, held out, had no say.
+Of 118 common emoji, the things are those that all designs have, whose English names are plain and in the singular, and
+that a small convolutional network recognizes across authors: trained on all training designs except one author's, it
+names at least 75 % of that author's crops at 18 to 24 pixels, on average over five authors. OpenMoji had no say.
 """
 
 import argparse

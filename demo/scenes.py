@@ -140,9 +140,7 @@ def parse(text):
         words = clause.split()
         big = words[1:2] == ["big"]
         if len(words) != 2 + big:
-            raise ValueError(
-                f"{clause.strip()!r} is not a thing at a place: write, for example, 'a1 cat' or 'c3 big bus'"
-            )
+            raise ValueError(f"{clause.strip()!r} is not a thing at a place: write it like 'a1 cat' or 'c3 big bus'")
         place, thing = words[0], words[-1]
         if place not in PLACES:
             raise ValueError(f"{clause.strip()!r}: there is no place {place!r}; columns are a to d, rows 1 to 4")
