@@ -264,13 +264,13 @@ def test_the_image_is_what_the_model_sees(tiny_model, tiny_processor):
 def test_the_command_writes_the_picture_and_prints_the_answers(taught, scene, tmp_path, capsys):
     image, question = scene
     output = tmp_path / "picture.png"
-    arguments = ["--checkpoint", str(taught), "--image", str(image), "--question", question, "--answer", "blue"]
+    arguments = ["--checkpoint", str(taught), "--image", str(image), "--question", question, "--answer", "cat"]
     gradcam.main([*arguments, "--num_visual_tokens", "16", "4", "--dtype", "bfloat16", "--output", str(output)])
     assert Image.open(output).format == "PNG"
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in printed] == [
-        "16 visual tokens: “blue”",
-        "4 visual tokens: “blue”",
+        "16 visual tokens: “cat”",
+        "4 visual tokens: “cat”",
         f"Written: {output}",
     ]
 
@@ -311,7 +311,7 @@ def test_what_is_wrong_is_said_in_one_line(wrong, message, taught, scene, tmp_pa
     assert "\n" not in str(error.value)
 
 
-EARLIER = [("How many things are there?", "four"), ("What colour is the thing at the top left?", "red")]
+EARLIER = [("How many animals are there?", "four"), ("What is at a1?", "rocket")]
 
 
 @pytest.mark.parametrize("earlier", [[], EARLIER])
@@ -319,12 +319,12 @@ EARLIER = [("How many things are there?", "four"), ("What colour is the thing at
 def test_the_map_of_visual_tokens_needs_no_second_look_at_an_image(taught, scene, num_visual_tokens, earlier):
     model, processor = ask.load(taught)
     image, question = scene
-    explained = grad_cam(model, processor, image, question, num_visual_tokens, "red", earlier)
+    explained = grad_cam(model, processor, image, question, num_visual_tokens, "cat", earlier)
     cache_image_features(model, FeatureCache())
     passes = []
     model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
     for _ in range(2):
-        relevance = token_relevance(model, processor, image, question, num_visual_tokens, "red", earlier)
+        relevance = token_relevance(model, processor, image, question, num_visual_tokens, "cat", earlier)
         torch.testing.assert_close(relevance, explained.output_map)
     assert passes == [1]
 
@@ -332,8 +332,8 @@ def test_the_map_of_visual_tokens_needs_no_second_look_at_an_image(taught, scene
 def test_an_answer_is_explained_in_its_chat(model_and_processor, scene):
     model, processor = model_and_processor
     image, question = scene
-    explained = grad_cam(model, processor, image, question, 16, "blue", EARLIER)
-    texts = [*EARLIER[0], *EARLIER[1], question, "blue"]
+    explained = grad_cam(model, processor, image, question, 16, "cat", EARLIER)
+    texts = [*EARLIER[0], *EARLIER[1], question, "cat"]
     messages = [
         {"role": role, "content": [{"type": "text", "text": text}]}
         for role, text in zip(["user", "assistant"] * 3, texts, strict=True)
@@ -343,6 +343,6 @@ def test_an_answer_is_explained_in_its_chat(model_and_processor, scene):
     inputs = processor(images=image, text=text, num_visual_tokens=16, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0]
-    (answer,) = processor.tokenizer("blue", add_special_tokens=False)["input_ids"]
+    (answer,) = processor.tokenizer("cat", add_special_tokens=False)["input_ids"]
     assert inputs["input_ids"][0, -1] == answer
     assert explained.score == pytest.approx(logits[-2].log_softmax(-1)[answer].item(), abs=1e-4)

@@ -56,7 +56,7 @@ def docs(noise):
         "Which?",
         "What is this thing here?",
         "Why? " * 9,
-        "Where is the circle?",
+        "Where is the cat?",
         "And then? " * 4,
         "A?",
         "B C?",
