@@ -263,7 +263,7 @@ class Page:
             "flops": flops,
             "first": time.perf_counter() - started,
             "speed": None,
-            "notes": [note],
+            "notes": [note, "The time is that of the whole answer, which comes at once."],
         }
 
 
@@ -291,12 +291,12 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
     )
 
 
-def figures(budget: int | str, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
+def figures(tokens: int | str, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
     """Visual tokens, FLOPs, time to first token and speed of one side."""
     size, unit = flops_unit(flops or 0)
     bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>' if flops else ""
     entries = {
-        "Visual tokens": took["used"] if took else budget,
+        "Visual tokens": took["used"] if took else tokens,
         "FLOPs": f"{'' if took else '≈ '}{flops / size:.3g} {unit}{bar}" if flops else "unknown",
         "Time to first token": f"{took['first']:.3f} s" if took else "—",
         "Tokens per second": f"{took['speed']:.3g}" if took and took["speed"] else "—",
@@ -335,14 +335,15 @@ def build(page: Page) -> gr.Blocks:
         largest = max((number for number in flops if number), default=None)
         described = []
         for budget, number, t in zip(budgets, flops, took, strict=True):
-            notes = t["notes"] if t else []
+            notes, tokens = t["notes"] if t else [], budget
             if budget == CASCADE and not t:
                 small, large = page.cascade
+                tokens = f"{small} or {small + large}"
                 unsure = f"its mean log-probability is below {page.threshold:.3g}"
                 notes = [f"Answers with {count(small)}, and again with {large} if {unsure}. FLOPs: of the first pass."]
             if not trained.issuperset(page.cascade if budget == CASCADE else (budget,)):
                 notes = [*notes, "Not trained at this budget: expect worse answers."]
-            described.append(figures(budget, number, largest, t, notes))
+            described.append(figures(tokens, number, largest, t, notes))
         return described
 
     def show(session, upload, *budgets):
