@@ -153,7 +153,7 @@ class Page:
         else:
             self.cascade = cascade.check_budgets(calibration["num_visual_tokens"], self.config.patch_grid_size)
             self.threshold = calibration["threshold"]
-            self.names[CASCADE] = f"{self.cascade[0]}, and {self.cascade[1]} if unsure"
+            self.names[CASCADE] = f"{count(self.cascade[0])}, and {self.cascade[1]} if unsure"
             self.typical[CASCADE] = self.typical[self.cascade[0]]
         # The first pass at a budget takes longer than all later ones, and would mislead the first visitor
         for budget in self.config.visual_token_budgets:
