@@ -438,7 +438,7 @@ def test_a_cascade_is_offered_where_the_checkpoint_has_one(visit, checkpoint, pi
     slider.focus()
     page.keyboard.press("End")
     expect(slider).to_have_attribute("aria-valuetext", "4 visual tokens, and 36 if unsure")
-    expect(page.locator(".note").first).to_contain_text("again with 36 if its mean log-probability is below 0.")
+    expect(page.locator(".note").first).to_contain_text("again at 36 if the answer's mean log-probability is below 0.")
     page.screenshot(path=SCREENSHOTS / "cascade.png", full_page=True)
     text, flops = expected(cascaded, image, QUESTION, 36)
     assert ask(page, QUESTION)[0] == text
