@@ -79,8 +79,8 @@ def generate(
 
     Raises:
         ValueError: If the prompts were not made for the smaller budget, the budgets are not two that the patch grid
-            allows, the checkpoint has no calibration and `budgets` or `threshold` is missing, or an argument of
-            `generate` does not fit two passes.
+            allows, or an argument of `generate` does not fit two passes.
+        FileNotFoundError: If `budgets` or `threshold` is missing, and the checkpoint has no calibration.
 
     Example:
 
@@ -241,12 +241,13 @@ def read_calibration(checkpoint: str | Path, revision: str | None = None) -> dic
         `dict`: `num_visual_tokens`, the two budgets, `threshold` in nats, and `validation`, the data it was found on.
 
     Raises:
-        ValueError: If the checkpoint has none, or it is damaged.
+        FileNotFoundError: If the checkpoint has none.
+        ValueError: If it is damaged.
     """
     try:
         file = cached_file(checkpoint, CASCADE_NAME, revision=revision)
     except OSError as error:
-        raise ValueError(
+        raise FileNotFoundError(
             f"{checkpoint or 'The model'} has no {CASCADE_NAME}: name budgets and threshold, or run"
             " python -m delta_llava.evaluation.calibrate."
         ) from error

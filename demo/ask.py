@@ -1,4 +1,4 @@
-"""Asks the checkpoint that the demo left about any image file.
+"""Asks the demo's checkpoint, or another, about any image file.
 
 python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "What is at b2?"
 python -m delta_llava.demo.ask picture.png "How many animals are there?" --num_visual_tokens 4
@@ -16,7 +16,7 @@ CHECKPOINT = Path(__file__).parent / "out" / "checkpoint"
 
 
 def load(checkpoint):
-    """Load a checkpoint as anyone would, with the code that lies in it.
+    """Load a checkpoint as any user would, with the code in its folder.
 
     Args:
         checkpoint (`str` or `Path`): folder in Hub layout.
@@ -25,22 +25,22 @@ def load(checkpoint):
         The model, in eval mode, and its processor.
 
     Raises:
-        FileNotFoundError: if the folder holds no checkpoint.
+        FileNotFoundError: if the folder has no checkpoint.
     """
     if not (Path(checkpoint) / "config.json").is_file():
         raise FileNotFoundError(
-            f"{checkpoint} holds no checkpoint: run `make demo` (or python -m delta_llava.demo.run) first."
+            f"{checkpoint} has no checkpoint: run `make demo` (or python -m delta_llava.demo.run) first."
         )
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True).eval()
     return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
 
 
 def prepare(processor, images, questions, num_visual_tokens=None):
-    """Chat inputs, padded on the left, of one question about each image.
+    """Chat inputs for one question about each image, padded on the left.
 
     Args:
-        images (`list`): paths, or anything else that the processor takes for an image.
-        questions (`list[str]`): as many questions.
+        images (`list`): paths, or anything else that the processor accepts as an image.
+        questions (`list[str]`): one for each image.
         num_visual_tokens (`int` or `"auto"`, *optional*): the budget of each image; by default the checkpoint's own.
     """
     chats = [
@@ -64,7 +64,7 @@ def answer(model, processor, images, questions, num_visual_tokens=None, max_new_
 
 
 def budget(text):
-    """A budget as the command line names it: a number, or `auto`."""
+    """A budget from the command line: a number, or `auto`."""
     return text if text == "auto" else int(text)
 
 
@@ -73,8 +73,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="any image file")
     parser.add_argument("question")
-    parser.add_argument("--num_visual_tokens", type=budget, help="of the image, or auto; by default the checkpoint's")
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="by default the one that the demo left")
+    parser.add_argument("--num_visual_tokens", type=budget, help="or auto (default: the checkpoint's own)")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(default: the one that the demo leaves)")
     options = parser.parse_args(arguments)
     try:
         model, processor = load(options.checkpoint)

@@ -1,13 +1,13 @@
-"""The things of the demo's world, each drawn by artists in eight designs, and the script that collects the drawings.
+"""The things of the demo's world, each drawn in eight designs, and the script that collects the drawings.
 
     python -m delta_llava.demo.atlases --output_dir demo/atlases      # needs npm, and `pip install resvg_py`
 
 An atlas is one WebP file for each design: 12 crops of 64x64 pixels in a row, in the order of `THINGS`, cut from
-pinned npm packages. Whose drawings they are and under which licences is in `atlases/LICENSES.md`.
+pinned npm packages. `atlases/LICENSES.md` names their authors and licences.
 
-The things are those of 118 common emoji that are in all designs, have a plain English name in the singular, and that a
-small convolutional network, trained on all training designs but those of one author, names rightly in that author's in
-at least 75 % of its crops of 18 to 24 pixels, on the mean over five authors. OpenMoji, which is held out, had no say.
+Of 118 common emoji, the things are those that all designs have, whose English names are plain and in the singular, and
+that a small convolutional network recognizes across authors: trained on all training designs except one author's, it
+names at least 75 % of that author's crops at 18 to 24 pixels, on average over five authors. OpenMoji had no say.
 """
 
 import argparse
@@ -69,7 +69,7 @@ DESIGNS = {
     "openmoji": "@iconify-json/openmoji@1.2.29",
 }
 HELD_OUT_DESIGN = "openmoji"
-# Where FxEmoji's names are not Unicode's; it writes all of them without hyphens.
+# FxEmoji's names where they differ from Unicode's; none has a hyphen.
 FXEMOJI = {
     "monkey-face": "monkeyface", "mouse-face": "mouse", "tiger-face": "tiger", "cow-face": "cowface", "pig-face": "pig",
     "rabbit-face": "bunny", "cat-face": "cat", "lady-beetle": "ladybeetle", "panda": "pandaface",
@@ -91,10 +91,10 @@ def crops(design):
 
 @functools.cache
 def crop(design, thing, size, redraw=None):
-    """A thing at `size` pixels: `(size, size, 4)` float, 0 to 255, the colours multiplied by alpha.
+    """A thing at `size` pixels: `(size, size, 4)` float, 0 to 255, the colours premultiplied by alpha.
 
     Args:
-        redraw (`Callable`, *optional*): returns the full crop of a design and a thing instead of the atlas.
+        redraw (`Callable`, *optional*): called with design and thing, returns the crop to use instead of the atlas's.
     """
     full = (redraw(design, thing) if redraw else crops(design)[THINGS.index(thing)]).astype(np.float32)
     full[..., :3] *= full[..., 3:] / 255
@@ -103,7 +103,7 @@ def crop(design, thing, size, redraw=None):
 
 
 def _cut(image):
-    """A drawing's visible part, as large as a crop allows, in its middle."""
+    """A drawing's visible part, scaled to fit a crop and centred in it."""
     image = image.convert("RGBA")
     image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > 8)).getbbox())
     image.thumbnail((CROP_SIZE, CROP_SIZE), Image.Resampling.LANCZOS)
@@ -127,7 +127,7 @@ def _draw_icon(icons, name):
 
 
 def write_atlases(output_dir):
-    """Fetch the packages and write an atlas for each design."""
+    """Download the packages and write an atlas for each design."""
     with tempfile.TemporaryDirectory() as folder:
         packages = {}
         for design, package in DESIGNS.items():

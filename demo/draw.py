@@ -1,10 +1,10 @@
-"""Draws a scene of your own, which `delta_llava.demo.ask` can then be asked about.
+"""Draws a scene of your own, to ask about with `delta_llava.demo.ask`.
 
     python -m delta_llava.demo.draw "a1 cat, c3 big bus" --output scene.png
     python -m delta_llava.demo.ask scene.png "What is at d4?"
 
-Columns are a to d, rows 1 to 4; a big thing covers the quadrant at a1, c1, a3 or c3. A thing that there is not, or a
-place that is taken, is an error that names what there is.
+Columns are a to d, rows 1 to 4; a big thing covers the quadrant at a1, c1, a3 or c3. An unknown thing is an error that
+lists the known ones, and two things in one place are an error that names both.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scene", help="things at places, for example 'a1 cat, c3 big bus'")
     parser.add_argument("--output", type=Path, default=Path("scene.png"), help="(default: %(default)s)")
-    designs = f"whose drawings; {atlases.HELD_OUT_DESIGN} was never trained on (default: %(default)s)"
+    designs = f"whose emoji; no training sees {atlases.HELD_OUT_DESIGN} (default: %(default)s)"
     parser.add_argument("--design", choices=atlases.DESIGNS, default="noto", help=designs)
     parser.add_argument("--seed", type=int, default=0, help="of background, sizes and positions (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Answers the demo's held-out questions from a saved checkpoint; `run.py` starts it as a process of its own.
+"""Answers the demo's held-out questions from a saved checkpoint; `run.py` starts it in a process of its own.
 
     python -m delta_llava.demo.evaluate --checkpoint demo/out/checkpoint --scenes demo/out/scenes \
         --output demo/out/answers.json --num_visual_tokens 1 4 9 16 36 144
@@ -37,7 +37,7 @@ def answer_rows(model, processor, rows, scenes, num_visual_tokens):
 
 @torch.inference_mode()
 def count_flops(model, processor, image, question, num_visual_tokens):
-    """FLOPs of tower, projector and prefill for one question, as torch counts them in the forward that runs."""
+    """FLOPs of tower, projector and prefill for one question, as torch counts them in a real forward pass."""
     inputs = prepare(processor, [image], [question], num_visual_tokens)
     with FlopCounterMode(display=False) as counter:
         model(**inputs, logits_to_keep=1)

@@ -21,7 +21,7 @@ def write_table(scenes):
     """Write the held-out questions with their pictures to one Parquet file.
 
     Args:
-        scenes (`str` or `Path`): folder that delta_llava.demo.scenes has written; receives `held_out.parquet`.
+        scenes (`str` or `Path`): folder that delta_llava.demo.scenes wrote; receives `held_out.parquet`.
 
     Returns:
         The file, a `Path`, with the columns `id`, `image` (the picture itself), `type`, `question` and `answer`.
@@ -29,7 +29,7 @@ def write_table(scenes):
     folder = Path(scenes)
     rows = json.loads((folder / "held_out.json").read_text(encoding="utf-8"))
     columns = {name: [row[name] for row in rows] for name in ("id", "type", "question", "answer")}
-    # As bytes: of a path, Parquet would hold the path.
+    # As bytes: Parquet would store a path as a path.
     files = [folder / "images" / row["image"] for row in rows]
     columns["image"] = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
@@ -43,7 +43,7 @@ def process_results(doc, results):
 
 
 def exact_match(pairs):
-    """Share of right answers, from 0 to 1, by the package's own metric."""
+    """Share of right answers, from 0 to 1, by the package's own metric, which ignores case and punctuation."""
     metric = evaluate.load(str(Path(metrics.__file__).parent / "exact_match"))
     columns = {name: [pair[name] for pair in pairs] for name in ("prediction", "reference")}
     scores = metric.compute(predictions=columns["prediction"], references=columns["reference"])
@@ -52,7 +52,7 @@ def exact_match(pairs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", default=Path(__file__).parent / "out" / "scenes", help="by default the demo's")
+    parser.add_argument("--scenes", default=Path(__file__).parent / "out" / "scenes", help="(default: the demo's)")
     print(f"written: {write_table(parser.parse_args().scenes)}")
 
 

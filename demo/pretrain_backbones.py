@@ -1,11 +1,11 @@
-"""Trains the demo's two backbones once, from nothing: a small CLIP tower and a small Qwen2 language model.
+"""Trains the demo's two backbones once, from scratch: a small CLIP tower and a small Qwen2 language model.
 
     python -m delta_llava.demo.pretrain_backbones            # both, about half an hour on 2 cores
     python -m delta_llava.demo.pretrain_backbones --only language_model
 
-They stand in for CLIP and Vicuna: the tower has never seen a word, the language model has never seen a picture,
-and neither has met a held-out layout or a held-out scan (see `scenes.py`). Both are saved in `demo/backbones/`
-as `save_pretrained` writes them, with the skills they reached on held-out data in `skills.json`.
+They take the places of CLIP and Vicuna: the tower has never seen a word, the language model has never seen a picture,
+and neither has seen a held-out layout or the held-out design (see `scenes.py`). Both are saved in `demo/backbones/`
+by `save_pretrained`, with their skills on held-out data in `skills.json`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from . import atlases, scenes
 FOLDER = Path(__file__).parent / "backbones"
 PATCH_GRID = 12
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-# How a scene is told to the language model: in words (0), or as a mosaic of so many rows and columns.
+# How the language model reads a scene: in words (0), or as a mosaic of so many rows and columns.
 FORMS = (0, 12, 6, 4, 3, 2, 1)
 SHORT_WEIGHTS, FORM_WEIGHTS = (0.45, 0, 0.15, 0.28, 0.04, 0.06, 0.02), (0.3, 0.08, 0.17, 0.2, 0.1, 0.1, 0.05)
 
@@ -108,15 +108,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B, T), -100 where the loss does not count
     cells: torch.Tensor  # (B, 16, 3), the words of each place: where, how large, what
     start: int
-    grid: int  # the mosaic has grid * grid positions; 0: the scene is told in words
+    grid: int  # the mosaic has grid * grid positions; 0: the scene is in words
 
 
 class Storyteller:
     """Writes what the language model reads: a scene, then a caption or questions with answers.
 
     The scene is where an image will be. In words it is text. In a mosaic each position holds the mean of the words of
-    the patches that it covers, of 12 x 12: the place and the thing as one vector, which is the form that a projector
-    can learn to write into a frozen model most easily.
+    the patches that it covers, of 12 x 12: place and thing as one vector, the form in which a projector learns most
+    easily to write into a frozen model.
     """
 
     def __init__(self, tokenizer):
@@ -280,7 +280,7 @@ def pretrain_language_model(steps, batch_size=20):
     storyteller, rng = Storyteller(tokenizer), np.random.default_rng(0)
 
     def step_loss(step):
-        # Skills are learnt first and fastest in short sequences of one kind each: finding things, then everything else,
+        # Short sequences of one kind teach skills fastest, so they come first: finding things, then everything else,
         # line by line and in chats. Long chats in all forms come last.
         finds, short = step <= 0.25 * steps, step <= 0.65 * steps
         grid = int(rng.choice(FORMS, p=SHORT_WEIGHTS if short else FORM_WEIGHTS))
@@ -337,7 +337,7 @@ def inked(design, thing):
 
 
 def varied_crop(rng):
-    """A stand-in for `atlases.crop` that draws each thing in any training design, and never twice alike."""
+    """A stand-in for `atlases.crop` that draws each thing in a random training design, and never twice alike."""
 
     def crop(design, thing, size):
         design = str(rng.choice(scenes.TRAIN_DESIGNS))
@@ -382,7 +382,7 @@ def to_pixels(pictures, processor):
 
 
 class PlaceHeads(nn.Module):
-    """Says of every patch what is at its place, how large it is and which place that is; thrown away after training."""
+    """Predicts from each patch what is at its place, its size and which place it is; discarded after training."""
 
     def __init__(self, width):
         super().__init__()
@@ -403,7 +403,7 @@ def place_of_patch():
 
 @torch.no_grad()
 def vision_tower_skill(model, heads, processor, batches=8):
-    """Share of things in held-out layouts read rightly from the last-but-one hidden state, averaged over a place."""
+    """Share of things in held-out layouts read correctly from the second-to-last hidden state, by place."""
     where = F.one_hot(place_of_patch()).float()
     skill = {}
     for name, designs in (("known designs", scenes.TRAIN_DESIGNS), ("held-out design", (atlases.HELD_OUT_DESIGN,))):
@@ -453,7 +453,7 @@ def pretrain_vision_tower(steps, batch_size=32):
             for name, by_size in skill.items():
                 print(f"  {name}: " + ", ".join(f"{k} {v:.1%}" for k, v in by_size.items()), flush=True)
             model.train()
-        # A projector reads the inner layers and never the last one's output, so the inner ones must carry it all.
+        # A projector reads the inner layers and never the last one's output, so the inner ones must hold everything.
         return (
             sum(
                 F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=0.05)
@@ -471,7 +471,7 @@ def pretrain_vision_tower(steps, batch_size=32):
 
 
 def main():
-    """Train what is asked for and write `skills.json`."""
+    """Train both backbones, or the one asked for, and write `skills.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("vision_tower", "language_model"))
     parser.add_argument("--vision_tower_steps", type=int, default=3600)

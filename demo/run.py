@@ -1,4 +1,4 @@
-"""The whole of Delta-LLaVA on two CPU cores: from rendered scenes to answers about pictures never seen.
+"""The whole of Delta-LLaVA on two CPU cores: from rendered scenes to answers about unseen pictures.
 
     python -m delta_llava.demo.run
 
@@ -27,7 +27,7 @@ BUDGETS = (144, 36, 16, 9, 4, 1)
 
 
 def run_module(name, *arguments, **options):
-    """Run `python -m delta_llava.NAME …` as a user would, offline, and stop the demo where it fails."""
+    """Run `python -m delta_llava.NAME …` as a user would, offline, and stop the demo if it fails."""
     command = [sys.executable, "-m", f"delta_llava.{name}", *map(str, arguments)]
     for option, value in options.items():
         command += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
@@ -52,7 +52,7 @@ def score(questions, answers):
 
 
 def majority_answers(questions):
-    """The most frequent held-out answer of each question's type: what a blind guesser can reach at best."""
+    """The most frequent held-out answer of each question's type: the best that blind guessing can reach."""
     counts = {
         name: Counter(row["answer"] for row in questions if row["type"] == name) for name in scenes.QUESTION_TYPES
     }
@@ -75,16 +75,16 @@ def table(report):
     line("most frequent answer", report["majority_baseline"])
     line("untrained projector", report["untrained_projector"])
     lines.append(
-        "small, big: questions about a thing of one place, of a quadrant; new design: OpenMoji, never trained on"
+        "small, big: questions about things of one place, of a quadrant; new design: OpenMoji, which no training sees"
     )
     return "\n".join(lines)
 
 
 def shown_questions(questions, answers):
-    """The first question about a small thing, and about a big one, of several types that one visual token gets wrong.
+    """Questions for the picture: of each of five types and sizes, the first that one visual token gets wrong.
 
     Returns:
-        Indices of `questions`, each of another scene; where one token gets all right, of the first question.
+        Indices into `questions`, each about a different scene; if one token gets all of a type right, its first one.
     """
     chosen = []
     for name, size in (("thing", "small"), ("place", "small"), ("beside", "small"), ("thing", "big"), ("place", "big")):
@@ -126,7 +126,7 @@ def draw(report, questions, answers, folder):
         "all questions": ("ko-", lambda of_budget: of_budget["held_out"]["accuracy"]),
         "about small things": ("C0s-", lambda of_budget: of_budget["held_out"]["by_size"]["small"]),
         "about big things": ("C1D-", lambda of_budget: of_budget["held_out"]["by_size"]["big"]),
-        "all, in a design never seen": ("k^:", lambda of_budget: of_budget["held_out_design"]["accuracy"]),
+        "all questions, unseen design": ("k^:", lambda of_budget: of_budget["held_out_design"]["accuracy"]),
     }
     for label, (style, share) in lines.items():
         left.plot(ticks, [100 * share(report["budgets"][budget]) for budget in budgets], style, label=label)
@@ -144,7 +144,7 @@ def draw(report, questions, answers, folder):
 
 
 def main():
-    """Run the demo from the beginning; an earlier result in the output folder is replaced."""
+    """Run the demo from the beginning, replacing earlier results in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE / "out")
     folder = parser.parse_args().output_dir
@@ -188,7 +188,7 @@ def main():
             for budget, result in results["checkpoint"].items()
         },
         "majority_baseline": score(known, majority_answers(known)),
-        # The better of two budgets, so that the comparison with the baseline is not too kind.
+        # The better of two budgets, so that the baseline is not made too weak.
         "untrained_projector": max(
             (score(known, result["held_out"]) for result in results["untrained"].values()),
             key=lambda scores: scores["accuracy"],

@@ -3,11 +3,11 @@
     python -m delta_llava.demo.scenes --output_dir demo/out/scenes
 
 Columns are a to d, rows 1 to 4. A thing is small and fills one place, or big and fills a quadrant of two by two
-places, which is named by its top left place (a1, c1, a3 or c3). A scene holds each thing at most once, in one of the
-designs of `atlases.py`. So a scene of big things needs few visual tokens, and one of small things needs many.
+places, named by its top left one (a1, c1, a3 or c3). A scene holds each thing at most once, in one of the
+designs of `atlases.py`. A scene of big things needs few visual tokens, one of small things many.
 
-Held-out scenes share no layout with training: a fixed rule decides for every layout to which side it belongs. One
-design, OpenMoji, is held out whole: no training ever sees it.
+Held-out scenes share no layout with training scenes: a fixed rule puts each layout on one side. One design, OpenMoji,
+is held out whole: no training sees it.
 """
 
 import argparse
@@ -39,14 +39,14 @@ HOW_MANY = "How many {} are there?"
 
 
 class Placed(NamedTuple):
-    """A thing in a scene: its place (of a big thing the top left one), its name and whether it is big."""
+    """A thing in a scene: its place (the top left one if it is big), its name and whether it is big."""
 
     place: str
     thing: str
     big: bool = False
 
     def places(self):
-        """All places that it covers."""
+        """All places it covers."""
         return quadrant(self.place) if self.big else (self.place,)
 
     def __str__(self):
@@ -54,13 +54,13 @@ class Placed(NamedTuple):
 
 
 def beside(place, step):
-    """The place so many columns and rows on, or `None` outside the picture."""
+    """The place that is `step` columns and rows away, or `None` outside the picture."""
     column, row = COLUMNS.index(place[0]) + step[0], ROWS.index(place[1]) + step[1]
     return COLUMNS[column] + ROWS[row] if 0 <= column < 4 and 0 <= row < 4 else None
 
 
 def quadrant(place):
-    """The four places of the quadrant whose top left place is given."""
+    """The four places of the quadrant with this top left place."""
     return tuple(beside(place, step) for step in ((0, 0), (1, 0), (0, 1), (1, 1)))
 
 
@@ -70,12 +70,12 @@ def covered(layout):
 
 
 def is_held_out(layout):
-    """Whether a layout, a tuple of [`Placed`] in the order of `PLACES`, is kept from all training."""
+    """Whether a layout, a tuple of [`Placed`] in the order of `PLACES`, is held out from all training."""
     return zlib.crc32(tell(layout).encode()) % 10 == 0
 
 
 def random_layout(rng, held_out, things=THINGS):
-    """Draw a layout of the wanted side, of these things: a tuple of [`Placed`] in the order of `PLACES`."""
+    """Draw a layout, held out or for training, of these things: a tuple of [`Placed`] in the order of `PLACES`."""
     while True:
         places = []
         filled = rng.uniform(0.4, 0.9)
@@ -95,7 +95,7 @@ def random_layout(rng, held_out, things=THINGS):
 
 
 def _background(rng):
-    """A soft ground, `(96, 96, 3)` floats: tinted a little, often with a gradient, and slightly noisy."""
+    """A background, `(96, 96, 3)` floats: slightly tinted and noisy, often with a gradient."""
     steps = np.linspace(-0.5, 0.5, IMAGE_SIZE)
     slopes = rng.uniform(-50, 50, 2) * (rng.random() < 0.6)
     grey = rng.uniform(60, 220) + slopes[0] * steps[:, None] + slopes[1] * steps[None, :]
@@ -137,7 +137,7 @@ def tell(layout):
 
 
 def parse(text):
-    """The layout that [`tell`] writes so.
+    """The layout that a text of [`tell`] describes.
 
     Raises:
         ValueError: if a clause is not understood, names an unknown place or thing, or a place or thing occurs twice.
@@ -147,7 +147,7 @@ def parse(text):
         words = clause.split()
         big = words[1:2] == ["big"]
         if len(words) != 2 + big:
-            raise ValueError(f"{clause.strip()!r} is no thing at a place: write, for example, 'a1 cat' or 'c3 big bus'")
+            raise ValueError(f"{clause.strip()!r} is not a thing at a place: write it like 'a1 cat' or 'c3 big bus'")
         place, thing = words[0], words[-1]
         if place not in PLACES:
             raise ValueError(f"{clause.strip()!r}: there is no place {place!r}; columns are a to d, rows 1 to 4")
@@ -189,7 +189,7 @@ def ask(layout, rng, question_type):
         return "big" if placed.big else "small"
 
     if question_type == "thing":
-        # A quarter of the answers is "nothing", where places are empty.
+        # A quarter of the answers are "nothing" if there are empty places.
         empty = [place for place in PLACES if place not in at]
         place = pick(empty if (empty and rng.random() < 0.25) or not at else list(at))
         question = f"What is at {place}?"
@@ -204,7 +204,7 @@ def ask(layout, rng, question_type):
         if rng.random() < 0.5 and layout:
             placed = pick(layout)
             return Question(f"Is there {_article(placed.thing)}?", "yes", size(placed))
-        # Half of the absent things are of a group that is there.
+        # Half of the absent things belong to a group that is there.
         here = {placed.thing for placed in layout}
         groups = {GROUP_OF[thing] for thing in here} if here and rng.random() < 0.5 else set(GROUPS)
         absent = pick([thing for thing in THINGS if thing not in here and GROUP_OF[thing] in groups])
@@ -233,7 +233,7 @@ def ask(layout, rng, question_type):
 
 
 def conversation(layout, rng, question_types):
-    """Draw questions of these types, as far as the scene allows them, shuffled and without repeats.
+    """Draw questions of these types, as far as the scene allows, shuffled and without repeats.
 
     Returns:
         A list of `(question, answer)`.

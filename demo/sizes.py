@@ -1,4 +1,4 @@
-"""Asks the demo's held-out questions about smaller pictures, at the default budget and at that of their size.
+"""Asks the demo's held-out questions about smaller pictures, at the default budget and at the one for their size.
 
     python -m delta_llava.demo.sizes --checkpoint demo/out/checkpoint --scenes demo/out/scenes
 
@@ -36,8 +36,8 @@ def ask(model, processor, questions, images, budget):
 def main(arguments=None):
     """Print a table in Markdown, one line for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help="by default the one that the demo left")
-    parser.add_argument("--scenes", default=CHECKPOINT.parent / "scenes", help="by default the demo's")
+    parser.add_argument("--checkpoint", default=CHECKPOINT, help="(default: the one that the demo leaves)")
+    parser.add_argument("--scenes", default=CHECKPOINT.parent / "scenes", help="(default: the demo's)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 72, 48, 40, 32, 24, 16, 8], help="sides in pixels")
     options = parser.parse_args(arguments)
     questions = json.loads((Path(options.scenes) / "held_out.json").read_text(encoding="utf-8"))

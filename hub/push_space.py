@@ -24,6 +24,7 @@ PACKAGE = Path(__file__).parents[1]
 # All that app.py imports of this package, which a Space cannot install
 SOURCES = (
     "__init__.py",
+    "cascade.py",
     "configuration_delta_llava.py",
     "costs.py",
     "evaluation/__init__.py",

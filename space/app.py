@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
+from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor, cascade
 from delta_llava.costs import flops_unit, inference_costs
 from delta_llava.evaluation.gradcam import MAX_NEW_TOKENS, conversation, encode_chat, seen_image, token_relevance
 from delta_llava.serving.feature_cache import FeatureCache, cache_image_features
@@ -37,15 +37,17 @@ from delta_llava.serving.image_guard import ImageGuard
 HERE = Path(__file__).parent
 POINTER = HERE / "checkpoint.json"
 EXAMPLES = {
-    "What is at the bottom right?": HERE / "examples" / "scene-00000.png",
-    "Where is the blue thing?": HERE / "examples" / "scene-00001.png",
-    "Which digit is at the top left?": HERE / "examples" / "scene-00059.png",
+    "What is at c2?": HERE / "examples" / "small.png",
+    "How many animals are there?": HERE / "examples" / "mixed.png",
+    "Where is the bus?": HERE / "examples" / "big.png",
 }
 MAX_QUESTION = 1000  # characters
 MAX_SIDE = 1024  # pixels to which images are reduced, far more than a tower reads
 MAX_WAITING = 20  # questions in the queue
 MAX_VISITORS = 200  # whose images, of up to 3 MiB, and chats are kept
 SIDES = ("Budget A", "Budget B")
+CASCADE = "cascade"  # beside the budgets: both of the checkpoint's cascade.json
+FLOPS = ("vision", "projector", "prefill", "decode")
 TYPICAL = {"text_tokens": 64, "new_tokens": 16}  # for the FLOPs that are shown before a question is asked
 
 # On a phone the answers are below the fold
@@ -85,27 +87,27 @@ class Upload(gr.Image):
 
 
 class Budget(gr.HTML):
-    """A slider that stops at the budgets that the patch grid allows; its value is the budget."""
+    """A slider that stops at the budgets that the patch grid allows, and at the cascade; its value is the budget."""
 
-    def __init__(self, value: int, budgets: list[int], label: str):
-        self.budgets = budgets
-        ticks = "".join(f"<span>{budget}</span>" for budget in budgets)
+    def __init__(self, value: int, names: dict[int | str, str], label: str):
+        self.budgets = list(names)
+        ticks = "".join(f"<span>{'↻' if budget == CASCADE else budget}</span>" for budget in names)
         super().__init__(
             value=value,
             html_template=f"""
                 <label><span class="budget-label">{label}: <output></output></span>
-                <input type="range" min="0" max="{len(budgets) - 1}" step="1"></label>
+                <input type="range" min="0" max="{len(names) - 1}" step="1"></label>
                 <div class="ticks" aria-hidden="true">{ticks}</div>""",
             js_on_load=f"""
-                const budgets = {budgets};
+                const budgets = {json.dumps(self.budgets)};
+                const names = {json.dumps(list(names.values()))};
                 const slider = element.querySelector('input');
                 const show = () => {{
-                    const tokens = budgets[slider.value];
-                    const text = tokens + (tokens === 1 ? ' visual token' : ' visual tokens');
+                    const text = names[slider.value];
                     element.querySelector('output').textContent = text;
                     slider.setAttribute('aria-valuetext', text);
                 }};
-                slider.value = budgets.indexOf(Number(props.value));
+                slider.value = budgets.findIndex(budget => budget == props.value);
                 show();
                 slider.addEventListener('input', () => {{
                     show();
@@ -142,18 +144,32 @@ class Page:
         self.guard = ImageGuard()
         self.config = model.config
         self.budgets = self.config.valid_visual_token_counts
+        self.names = {budget: count(budget) for budget in self.budgets}
         self.typical = {budget: self.flops(budget, **TYPICAL) for budget in self.budgets}
+        try:
+            calibration = cascade.read_calibration(checkpoint, revision)
+        except FileNotFoundError:  # so the page offers no cascade
+            self.cascade, self.threshold = (), None
+        else:
+            self.cascade = cascade.check_budgets(calibration["num_visual_tokens"], self.config.patch_grid_size)
+            self.threshold = calibration["threshold"]
+            self.names[CASCADE] = f"{count(self.cascade[0])}, and {self.cascade[1]} if unsure"
+            self.typical[CASCADE] = self.typical[self.cascade[0]]
         # The first pass at a budget takes longer than all later ones, and would mislead the first visitor
         for budget in self.config.visual_token_budgets:
             next(self.answer(Image.new("RGB", (8, 8)), "What is this?", (), budget))
 
-    def flops(self, budget: int, text_tokens: int, new_tokens: int, is_cached: bool = False) -> int | None:
-        """FLOPs of one answer; `None` if `costs` does not know the backbones."""
+    def flops(self, budget: int, text_tokens: int, new_tokens: int, parts: tuple[str, ...] = FLOPS) -> int | None:
+        """FLOPs of these parts of one answer; `None` if `costs` does not know the backbones."""
         try:
             costs = inference_costs(self.config, budget, text_tokens, new_tokens)
         except ValueError:
             return None
-        return sum(costs[part] for part in ("prefill", "decode") + (() if is_cached else ("vision", "projector")))
+        return sum(costs[part] for part in parts)
+
+    def first(self, budget: int | str) -> int:
+        """The visual tokens of an answer's first pass."""
+        return self.cascade[0] if budget == CASCADE else budget
 
     def open(self, upload: bytes | None) -> Image.Image | None:
         if upload is None:
@@ -170,15 +186,21 @@ class Page:
         Image.fromarray((seen * 255).round().byte().numpy()).save(file, "PNG")
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
-    def answer(self, image: Image.Image, question: str, earlier: list, budget: int) -> Iterator[tuple[str, dict]]:
-        """Yields the answer as it grows, and what it cost so far."""
+    def answer(self, image: Image.Image, question: str, earlier: list, budget: int | str) -> Iterator[tuple[str, dict]]:
+        """Yields the answer as it grows, and what it cost so far; an answer of the cascade at once."""
         started, hits = time.perf_counter(), self.cache.hits
+        first, largest = self.first(budget), self.cascade[1] if budget == CASCADE else budget
         messages = conversation(image, question, earlier)
-        inputs = encode_chat(self.model, self.processor, messages, budget, add_generation_prompt=True)
+        inputs = encode_chat(self.model, self.processor, messages, first, add_generation_prompt=True)
         prompt = inputs["input_ids"].shape[1]
-        room = self.config.text_config.max_position_embeddings - prompt
+        room = self.config.text_config.max_position_embeddings - prompt - (largest - first)
         if room < 1:
-            raise ValueError(f"This chat is too long: {prompt} tokens of {room + prompt}. Start a new one.")
+            length = prompt + largest - first
+            raise ValueError(f"This chat is too long: {length} tokens of {room + length}. Start a new one.")
+        max_new_tokens = min(MAX_NEW_TOKENS, room)
+        if budget == CASCADE:
+            yield self._cascaded(inputs, prompt - first, max_new_tokens, started)
+            return
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         watch = Watch()
 
@@ -188,7 +210,7 @@ class Page:
                     **inputs,
                     streamer=streamer,
                     stopping_criteria=[watch],
-                    max_new_tokens=min(MAX_NEW_TOKENS, room),
+                    max_new_tokens=max_new_tokens,
                     do_sample=False,
                 )
             except Exception:
@@ -211,10 +233,37 @@ class Page:
     def _took(self, budget: int, text_tokens: int, times: list[float], started: float, is_cached: bool) -> dict:
         seconds = times[-1] - times[0]
         return {
-            "flops": self.flops(budget, text_tokens, len(times), is_cached),
+            "budget": budget,
+            "used": budget,
+            "flops": self.flops(budget, text_tokens, len(times), FLOPS[2:] if is_cached else FLOPS),
             "first": times[0] - started,
             "speed": (len(times) - 1) / seconds if seconds else None,
-            "is_cached": is_cached,
+            "notes": ["Image already encoded, so not again."] if is_cached else [],
+        }
+
+    def _cascaded(self, inputs, text_tokens: int, max_new_tokens: int, started: float) -> tuple[str, dict]:
+        """The cascade's answer, and what it took; FLOPs as if both answers were as long as the longer one."""
+        small, large = self.cascade
+        output = cascade.generate(
+            self.model,
+            **inputs,
+            budgets=self.cascade,
+            threshold=self.threshold,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+        budget, ids = int(output.num_visual_tokens[0]), output.sequences[0]
+        flops, note = self.flops(small, text_tokens, len(ids)), f"Sure enough at {count(small)}."
+        if budget == large:
+            flops = flops and flops + self.flops(large, text_tokens, len(ids), FLOPS[1:])
+            note = f"Unsure at {count(small)}, so asked again at {large}. FLOPs of both, at the longer answer's length."
+        return self.processor.decode(ids, skip_special_tokens=True).strip(), {
+            "budget": budget,
+            "used": int(output.visual_tokens_used[0]),
+            "flops": flops,
+            "first": time.perf_counter() - started,
+            "speed": None,
+            "notes": [note, "The time is that of the whole answer, which comes at once."],
         }
 
 
@@ -242,12 +291,12 @@ def grid(seen: str | None, budget: int, relevance: torch.Tensor | None = None) -
     )
 
 
-def figures(budget: int, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
+def figures(tokens: int | str, flops: int | None, largest: int | None, took: dict | None, notes: list[str]) -> str:
     """Visual tokens, FLOPs, time to first token and speed of one side."""
     size, unit = flops_unit(flops or 0)
     bar = f'<div class="bar"><div style="width: {100 * flops / largest:.1f}%"></div></div>' if flops else ""
     entries = {
-        "Visual tokens": budget,
+        "Visual tokens": took["used"] if took else tokens,
         "FLOPs": f"{'' if took else '≈ '}{flops / size:.3g} {unit}{bar}" if flops else "unknown",
         "Time to first token": f"{took['first']:.3f} s" if took else "—",
         "Tokens per second": f"{took['speed']:.3g}" if took and took["speed"] else "—",
@@ -270,13 +319,13 @@ def chat(turns: list[dict], side: int) -> str:
     for turn in turns:
         answer = html.escape(turn["answers"][side]) or "…"
         shown += f'<p class="question">{html.escape(turn["question"])}</p>'
-        shown += f'<p class="answer">{answer}<small>{count(turn["budgets"][side])}</small></p>'
+        shown += f'<p class="answer">{answer}<small>{count(turn["used"][side])}</small></p>'
     return f'<div role="log" tabindex="0" aria-label="Answers to {SIDES[side]}"><div>{shown}</div></div>'
 
 
 def build(page: Page) -> gr.Blocks:
     """The page. What a visitor sends stays in the state of the visitor's session, on the server."""
-    trained = page.config.visual_token_budgets
+    trained = set(page.config.visual_token_budgets)
     few = min(trained)
     start = (few, max(budget for budget in page.budgets if budget != few))
     first_question, first_image = next(iter(EXAMPLES.items()))
@@ -286,10 +335,15 @@ def build(page: Page) -> gr.Blocks:
         largest = max((number for number in flops if number), default=None)
         described = []
         for budget, number, t in zip(budgets, flops, took, strict=True):
-            notes = ["Image already encoded, so not again."] if t and t["is_cached"] else []
-            if budget not in trained:
-                notes.append("Not trained at this budget: expect worse answers.")
-            described.append(figures(budget, number, largest, t, notes))
+            notes, tokens = t["notes"] if t else [], budget
+            if budget == CASCADE and not t:
+                small, large = page.cascade
+                tokens = f"{small} or {small + large}"
+                unsure = f"the answer's mean log-probability is below {page.threshold:.3g}"
+                notes = [f"Asks at {count(small)}, and again at {large} if {unsure}. FLOPs: of the first pass."]
+            if not trained.issuperset(page.cascade if budget == CASCADE else (budget,)):
+                notes = [*notes, "Not trained at this budget: expect worse answers."]
+            described.append(figures(tokens, number, largest, t, notes))
         return described
 
     def show(session, upload, *budgets):
@@ -309,7 +363,7 @@ def build(page: Page) -> gr.Blocks:
         return [message(error), *move(session, *budgets), "", ""]
 
     def move(session, *budgets):
-        return [*(grid(session["seen"], budget) for budget in budgets), *describe(budgets)]
+        return [*(grid(session["seen"], page.first(budget)) for budget in budgets), *describe(budgets)]
 
     def ask(session, question, *budgets):
         turns = session["turns"]
@@ -333,19 +387,21 @@ def build(page: Page) -> gr.Blocks:
             raise ValueError(f"The question has {len(question)} characters: ask in at most {MAX_QUESTION}.")
         earlier = [[(turn["question"], turn["answers"][side]) for turn in turns] for side in range(2)]
         answers, took = ["", ""], [None, None]
-        turn = {"question": question, "budgets": budgets, "answers": answers}
-        yield {alert: message(), **{pictures[side]: grid(seen, budget) for side, budget in enumerate(budgets)}}
+        used = [page.first(budget) for budget in budgets]
+        turn = {"question": question, "used": used, "answers": answers}
+        yield {alert: message(), **{pictures[side]: grid(seen, budget) for side, budget in enumerate(used)}}
         for side, budget in enumerate(budgets):
             for answer, spent in page.answer(image, question, earlier[side], budget):
-                answers[side], took[side] = answer, spent
+                answers[side], took[side], used[side] = answer, spent, spent["used"]
                 turns[len(earlier[side]) :] = [turn]  # from the first word, so that a chat goes on after a stop
                 yield {
                     box: "",
                     chats[side]: chat(turns, side),
                     **dict(zip(numbers, describe(budgets, took), strict=True)),
                 }
-        for side, budget in enumerate(budgets):
+        for side in range(2):
             if answers[side]:
+                budget = took[side]["budget"]
                 relevance = token_relevance(
                     page.model, page.processor, image, question, budget, answers[side], earlier[side]
                 )
@@ -384,7 +440,7 @@ def build(page: Page) -> gr.Blocks:
             with gr.Column(scale=6, min_width=576), gr.Row():  # beside each other, or both below
                 for name, budget, text in zip(SIDES, start, describe(start), strict=True):
                     with gr.Column(min_width=280, elem_classes="side"):
-                        budgets.append(Budget(budget, page.budgets, name))
+                        budgets.append(Budget(budget, page.names, name))
                         with gr.Row(elem_classes="seen"):
                             pictures.append(gr.HTML(grid(session.value["seen"], budget), min_width=140, scale=1))
                             numbers.append(gr.HTML(text, min_width=120, scale=1))

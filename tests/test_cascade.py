@@ -149,13 +149,17 @@ def test_one_token_widens_too_and_sampling_keeps_the_model_s_log_probabilities(t
         ({"max_length": 300}, r"max_length: not for a cascade"),
         ({"generation_config": GenerationConfig(max_length=300)}, r"max_length=300 counts the prompt"),
         ({"generation_config": GenerationConfig(num_return_sequences=2, do_sample=True)}, r"num_return_sequences"),
-        ({"threshold": None}, r"has no cascade.json: name budgets and threshold, or run"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny_model, prompts, arguments, message):
     options = {"budgets": (4, 36), "threshold": -1.0, **arguments}
     with pytest.raises(ValueError, match=message):
         generate(tiny_model(), **prompts(4), **options)
+
+
+def test_without_a_calibration_budgets_and_threshold_are_needed(tiny_model, prompts):
+    with pytest.raises(FileNotFoundError, match=r"has no cascade.json: name budgets and threshold, or run"):
+        generate(tiny_model(), **prompts(4), budgets=(4, 36))
 
 
 def test_the_checkpoint_s_calibration_is_the_default(tiny_model, prompts, tmp_path):

@@ -121,7 +121,7 @@ def test_an_installed_package_is_whole(tmp_path):
     subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=ROOT, check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(source)]
     subprocess.run(pip, check=True)
-    suffixes = {".json", ".jinja", ".yaml", ".safetensors"}
+    suffixes = {".json", ".jinja", ".yaml", ".safetensors", ".webp"}
     folders = "backbones", "templates", "hub", "train", "demo"
     data = [path for folder in folders for path in (source / folder).rglob("*") if path.suffix in suffixes]
     data += (source / "evaluation/metrics").rglob("*.py")  # which evaluate loads by their paths

@@ -127,8 +127,8 @@ def test_things_are_drawn_at_their_places(written):
         ("b1 big cat", r"a big thing is at one of a1, c1, a3, c3"),
         ("a1 cat, c1 cat", r"cat occurs twice"),
         ("a1 big cat, b2 bus", r"'b2 bus' and 'a1 big cat' are both at b2"),
-        ("cat", r"'cat' is no thing at a place: write, for example, 'a1 cat'"),
-        ("a1 cat,", r"'' is no thing at a place"),
+        ("cat", r"'cat' is not a thing at a place: write it like 'a1 cat'"),
+        ("a1 cat,", r"'' is not a thing at a place"),
     ],
 )
 def test_a_scene_that_cannot_be_drawn_is_refused_by_name(text, message, tmp_path):

@@ -32,7 +32,7 @@ from delta_llava.space import app
 pytestmark = pytest.mark.space
 ROOT = Path(delta_llava.__file__).parent
 SCREENSHOTS = ROOT / "build" / "space"  # for people to look at
-QUESTION = "What is at the bottom right?"
+QUESTION = "What is at d4?"
 FIGURES = ["Visual tokens", "FLOPs", "Time to first token", "Tokens per second"]
 
 
@@ -222,12 +222,12 @@ def test_a_chat_goes_on_about_the_same_image_without_encoding_it_again(visit, se
     assert served.cache.misses == misses + 2
     passes, hits = [], served.cache.hits
     handle = served.model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
-    second = ask(page, "And what colour?", number=2)
+    second = ask(page, "And what is at a1?", number=2)
     handle.remove()
     assert served.cache.misses == misses + 2 and served.cache.hits > hits and not passes
     expect(page.locator(".note", has_text="Image already encoded, so not again.")).to_have_count(2)
     for side, budget in enumerate(budgets):
-        assert second[side] == expected(served, file, "And what colour?", budget, [(QUESTION, first[side])])[0]
+        assert second[side] == expected(served, file, "And what is at a1?", budget, [(QUESTION, first[side])])[0]
 
     for number in (3, 4):
         ask(page, QUESTION, number)
@@ -417,10 +417,43 @@ def test_two_visitors_at_once_see_their_own_things_alone(visit, served, picture)
 def test_a_budget_without_training_and_costs_that_are_unknown_are_said_so(tiny_model, tiny_processor, tmp_path):
     tiny_model(visual_token_budgets=[36]).save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    shown = str(app.build(app.Page(tmp_path)).get_config_file()["components"])
+    page = app.Page(tmp_path)
+    assert app.CASCADE not in page.names
+    shown = str(app.build(page).get_config_file()["components"])
     assert shown.count("Not trained at this budget: expect worse answers.") == 1
     assert "<dd>36</dd>" in shown and "<dd>144</dd>" in shown
     assert "unknown" in app.figures(36, None, None, None, [])
+
+
+def test_a_cascade_is_offered_where_the_checkpoint_has_one(visit, checkpoint, picture, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    file = folder / "cascade.json"
+    file.write_text(json.dumps({"num_visual_tokens": [4, 36], "threshold": 0.0, "validation": {}}))
+    cascaded = app.Page(folder)
+    demo = app.build(cascaded)
+    _, url, _ = app.launch(demo, prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    page, image = visit(address=url), picture(8)
+    upload(page, image)
+    slider = page.locator("input[type=range]").first
+    slider.focus()
+    page.keyboard.press("End")
+    expect(slider).to_have_attribute("aria-valuetext", "4 visual tokens, and 36 if unsure")
+    expect(page.locator(".note").first).to_contain_text("again at 36 if the answer's mean log-probability is below 0.")
+    page.screenshot(path=SCREENSHOTS / "cascade.png", full_page=True)
+    text, flops = expected(cascaded, image, QUESTION, 36)
+    assert ask(page, QUESTION)[0] == text
+    expect(page.locator(".answer small").first).to_have_text("40 visual tokens")
+    expect(page.locator(".note").first).to_contain_text("Unsure at 4 visual tokens, so asked again at 36.")
+    assert figures(page, 0).first.inner_text() == "40" and page.locator(".side").first.locator("rect").count() == 36
+    demo.close()
+
+    cascaded.threshold = -1e9
+    ((text, took),) = cascaded.answer(Image.open(image), QUESTION, (), app.CASCADE)
+    assert (text, took["flops"]) == expected(cascaded, image, QUESTION, 4)
+    assert (took["budget"], took["used"]) == (4, 4) and took["flops"] < flops
+    file.write_text("[")
+    with pytest.raises(ValueError, match=r"cascade\.json is damaged"):
+        app.Page(folder)
 
 
 def call(url, data):
