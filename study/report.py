@@ -396,7 +396,7 @@ CLAIMS = (
 
 def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: float, file: Path):
     """Draw accuracy against visual tokens and against FLOPs, and what variants and ablations change."""
-    figure = Figure(figsize=(21, 12), layout="constrained")
+    figure = Figure(figsize=(21, 13), layout="constrained")
     projectors = ("delta", "residual", "tokenpacker", "average-pooling", "resampler", "mlp", "meteor")
     pruned = tuple(f"fastv-{layer}" for layer in FASTV_LAYERS)
     variants = ("delta-paper", "delta-area", "no-delta-projection", "no-self-attention", "no-refinement-block")
@@ -408,10 +408,11 @@ def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: 
 
     def plot(axis, lines, shares, title, base=None, against_flops=False, suffix="", **style):
         """Means and deviations of lines, or their differences to the line `base` and the intervals of these."""
-        for line in lines:
+        for index, line in enumerate(lines):
             points = {}
+            aside = 0 if base is None else 0.06 * (index - (len(lines) - 1) / 2)  # so that intervals do not overlap
             for budget, by_seed in sorted(shares.get(line, {}).items()):
-                place = flops[line][budget] if against_flops else places[budget]
+                place = flops[line][budget] if against_flops else places[budget] + aside
                 if base is None:
                     points[place] = mean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0
                 elif difference := compare(by_seed, shares.get(base, {}).get(budget, {})):
@@ -424,20 +425,22 @@ def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: 
                 )  # fmt: skip
         if against_flops:
             axis.set(title=title, xlabel="FLOPs of an answer, millions", xscale="log")
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.xaxis.set_minor_formatter("{x:.0f}")
         else:
             axis.set(title=title, xlabel="visual tokens", xticks=list(places.values()), xticklabels=list(places))
         if base is None:
             axis.axhline(100 * majority, color="grey", linestyle=":")
-            axis.set(ylabel="answered exactly, % (bars: standard deviation; dotted: most frequent answer)")
+            axis.set(ylabel="answered exactly, %\n(bars: standard deviation; dotted: most frequent answer)")
         else:
             axis.axhline(0, color="black")
             axis.set(ylabel="points (bars: 95 % interval)")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     plot(axes[0], projectors, everything, "Projectors, one elastic checkpoint each")
     plot(axes[1], (*projectors, *pruned), everything, "Accuracy against FLOPs", against_flops=True)
-    for shares, suffix, style in ((small, ", small things", "-"), (big, ", big things", "--")):
+    for shares, suffix, style in ((small, ", small", "-"), (big, ", big", "--")):
         plot(axes[2], CASCADE_METHODS, shares, "Small and big things", suffix=suffix, linestyle=style)
     plot(axes[3], ("residual", "mlp", *pruned), everything, "Few tokens made by the projector, or dropped by FastV")
     plot(axes[4], (*variants, *wide), everything, "Difference to Delta-LLaVA, as released", base="delta")
