@@ -127,6 +127,8 @@ def train(run: Run, settings: Settings, scenes: Path, folder: Path):
     if method.meteor is not None:
         torch.manual_seed(run.seed)
         model, processor_class = meteor_from(model, **method.meteor), MeteorProcessor
+        # The same function, in three quarters of the time without Mamba's kernels
+        model.model.multi_modal_projector.fusion.mixer.chunk_size = 32
     processor = processor_class.from_pretrained(folder)
     losses = []
     for stage, template in (("pretrain", (TEMPLATES / "plain.jinja").read_text(encoding="utf-8")), ("finetune", None)):
