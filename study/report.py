@@ -46,11 +46,6 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         line: {budget: mean(by_seed.values()) for budget, by_seed in budgets.items()}
         for line, budgets in _collect(rows, lambda cell: cell["flops"] / 1e6).items()
     }
-    differences = {
-        line: {budget: compare(by_seed, everything["delta"].get(budget, {})) for budget, by_seed in budgets.items()}
-        for line, budgets in everything.items()
-        if line != "delta" and "delta" in everything
-    }
     kept = ", ".join(
         f"{mean_tokens(layer, max(COMPRESSED)):.1f} to {mean_tokens(layer, 1):.1f} after layer {layer}"
         for layer in FASTV_LAYERS
@@ -60,6 +55,13 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
 
     def spreads(shares):
         return _table(shares, lambda line, budget: _spread(shares[line].get(budget, {})))
+
+    def differences(base):
+        others = [line for line in everything if line != base and base in everything]
+        return _table(
+            others,
+            lambda line, budget: str(compare(everything[line].get(budget, {}), everything[base].get(budget, {})) or ""),
+        )
 
     text = [
         "# Study",
@@ -72,6 +74,8 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         "Average pooling is the simplest projector with budgets. A method is ahead or behind where the 95 % interval "
         "of its difference, seed by seed and in points, excludes zero, which one in twenty does by chance.",
         "\n".join(_against_pooling(everything)),
+        "Each difference is a mean and half the width of its interval. Bold: it excludes zero.",
+        differences("average-pooling"),
         "## What holds of the paper's claims here",
         _in_words(everything),
         "Each row compares each seed's mean over the budgets named.",
@@ -98,9 +102,9 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         "those of both passes.",
         _cascade_table(rows, everything),
         "## Difference to Delta-LLaVA, as released",
-        "Points on all questions, seed by seed, as the mean and half the width of its 95 % interval (Student's t). The "
-        "interval covers chance in training alone: the questions are the same for all. Bold: it excludes zero.",
-        _table(differences, lambda line, budget: str(differences[line].get(budget) or "")),
+        "As above, in points on all questions. An interval (Student's t) covers chance in training alone: the "
+        "questions are the same for all.",
+        differences("delta"),
         "## Learning rates",
         "Percent of the validation split, mean over budgets, with one seed, at so many times the rates of the demo's "
         "recipes. Every method takes the best rate of its family (bold), so an ablation takes its parent's.",
@@ -264,17 +268,17 @@ def _joined(names: list[str]) -> str:
 
 
 def _against_pooling(everything: Shares) -> Iterable[str]:
-    """A sentence for each budget: what is ahead of average pooling, behind it, or neither."""
+    """A line for each budget: what is ahead of average pooling, what may be, and how much is behind."""
     for budget in BUDGETS:
         pooling = everything.get("average-pooling", {}).get(budget, {})
         found = {1: [], -1: [], 0: []}
         for line, budgets in everything.items():
             difference = compare(budgets.get(budget, {}), pooling)
             if difference is not None and line != "average-pooling":
-                found[difference.sign].append(f"{LINES[line]} ({difference})")
+                found[difference.sign].append(LINES[line])
         yield (
-            f"- **At {budget}**, ahead: {_joined(found[1])}. Behind: {_joined(found[-1])}. Cannot be distinguished: "
-            f"{_joined(found[0])}."
+            f"- **At {budget}**, ahead: {_joined(found[1])}. Not distinguishable: {_joined(found[0])}. Behind: "
+            f"{len(found[-1])}."
         )
 
 
@@ -396,7 +400,7 @@ CLAIMS = (
 
 def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: float, file: Path):
     """Draw accuracy against visual tokens and against FLOPs, and what variants and ablations change."""
-    figure = Figure(figsize=(21, 12), layout="constrained")
+    figure = Figure(figsize=(21, 13), layout="constrained")
     projectors = ("delta", "residual", "tokenpacker", "average-pooling", "resampler", "mlp", "meteor")
     pruned = tuple(f"fastv-{layer}" for layer in FASTV_LAYERS)
     variants = ("delta-paper", "delta-area", "no-delta-projection", "no-self-attention", "no-refinement-block")
@@ -408,10 +412,11 @@ def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: 
 
     def plot(axis, lines, shares, title, base=None, against_flops=False, suffix="", **style):
         """Means and deviations of lines, or their differences to the line `base` and the intervals of these."""
-        for line in lines:
+        for index, line in enumerate(lines):
             points = {}
+            aside = 0 if base is None else 0.06 * (index - (len(lines) - 1) / 2)  # so that intervals do not overlap
             for budget, by_seed in sorted(shares.get(line, {}).items()):
-                place = flops[line][budget] if against_flops else places[budget]
+                place = flops[line][budget] if against_flops else places[budget] + aside
                 if base is None:
                     points[place] = mean(by_seed.values()), stdev(by_seed.values()) if len(by_seed) > 1 else 0
                 elif difference := compare(by_seed, shares.get(base, {}).get(budget, {})):
@@ -424,20 +429,22 @@ def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: 
                 )  # fmt: skip
         if against_flops:
             axis.set(title=title, xlabel="FLOPs of an answer, millions", xscale="log")
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.xaxis.set_minor_formatter("{x:.0f}")
         else:
             axis.set(title=title, xlabel="visual tokens", xticks=list(places.values()), xticklabels=list(places))
         if base is None:
             axis.axhline(100 * majority, color="grey", linestyle=":")
-            axis.set(ylabel="answered exactly, % (bars: standard deviation; dotted: most frequent answer)")
+            axis.set(ylabel="answered exactly, %\n(bars: standard deviation; dotted: most frequent answer)")
         else:
             axis.axhline(0, color="black")
             axis.set(ylabel="points (bars: 95 % interval)")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
 
     plot(axes[0], projectors, everything, "Projectors, one elastic checkpoint each")
     plot(axes[1], (*projectors, *pruned), everything, "Accuracy against FLOPs", against_flops=True)
-    for shares, suffix, style in ((small, ", small things", "-"), (big, ", big things", "--")):
+    for shares, suffix, style in ((small, ", small", "-"), (big, ", big", "--")):
         plot(axes[2], CASCADE_METHODS, shares, "Small and big things", suffix=suffix, linestyle=style)
     plot(axes[3], ("residual", "mlp", *pruned), everything, "Few tokens made by the projector, or dropped by FastV")
     plot(axes[4], (*variants, *wide), everything, "Difference to Delta-LLaVA, as released", base="delta")

@@ -18,10 +18,10 @@ from delta_llava.demo.run import BUDGETS
 from delta_llava.demo.scenes import write_scenes
 from delta_llava.study import report
 from delta_llava.study import run as study_run
+from delta_llava.study.memory import StudyTrainer
 from delta_llava.study.methods import DEMO, FASTV_LAYERS, LINES, METHODS, RATES, SEARCH_SEED, line_of
 from delta_llava.study.projectors import TokenPackerProjector
 from delta_llava.study.run import Questions, Run, Settings, execute, main, measure_cascades, train
-from delta_llava.train.trainer import DeltaLlavaTrainer
 
 
 TINY = Settings(
@@ -42,13 +42,13 @@ def untrained(scenes, tmp_path, monkeypatch):
     """A model as assembled, whose images sway what it says, its processor, and each stage's settings."""
     stages = []
 
-    class Idle(DeltaLlavaTrainer):
+    class Idle(StudyTrainer):
         def train(self):
             stages.append(self.args)
             return SimpleNamespace(training_loss=0.0)
 
     def make(run):
-        monkeypatch.setattr(study_run, "DeltaLlavaTrainer", Idle)
+        monkeypatch.setattr(study_run, "StudyTrainer", Idle)
         model, processor, _ = train(run, TINY, scenes, tmp_path / run.method)
         with torch.no_grad():
             model.model.multi_modal_projector.mlp[-1].weight.mul_(50)
@@ -97,13 +97,13 @@ def test_every_line_of_the_report_has_runs_that_fill_it():
 def test_runs_of_a_seed_train_the_same_batches_and_start_from_the_same_language_model(scenes, tmp_path, monkeypatch):
     seen = {}
 
-    class Watched(DeltaLlavaTrainer):
+    class Watched(StudyTrainer):
         def training_step(self, model, inputs, *args):
             pixels, embedding = inputs["pixel_values"].sum().item(), model.lm_head.weight.sum().item()
             seen.setdefault(name, []).append((inputs["input_ids"].tolist(), pixels, embedding))
             return super().training_step(model, inputs, *args)
 
-    monkeypatch.setattr(study_run, "DeltaLlavaTrainer", Watched)
+    monkeypatch.setattr(study_run, "StudyTrainer", Watched)
     for name, projector, rate in (("delta", DeltaProjector, 1), ("tokenpacker", TokenPackerProjector, 3)):
         model, _, losses = train(Run(name, 1, rate), TINY, scenes, tmp_path / name)
         assert type(model.model.multi_modal_projector) is projector
@@ -152,7 +152,7 @@ def test_a_run_of_the_search_answers_the_validation_split_alone(scenes, monkeypa
 def test_meteor_is_trained_in_both_stages_and_answers_at_every_budget(scenes, monkeypatch):
     learnt = []
 
-    class Watched(DeltaLlavaTrainer):
+    class Watched(StudyTrainer):
         def train(self):
             before = {name: weight.clone() for name, weight in self.model.state_dict().items()}
             output = super().train()
@@ -162,7 +162,7 @@ def test_meteor_is_trained_in_both_stages_and_answers_at_every_budget(scenes, mo
             learnt.append({name.removeprefix("model.multi_modal_projector.") for name in changed})
             return output
 
-    monkeypatch.setattr(study_run, "DeltaLlavaTrainer", Watched)
+    monkeypatch.setattr(study_run, "StudyTrainer", Watched)
     row = execute(Run("meteor", 0, 1), replace(TINY, pretrain_steps=3, finetune_steps=3), scenes, threads=1)
     assert list(map(int, row["lines"]["meteor"])) == list(BUDGETS)
     pretrained, finetuned = learnt
