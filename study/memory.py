@@ -30,8 +30,6 @@ _ROWS = {}  # by scenes, stage and class of processor
 def remembered_tower(model: PreTrainedModel) -> Iterator[None]:
     """
     In this context, the tower of a model of the study encodes only pictures that no model of its class has encoded.
-
-    The tower is in eval mode, whatever mode the model is in: dropout was for its own training.
     """
     run_tower = model.model._run_vision_tower
 
@@ -39,7 +37,6 @@ def remembered_tower(model: PreTrainedModel) -> Iterator[None]:
         keys = [(type(model), hashlib.blake2b(picture.numpy()).digest()) for picture in pixel_values]
         missing = {key: index for index, key in enumerate(keys) if key not in _PICTURES}
         if missing:
-            model.model.vision_tower.eval()
             outputs, *features = run_tower(pixel_values[list(missing.values())], **kwargs)
             if outputs.attentions is not None:
                 features.append(outputs.attentions[-1][:, :, :1].clone())  # of the CLS token alone, which is all read
