@@ -383,30 +383,28 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
         def report():
             write_report(search, rows, planned, majority, asdict(settings), output_dir)
 
-        def finish(runs: Iterable[Run]):
+        def finish(pool: ProcessPoolExecutor, runs: Iterable[Run]):
             done = {tuple(row[name] for name in Run._fields) for row in search + rows}
             missing = [run for run in runs if run not in done]
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(jobs, context, initializer=end_with_parent) as pool:
-                running = {pool.submit(execute, run, settings, scenes, threads): run for run in missing}
-                failures = []
-                progress = tqdm(total=len(running), unit="run", disable=not running)
-                try:
-                    for future in as_completed(running):
-                        progress.set_postfix_str("{} {}".format(*running[future]), refresh=False)
-                        progress.update()
-                        if future.exception():
-                            failures.append(future)
-                            continue
-                        is_search = running[future].seed == SEARCH_SEED
-                        (search if is_search else rows).append(future.result())
-                        with (search_file if is_search else rows_file).open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(future.result()) + "\n")
-                        report()
-                except BaseException:
-                    for worker in multiprocessing.active_children():
-                        worker.terminate()
-                    raise
+            running = {pool.submit(execute, run, settings, scenes, threads): run for run in missing}
+            failures = []
+            progress = tqdm(total=len(running), unit="run", disable=not running)
+            try:
+                for future in as_completed(running):
+                    progress.set_postfix_str("{} {}".format(*running[future]), refresh=False)
+                    progress.update()
+                    if future.exception():
+                        failures.append(future)
+                        continue
+                    is_search = running[future].seed == SEARCH_SEED
+                    (search if is_search else rows).append(future.result())
+                    with (search_file if is_search else rows_file).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(future.result()) + "\n")
+                    report()
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
             if failures:
                 raise RuntimeError(
                     f"{len(failures)} of {len(running)} runs failed, such as {running[failures[0]]}; {output_dir} has "
@@ -415,14 +413,17 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
 
         trials = [Run(family, SEARCH_SEED, rate) for rate in RATES for family in families]
         print(f"{len(search)} runs of the search for learning rates are finished in {search_file}.", flush=True)
-        finish(trials)
-        rates = choose_rates(search)
-        print("Learning rates, times the recipes': " + ", ".join(f"{name} {rate:.2g}" for name, rate in rates.items()))
-        check_rates(rows_file, rows, rates)
-        print(f"{len(rows)} of {planned} runs are finished in {rows_file}; {jobs} run at a time.", flush=True)
-        twice = [Run(name, SEARCH_SEED, rates[name], 2) for name in families if name == "average-pooling"]
-        finish([*twice, *(Run(name, seed, rates[METHODS[name].family]) for name, seed in wanted)])
-        report()
+        # The same workers for all runs, which share what they remember
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+            finish(pool, trials)
+            rates = choose_rates(search)
+            chosen = ", ".join(f"{name} {rate:.2g}" for name, rate in rates.items())
+            print(f"Learning rates, times the recipes': {chosen}")
+            check_rates(rows_file, rows, rates)
+            print(f"{len(rows)} of {planned} runs are finished in {rows_file}; {jobs} run at a time.", flush=True)
+            twice = [Run(name, SEARCH_SEED, rates[name], 2) for name in families if name == "average-pooling"]
+            finish(pool, [*twice, *(Run(name, seed, rates[METHODS[name].family]) for name, seed in wanted)])
+            report()
     print((output_dir / "RESULTS.md").read_text(encoding="utf-8"))
     print(f"written: {output_dir / 'RESULTS.md'} and {output_dir / 'RESULTS.png'}")
 
