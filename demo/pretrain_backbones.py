@@ -1,6 +1,6 @@
 """Trains the demo's two backbones once, from scratch: a small CLIP tower and a small Qwen2 language model.
 
-    python -m delta_llava.demo.pretrain_backbones            # both, about half an hour on 2 cores
+    python -m delta_llava.demo.pretrain_backbones            # both, about an hour and a half
     python -m delta_llava.demo.pretrain_backbones --only language_model
 
 They take the places of CLIP and Vicuna: the tower has never seen a word, the language model has never seen a picture,

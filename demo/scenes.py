@@ -34,6 +34,7 @@ TRAIN_DESIGNS = tuple(design for design in atlases.DESIGNS if design != atlases.
 COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 QUESTION_TYPES = ("thing", "place", "beside", "number", "group", "presence")
+TRAINED_TYPES = ("number", "beside", *QUESTION_TYPES)  # the hardest twice
 DESCRIBE = "Describe the picture."
 HOW_MANY = "How many {} are there?"
 
@@ -282,7 +283,7 @@ def write_scenes(output_dir, train_scenes=4000, held_out_scenes=120, seed=0, que
             if name == "train":
                 caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": tell(layout)}]
                 files["pretrain"].append({**record, "conversations": caption})
-                turns = conversation(layout, rng, np.resize(QUESTION_TYPES, questions_per_scene))
+                turns = conversation(layout, rng, np.resize(TRAINED_TYPES, questions_per_scene))
                 files["finetune"].append({**record, "conversations": _turns(turns)})
                 continue
             for question_type in QUESTION_TYPES:

@@ -77,9 +77,9 @@ HERE = Path(__file__).parent
 class Settings:
     """What all runs of a study share; the rest is in the demo's recipes."""
 
-    train_scenes: int = 6000
-    validation_scenes: int = 80
-    held_out_scenes: int = 80
+    train_scenes: int = 3200
+    validation_scenes: int = 60
+    held_out_scenes: int = 60
     questions_per_scene: int = 8
     pretrain_steps: int = 400
     finetune_steps: int = 250
