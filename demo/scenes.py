@@ -133,8 +133,8 @@ def count(layout, group):
 
 
 def tell(layout):
-    """The scene in words, e.g. "a1 cat, c1 big bus, b2 pear", in the order of `PLACES`; "nothing" if it is empty."""
-    return ", ".join(map(str, layout)) or "nothing"
+    """The scene in words, e.g. "a1 cat, c1 big bus, b2 pear", in the order of `PLACES`."""
+    return ", ".join(map(str, layout))
 
 
 def parse(text):
@@ -180,11 +180,11 @@ def _article(thing):
 
 
 def ask(layout, rng, question_type):
-    """Draw one [`Question`] of a type about a layout, or `None` where the scene allows none."""
+    """Draw one [`Question`] of a type about a layout that is not empty, or `None` where the scene allows none."""
     at = covered(layout)
 
     def pick(choices):
-        return choices[rng.integers(len(choices))] if choices else None
+        return choices[rng.integers(len(choices))]
 
     def size(placed):
         return "big" if placed.big else "small"
@@ -192,7 +192,7 @@ def ask(layout, rng, question_type):
     if question_type == "thing":
         # A quarter of the answers are "nothing" if there are empty places.
         empty = [place for place in PLACES if place not in at]
-        place = pick(empty if (empty and rng.random() < 0.25) or not at else list(at))
+        place = pick(empty if empty and rng.random() < 0.25 else list(at))
         question = f"What is at {place}?"
         return Question(question, at[place].thing, size(at[place])) if place in at else Question(question, "nothing")
     if question_type == "number":
@@ -202,12 +202,12 @@ def ask(layout, rng, question_type):
         group = str(rng.choice(list(counts), p=weights / weights.sum()))
         return Question(HOW_MANY.format(group), counts[group])
     if question_type == "presence":
-        if rng.random() < 0.5 and layout:
+        if rng.random() < 0.5:
             placed = pick(layout)
             return Question(f"Is there {_article(placed.thing)}?", "yes", size(placed))
         # Half of the absent things belong to a group that is there.
         here = {placed.thing for placed in layout}
-        groups = {GROUP_OF[thing] for thing in here} if here and rng.random() < 0.5 else set(GROUPS)
+        groups = {GROUP_OF[thing] for thing in here} if rng.random() < 0.5 else set(GROUPS)
         absent = pick([thing for thing in THINGS if thing not in here and GROUP_OF[thing] in groups])
         return Question(f"Is there {_article(absent)}?", "no")
     if question_type == "beside":
@@ -219,14 +219,11 @@ def ask(layout, rng, question_type):
             if beside(placed.place, step)
         ]
         full = [choice for choice in around if choice[2] in at]
-        drawn = pick(full if full and rng.random() < 0.75 else around)
-        if drawn is None:
+        if not around:
             return None
-        placed, side, place = drawn
-        return Question(f"What is {side} the {placed.thing}?", at[place].thing if place in at else "nothing", "small")
+        placed, side, place = pick(full if full and rng.random() < 0.75 else around)
+        return Question(f"What is {side} the {placed.thing}?", at[place].thing if place in at else "nothing")
     placed = pick(layout)
-    if placed is None:
-        return None
     if question_type == "place":
         return Question(f"Where is the {placed.thing}?", placed.place, size(placed))
     place = pick(placed.places())

@@ -22,7 +22,7 @@ from .meteor import NO_TOKEN
 from .methods import ALL_PATCHES
 
 
-_PICTURES = {}  # by class of model and digest of the pixels: query features, memory features, attention of CLS
+_PICTURES = {}  # by class of model, layers and digest of the pixels: query features, memory features, attention of CLS
 _ROWS = {}  # by scenes, stage and class of processor
 
 
@@ -32,9 +32,10 @@ def remembered_tower(model: PreTrainedModel) -> Iterator[None]:
     In this context, the tower of a model of the study encodes only pictures that no model of its class has encoded.
     """
     run_tower = model.model._run_vision_tower
+    source = type(model), model.config.query_feature_layer, *model.config.memory_feature_layers
 
     def look_up(pixel_values: torch.Tensor, **kwargs):
-        keys = [(type(model), hashlib.blake2b(picture.numpy()).digest()) for picture in pixel_values]
+        keys = [(*source, hashlib.blake2b(picture.numpy()).digest()) for picture in pixel_values]
         missing = {key: index for index, key in enumerate(keys) if key not in _PICTURES}
         if missing:
             outputs, *features = run_tower(pixel_values[list(missing.values())], **kwargs)

@@ -17,6 +17,7 @@ continues with the runs that have none. After every run, `RESULTS.md` and `RESUL
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -79,11 +80,21 @@ class Settings:
 
     train_scenes: int = 3200
     validation_scenes: int = 60
-    held_out_scenes: int = 60
+    held_out_scenes: int = 80
     questions_per_scene: int = 8
     pretrain_steps: int = 400
     finetune_steps: int = 250
     batch_size: int = 8
+
+
+@cache
+def world() -> str:
+    """Digest of what rows depend on beside the settings: backbones, recipes, drawings, and what draws the scenes."""
+    digest = hashlib.sha256()
+    for pattern in ("scenes.py", "atlases/*.webp", "backbones/*/*.safetensors", "recipes/*.yaml"):
+        for file in sorted(DEMO.glob(pattern)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 class Run(NamedTuple):
@@ -218,10 +229,10 @@ def execute(run: Run, settings: Settings, scenes: Path, threads: int) -> dict:
     Train a method once; in the search answer the validation questions, otherwise all held-out ones.
 
     Returns:
-        `dict`: The run's row: the fields of [`Run`], `settings`, `losses`, `seconds`, and in the search `validation`,
-        the share of questions answered exactly at each budget. Otherwise `lines`, in which a line of the report has for
-        each budget what [`score`] returns for new layouts, `design`, the share for the held-out design, and `flops`, of
-        one answer; and `cascades`, as [`measure_cascades`] returns them.
+        `dict`: The run's row: the fields of [`Run`], `settings`, [`world`], `losses`, `seconds`, and in the search
+        `validation`, the share of questions answered exactly at each budget. Otherwise `lines`, in which a line of the
+        report has for each budget what [`score`] returns for new layouts, `design`, the share for the held-out design,
+        and `flops`, of one answer; and `cascades`, as [`measure_cascades`] returns them.
     """
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
@@ -263,6 +274,7 @@ def execute(run: Run, settings: Settings, scenes: Path, threads: int) -> dict:
     return {
         **run._asdict(),
         "settings": asdict(settings),
+        "world": world(),
         "losses": losses,
         "seconds": round(time.time() - started, 1),
         **found,
@@ -317,7 +329,7 @@ def read_rows(file: Path, settings: Settings) -> list[dict]:
     The rows of finished runs; a last line that was cut off in writing is taken out of the file.
 
     Raises:
-        ValueError: A row was run with other settings, or a line is no row.
+        ValueError: A row was run with other settings or in another world, or a line is not a row.
     """
     if not file.is_file():
         return []
@@ -325,18 +337,20 @@ def read_rows(file: Path, settings: Settings) -> list[dict]:
     whole, _, cut = text.rpartition("\n")
     if cut:
         file.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    rows = []
+    rows, wanted = [], (asdict(settings), world())
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: {error}") from error
-    for row in rows:
-        if row["settings"] != asdict(settings):
+            row = json.loads(line)
+            name, found = f"{row['method']} with seed {row['seed']}", (row["settings"], row["world"])
+            METHODS[row["method"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{file}, line {number} is not a row of this study: {error!r}") from error
+        if found != wanted:
             raise ValueError(
-                f"{file}: {row['method']} with seed {row['seed']} was run with {row['settings']}, not with "
-                f"{asdict(settings)}. Name another --output_dir, or the same settings."
+                f"{file}, line {number}: {name} was run with (settings, digest of backbones, recipes and scenes) = "
+                f"{found}, not {wanted}. Name another --output_dir, or the same settings."
             )
+        rows.append(row)
     return rows
 
 
@@ -403,7 +417,7 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
                     report()
             except BaseException:
                 for worker in multiprocessing.active_children():
-                    worker.terminate()
+                    worker.kill()  # SIGTERM would make a trainer save, and the worker go on to the next run
                 raise
             if failures:
                 raise RuntimeError(

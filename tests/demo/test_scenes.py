@@ -98,7 +98,6 @@ def test_a_question_that_a_scene_does_not_allow_is_not_asked():
     rng = np.random.default_rng(0)
     only_big = scenes.parse("a1 big cat")
     assert scenes.ask(only_big, rng, "beside") is None
-    assert scenes.ask((), rng, "place") is None and scenes.ask((), rng, "group") is None
 
 
 def test_blind_guessing_stays_below_45_percent(written):
