@@ -7,7 +7,8 @@ pinned npm packages. `atlases/LICENSES.md` names their authors and licences.
 
 Of 118 common emoji, the things are those that all designs have, whose English names are plain and in the singular, and
 that a small convolutional network recognizes across authors: trained on all training designs except one author's, it
-names at least 75 % of that author's crops at 18 to 24 pixels, on average over five authors. OpenMoji had no say.
+named at least 75 % of that author's crops at 18 to 24 pixels, on average over five authors (the network is not kept
+here). Beyond having to draw them all, OpenMoji had no say.
 """
 
 import argparse

@@ -263,7 +263,7 @@ class Page:
             "flops": flops,
             "first": time.perf_counter() - started,
             "speed": None,
-            "notes": [note, "The time is that of the whole answer, which comes at once."],
+            "notes": [note, "The time is that of the whole answer, which comes at once; the image is encoded anew."],
         }
 
 

@@ -88,10 +88,10 @@ METHODS = {
         "After LLaVA-Meteor's abstract, no local summaries", "meteor", meteor={"scan": "window"}
     ),
     "meteor-visual-expert": Method(
-        "After LLaVA-Meteor's abstract, visual expert alone", "meteor", meteor={"experts": "visual"}
+        "After LLaVA-Meteor's abstract, visual expert only", "meteor", meteor={"experts": "visual"}
     ),
     "meteor-native-expert": Method(
-        "After LLaVA-Meteor's abstract, native expert alone", "meteor", meteor={"experts": "native"}
+        "After LLaVA-Meteor's abstract, native expert only", "meteor", meteor={"experts": "native"}
     ),
     "delta-wide-init": Method("Delta-LLaVA, wider first weights", "delta", {"initializer_range": WIDE_INIT}),
     "delta-wide-init-no-drop-path": Method(
@@ -104,7 +104,7 @@ METHODS = {
         AveragePoolingProjector,
     ),
     **{
-        f"only-{budget}": Method(f"Delta-LLaVA for {budget} tokens alone", "delta", budgets=(budget,))
+        f"only-{budget}": Method(f"Delta-LLaVA for {budget} tokens only", "delta", budgets=(budget,))
         for budget in BUDGETS
     },
 }

@@ -1,5 +1,6 @@
 """Writes `RESULTS.md` and `RESULTS.png` of a study from its rows, as far as they have come."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from ..demo.run import BUDGETS
+from ..demo.run import BUDGETS, majority_answers, score
 from .methods import (
     ALL_PATCHES,
     CASCADE_METHODS,
@@ -27,7 +28,9 @@ from .methods import (
 Shares = dict[str, dict[int, dict[int, float]]]  # {line: {budget: {seed: percent}}}
 
 
-def write_report(search: list[dict], rows: list[dict], planned: int, majority: float, settings: dict, output_dir: Path):
+def write_report(
+    search: list[dict], rows: list[dict], planned: int, questions: list[dict], settings: dict, output_dir: Path
+):
     """
     Write the report of the rows there are.
 
@@ -35,10 +38,12 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         search, rows (`list[dict]`): Of `rates.jsonl` and `rows.jsonl`, as [`~delta_llava.study.run.execute`] returns
             them.
         planned (`int`): How many rows the study will have.
-        majority (`float`): What the most frequent answer of each type reaches.
+        questions (`list[dict]`): The held-out ones.
         settings (`dict`): Of all runs.
         output_dir (`Path`): Folder of `RESULTS.md` and `RESULTS.png`.
     """
+    majority = score(questions, majority_answers(questions))["accuracy"]
+    sizes = Counter(row["size"] for row in questions)
     everything = _collect(rows, lambda cell: 100 * cell["accuracy"])
     small, big = (_collect(rows, lambda cell, size=size: 100 * cell["by_size"][size]) for size in ("small", "big"))
     design = _collect(rows, lambda cell: 100 * cell["design"])
@@ -67,12 +72,13 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         "# Study",
         f"Written by `python -m delta_llava.study.run`: {len(rows)} of {planned} runs are finished (seeds {seeds})"
         f"{minutes}. Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ". Figures are "
-        "percent of held-out questions answered exactly, mean over seeds ± standard deviation; the most frequent "
-        f"answer of each type would give {100 * majority:.1f}. A budget is a number of visual tokens.",
+        f"percent of {len(questions)} held-out questions answered exactly, mean over seeds ± standard deviation; the "
+        f"most frequent answer of each type would give {100 * majority:.1f}. A budget is a number of visual tokens.",
         "![Accuracy against visual tokens and FLOPs](RESULTS.png)",
         "## What is ahead of average pooling",
         "Average pooling is the simplest projector with budgets. A method is ahead or behind where the 95 % interval "
-        "of its difference, seed by seed and in points, excludes zero, which one in twenty does by chance.",
+        "of its difference, seed by seed and in points, excludes zero, which one in twenty does by chance. The "
+        "interval (Student's t) covers chance in training only: the questions are the same for all.",
         "\n".join(_against_pooling(everything)),
         "Each difference is a mean and half the width of its interval. Bold: it excludes zero.",
         differences("average-pooling"),
@@ -84,10 +90,10 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         "## All questions",
         spreads(everything),
         "## Small things",
-        "Questions about a thing that fills one of the 4 x 4 places.",
+        f"{sizes['small']} questions about a thing that fills one of the 4 x 4 places.",
         spreads(small),
         "## Big things",
-        "Questions about a thing that fills a quadrant.",
+        f"{sizes['big']} questions about a thing that fills a quadrant.",
         spreads(big),
         "## The held-out design",
         "All questions about scenes in a design that no training has seen.",
@@ -102,13 +108,13 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
         "those of both passes.",
         _cascade_table(rows, everything),
         "## Difference to Delta-LLaVA, as released",
-        "As above, in points on all questions. An interval (Student's t) covers chance in training alone: the "
-        "questions are the same for all.",
+        "As above, in points on all questions.",
         differences("delta"),
         "## Learning rates",
         "Percent of the validation split, mean over budgets, with one seed, at so many times the rates of the demo's "
         "recipes. Every method takes the best rate of its family (bold), so an ablation takes its parent's.",
         _search_table(search),
+        _at_the_edge(search),
         _convergence(search),
         "## Notes",
         "\n".join(
@@ -116,6 +122,8 @@ def write_report(search: list[dict], rows: list[dict], planned: int, majority: f
             for note in (
                 "In the released projector the shared weight can express what the low-rank update does: without "
                 "DeltaProjection it learns the same functions, in another way.",
+                "A method with one budget spends all its steps there, an elastic one a part of them at each budget: "
+                f"checkpoints for one budget train {len(BUDGETS)} times as long in all.",
                 f"At {ALL_PATCHES} visual tokens each query of the released projector sees one patch. What makes the "
                 "queries, self-attention and refinement block included, changes no token there, so the claims leave "
                 "that budget out.",
@@ -170,6 +178,12 @@ def _search_table(search: list[dict]) -> str:
         bold = [f"**{cell}**" if rate == chosen.get(family) else cell for rate, cell in zip(RATES, cells, strict=True)]
         head.append(f"| {METHODS[family].title} | " + " | ".join(bold) + " |")
     return "\n".join(head)
+
+
+def _at_the_edge(search: list[dict]) -> str:
+    """The families for which a rate beyond those that were tried might be better."""
+    edges = [METHODS[name].title for name, rate in choose_rates(search).items() if rate in (RATES[0], RATES[-1])]
+    return f"The best rate is the lowest or the highest one tried of: {_joined(edges)}."
 
 
 def _convergence(search: list[dict]) -> str:

@@ -36,16 +36,15 @@ import datasets
 import torch
 import transformers
 import yaml
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PrinterCallback
 from trl import SFTConfig
 
 from ..cascade import generate_scored
 from ..demo.ask import prepare
-from ..demo.run import majority_answers, score
-from ..demo.scenes import write_scenes
+from ..demo.evaluate import count_flops
+from ..demo.run import score
+from ..demo.scenes import QUESTION_TYPES, write_scenes
 from ..evaluation.calibrate import cascades, choose
 from ..evaluation.fastv import fastv
 from ..hub.assemble import assemble
@@ -204,10 +203,8 @@ class Questions:
         rows = self.rows[:1]
         length = self.answer_length(processor, rows)
         inputs = self.inputs(processor, rows, num_visual_tokens)
-        # Of attention, torch counts matrix products, but no fused kernel of a CPU
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.generate(**inputs, do_sample=False, min_new_tokens=length, max_new_tokens=length)
-        return counter.get_total_flops()
+        length = {"min_new_tokens": length, "max_new_tokens": length}
+        return count_flops(lambda: model.generate(**inputs, do_sample=False, **length))
 
     def inputs(self, processor, rows: list[dict], num_visual_tokens: int):
         """What the model reads of some of the rows."""
@@ -371,11 +368,15 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
     Run what has no row yet, `jobs` runs at a time, and write rows and report into `output_dir`.
 
     Raises:
-        ValueError: A row there was run with other settings or at another rate, or a seed is that of the search.
-        RuntimeError: A run failed; what depends on it is not run.
+        ValueError: A row there was run with other settings or at another rate, a seed is that of the search, or the
+            scenes are too few.
+        RuntimeError: A run failed. The others of the search, or of what follows it, have rows.
     """
     if SEARCH_SEED in seeds:
         raise ValueError(f"seed {SEARCH_SEED} is that of the search for learning rates: name others.")
+    for name, value in {"jobs": jobs, **asdict(settings)}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     output_dir.mkdir(parents=True, exist_ok=True)
     files = search_file, rows_file = output_dir / "rates.jsonl", output_dir / "rows.jsonl"
     search, rows = (read_rows(file, settings) for file in files)
@@ -392,10 +393,13 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
         for stage in ("pretrain", "finetune"):
             load_llava_json(scenes / f"{stage}.json", scenes / "images")  # checked once, then found in the cache
         questions = Questions(scenes / "held_out.json").rows
-        majority = score(questions, majority_answers(questions))["accuracy"]
+        for file in ("held_out.json", "validation/held_out.json"):
+            found = {value for row in Questions(scenes / file).rows for value in (row["type"], row["size"])}
+            if missing := {*QUESTION_TYPES, "small", "big"} - found:
+                raise ValueError(f"{file} has no question of these types or sizes: {missing}. Draw more scenes.")
 
         def report():
-            write_report(search, rows, planned, majority, asdict(settings), output_dir)
+            write_report(search, rows, planned, questions, asdict(settings), output_dir)
 
         def finish(pool: ProcessPoolExecutor, runs: Iterable[Run]):
             done = {tuple(row[name] for name in Run._fields) for row in search + rows}
@@ -449,7 +453,9 @@ def main(arguments: list[str] | None = None):
     names = f"of {', '.join(METHODS)} (default: all)"
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=names)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="from three on, spreads mean something")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; each has cores / jobs")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each on cores / jobs and in about 3 GB"
+    )
     for setting in fields(Settings):
         parser.add_argument(f"--{setting.name}", type=int, default=setting.default, help="(default: %(default)s)")
     options = vars(parser.parse_args(arguments))

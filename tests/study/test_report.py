@@ -7,9 +7,18 @@ from PIL import Image
 from transformers import AutoConfig
 
 from delta_llava.demo.run import BUDGETS
+from delta_llava.demo.scenes import QUESTION_TYPES
 from delta_llava.study import report
 from delta_llava.study.methods import BACKBONES, LINES, METHODS, RATES
 from delta_llava.study.report import CLAIMS, mean_tokens, write_report
+
+
+# 24 questions, of each type two whose answer is the most frequent one
+QUESTIONS = [
+    {"type": question_type, "size": size, "answer": answer}
+    for question_type in QUESTION_TYPES
+    for size, answer in (("small", "cat"), ("small", "cat"), ("big", "bus"), (None, "pear"))
+]
 
 
 def row_of(name, seed, share):
@@ -43,7 +52,7 @@ def report_of(tmp_path):
             for name, of_seeds in shares.items()
             for seed, share in enumerate(of_seeds)
         ]
-        write_report(list(search), rows, 12, 0.264, {"train_scenes": 5}, tmp_path)
+        write_report(list(search), rows, 12, QUESTIONS, {"train_scenes": 5}, tmp_path)
         return (tmp_path / "RESULTS.md").read_text()
 
     return write
@@ -53,7 +62,7 @@ def section(text, title):
     return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-def test_the_report_tells_means_and_spreads(report_of, tmp_path):
+def test_the_report_has_means_and_spreads(report_of, tmp_path):
     text = report_of(delta=(0.80, 0.81, 0.82), mlp=(0.9,))
     delta = "| Delta-LLaVA, as released |" + " {} |" * 6
     for title, cell in (
@@ -65,7 +74,8 @@ def test_the_report_tells_means_and_spreads(report_of, tmp_path):
         assert delta.format(*[cell] * 6) in section(text, title)
     assert "| MLP on all patches (LLaVA-1.5) | 90.0 |" in text  # of one seed there is no spread
     assert delta.format(*BUDGETS) in section(text, "FLOPs of an answer")
-    assert "most frequent answer of each type would give 26.4" in text
+    assert "percent of 24 held-out questions" in text and "answer of each type would give 50.0" in text
+    assert "12 questions about" in section(text, "Small things") and "6 questions" in section(text, "Big things")
     assert "4 of 12 runs are finished (seeds 0, 1, 2), 1.0 minutes each" in text
     assert "LLaVA-Meteor's abstract is our reading of that abstract, not a reproduction" in text
     picture = Image.open(tmp_path / "RESULTS.png")

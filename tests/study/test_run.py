@@ -21,7 +21,7 @@ from delta_llava.study import run as study_run
 from delta_llava.study.memory import StudyTrainer
 from delta_llava.study.methods import DEMO, FASTV_LAYERS, LINES, METHODS, RATES, SEARCH_SEED, line_of
 from delta_llava.study.projectors import TokenPackerProjector
-from delta_llava.study.run import Questions, Run, Settings, execute, main, measure_cascades, train
+from delta_llava.study.run import Questions, Run, Settings, execute, main, measure_cascades, train, world
 
 
 TINY = Settings(
@@ -215,7 +215,7 @@ def row_of(run, settings=SKETCHED):
     share = 0.8 if run.rate == (3 if METHODS[run.method].family == "average-pooling" else 1 / 3) else 0.5
     cell = {"accuracy": share, "by_size": {"small": share, "big": share}, "design": share, "flops": 10**6}
     budgets = METHODS[run.method].budgets
-    row = {**run._asdict(), "settings": asdict(settings), "losses": [1, 1], "seconds": 60}
+    row = {**run._asdict(), "settings": asdict(settings), "world": world(), "losses": [1, 1], "seconds": 60}
     if run.seed == SEARCH_SEED:
         return {**row, "validation": {str(budget): share for budget in budgets}}
     cascade = {"accuracy": share, "visual_tokens": 8, "threshold": -1}
@@ -308,25 +308,47 @@ def test_a_failed_run_is_named_and_the_others_are_kept(study):
     assert study(*FEW) == [Run("delta", 1, 1 / 3)]
 
 
-def test_rows_of_other_settings_or_rates_are_not_mixed_in(study):
+def test_rows_of_other_settings_worlds_or_rates_are_not_mixed_in(study, monkeypatch):
     study(*FEW)
     other = replace(SKETCHED, batch_size=5)
-    with pytest.raises(SystemExit, match=r"rates.jsonl: .* seed 100 was run with .*'batch_size': 4.* Name another"):
+    with pytest.raises(SystemExit, match=r"rates.jsonl, line 1: .* seed 100 was run .*'batch_size': 4.* Name another"):
         study(*FEW, settings=other)
     rates = (study.folder / "rates.jsonl").rename(study.folder / "moved")
-    with pytest.raises(SystemExit, match=r"rows.jsonl: .* seed [01] was run with .*'batch_size': 4.* Name another"):
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 1: .* seed [01] was run .*'batch_size': 4.* Name another"):
         study(*FEW, settings=other)
     rates.rename(study.folder / "rates.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "world", lambda: "another")
+        with pytest.raises(SystemExit, match=r"line 1: .* was run with .*, not .*'another'"):
+            study(*FEW)
     with (study.folder / "rows.jsonl").open("a") as rows:
         rows.write(json.dumps(row_of(Run("no-refinement-block", 0, 1))) + "\n")
     with pytest.raises(SystemExit, match=r"no-refinement-block with seed 0 was run at 1 times .* chose 0.33"):
         study(*FEW)
-    with pytest.raises(SystemExit, match="seed 100 is that of the search"):
-        study(*FEW, "--seeds", "100")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "100"), "seed 100 is that of the search"),
+        (("--jobs", "0"), "jobs=0 must be at least 1"),
+        (("--held_out_scenes", "1"), r"held_out.json has no question of these types or sizes: .*Draw more scenes"),
+    ],
+)
+def test_what_no_study_can_be_made_of_is_refused(study, options, message):
+    with pytest.raises(SystemExit, match=message):
+        study(*FEW, *options)
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"method": "gone", "seed": 0}', "{"])
+def test_a_line_that_is_not_a_row_is_named(study, line):
+    (study.folder / "rows.jsonl").write_text(f"{line}\n")
+    with pytest.raises(SystemExit, match=r"rows.jsonl, line 1 is not a row of this study"):
+        study(*FEW)
 
 
 def test_workers_train_and_the_command_prints_the_report(tmp_path, capfd):
-    settings = replace(TINY, pretrain_steps=1, finetune_steps=1)
+    settings = replace(SKETCHED, pretrain_steps=1, finetune_steps=1)
     search = [row_of(Run("delta", SEARCH_SEED, rate), settings) for rate in RATES]
     (tmp_path / "rates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in search))
     options = [f"--{name}={value}" for name, value in asdict(settings).items()]
