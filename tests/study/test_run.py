@@ -1,6 +1,11 @@
 """The study trains at the rates that its search finds, measures what it says, and goes on where it stopped."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -356,3 +361,25 @@ def test_workers_train_and_the_command_prints_the_report(tmp_path, capfd):
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
     assert row["rate"] == 1 / 3 and list(row["lines"]["specialists"]) == ["1"]
     assert "Delta-LLaVA, a checkpoint for each budget" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_ends_its_workers_and_goes_on(tmp_path):
+    settings = replace(SKETCHED, train_scenes=8, pretrain_steps=100, finetune_steps=1)
+    options = [f"--{name}={value}" for name, value in asdict(settings).items()]
+    options += ["--methods", "average-pooling", "--seeds", "0", "--jobs", "2", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-m", "delta_llava.study.run", *options]
+    study = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    searched = tmp_path / "rates.jsonl"
+    while study.poll() is None and not searched.is_file():
+        time.sleep(0.1)
+    study.send_signal(signal.SIGINT)
+    assert study.wait(timeout=30) == 1 and "the same command goes on" in study.stderr.read()
+    until = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):  # of its workers, none is left either
+        while time.monotonic() < until:
+            os.killpg(study.pid, 0)
+            time.sleep(0.1)
+    kept = searched.read_text()
+    main([*options, "--jobs", "1"])
+    assert searched.read_text().startswith(kept) and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1
