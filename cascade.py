@@ -18,6 +18,7 @@ from .configuration_delta_llava import query_grid_size
 
 
 CASCADE_NAME = "cascade.json"  # beside the weights, where `delta_llava.evaluation.calibrate` writes it
+NEVER = -1e30  # a threshold that no answer is below, in a number that JSON has
 # They end, stream or multiply the answers of one pass, and a cascade has two
 REFUSED = ("streamer", "stopping_criteria", "stop_strings", "num_return_sequences", "max_length", "mm_encoder_outputs")
 # Set here

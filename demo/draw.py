@@ -26,6 +26,10 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="of background, sizes and positions (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
+        if options.seed < 0:
+            raise ValueError(f"--seed {options.seed} is negative: name 0 or more")
+        if options.output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--output {options.output} is not a picture file: name one such as scene.png")
         layout = scenes.parse(options.scene)
         picture = scenes.render(layout, np.random.default_rng(options.seed), options.design)
         Image.fromarray(picture).save(options.output)

@@ -17,14 +17,13 @@ import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
-from math import inf
 from pathlib import Path
 from statistics import fmean
 
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from ..cascade import CASCADE_NAME, check_budgets, generate_scored
+from ..cascade import CASCADE_NAME, NEVER, check_budgets, generate_scored
 from ..records import BadRecord, Chat, parse_record, read_records
 from .checkpoint import check_visual_tokens, locate
 from .metrics.normalization import comparable
@@ -134,7 +133,7 @@ def cascades(
     right = list(accumulate((after - before for _, before, after, _ in least_sure_first), initial=sum(small[0])))
     images = list(accumulate((images for *_, images in least_sure_first), initial=0))
     found = []
-    for threshold in (-inf, *sorted({score for score in scores if score < 0}), 0.0):
+    for threshold in (NEVER, *sorted({score for score in scores if score < 0}), 0.0):
         asked = bisect_left(scores, threshold)
         tokens = images[-1] * budgets[0] + images[asked] * budgets[1]
         found.append(Cascade(threshold, tokens / images[-1], right[asked] / len(scores), asked / len(scores)))
@@ -217,7 +216,7 @@ def calibrate(
     processor = AutoProcessor.from_pretrained(folder)
     check_visual_tokens(model.config, list(budgets))
     budgets = check_budgets(budgets, model.config.patch_grid_size)
-    choose([Cascade(-inf, budgets[0], 0.0, 0.0)], target_tokens)
+    choose([Cascade(NEVER, budgets[0], 0.0, 0.0)], target_tokens)
     if Path(plot).suffix[1:] not in FigureCanvasBase.filetypes or not Path(plot).parent.is_dir():
         raise ValueError(
             f"plot={plot} must be a picture in an existing folder, of one of the types "
@@ -235,7 +234,7 @@ def calibrate(
     chosen = choose(found, target_tokens)
     written = {
         "num_visual_tokens": list(budgets),
-        "threshold": max(chosen.threshold, -1e30),  # JSON has no infinity
+        "threshold": chosen.threshold,
         "validation": {
             "questions": len(questions),
             "accuracy": chosen.accuracy,

@@ -339,8 +339,9 @@ def build(page: Page) -> gr.Blocks:
             if budget == CASCADE and not t:
                 small, large = page.cascade
                 tokens = f"{small} or {small + large}"
-                unsure = f"the answer's mean log-probability is below {page.threshold:.3g}"
-                notes = [f"Asks at {count(small)}, and again at {large} if {unsure}. FLOPs: of the first pass."]
+                unsure = f"and again at {large} if the answer's mean log-probability is below {page.threshold:.3g}"
+                again = "and never again" if page.threshold <= cascade.NEVER else unsure
+                notes = [f"Asks at {count(small)}, {again}. FLOPs: of the first pass."]
             if not trained.issuperset(page.cascade if budget == CASCADE else (budget,)):
                 notes = [*notes, "Not trained at this budget: expect worse answers."]
             described.append(figures(tokens, number, largest, t, notes))

@@ -136,6 +136,20 @@ def test_a_scene_that_cannot_be_drawn_is_refused_by_name(text, message, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--output", "scene"), "--output scene is not a picture file: name one such as scene.png"),
+        (("--seed", "-1"), "--seed -1 is negative"),
+        (("--output", "missing/scene.png"), "missing/scene.png"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        draw.main(["a1 cat", *options])
+
+
 def test_a_scene_of_one_s_own_is_drawn_in_the_design_asked_for(tmp_path, capsys):
     pictures = {}
     for design in ("noto", "openmoji"):

@@ -1,13 +1,12 @@
 """The threshold of a cascade: from a few numbers by hand, and from a checkpoint's own answers."""
 
 import json
-from math import inf
 
 import pytest
 from llava_records import record
 
 from delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaProcessor
-from delta_llava.cascade import generate, generate_scored, read_calibration
+from delta_llava.cascade import NEVER, generate, generate_scored, read_calibration
 from delta_llava.evaluation import calibrate as module
 from delta_llava.evaluation.calibrate import Cascade, cascades, choose, main, read_questions
 
@@ -16,7 +15,7 @@ def test_every_threshold_that_makes_a_difference():
     small = [True, False, False, True], [-0.1, -0.5, -0.2, 0.0]
     found = cascades(small, [True, True, False, False], [1, 1, 2, 1], (4, 36))
     assert found == [
-        Cascade(-inf, 4.0, 0.5, 0.0),
+        Cascade(NEVER, 4.0, 0.5, 0.0),
         Cascade(-0.5, 4.0, 0.5, 0.0),
         Cascade(-0.2, 4 + 36 / 5, 0.75, 0.25),
         Cascade(-0.1, 4 + 3 * 36 / 5, 0.75, 0.5),
