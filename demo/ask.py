@@ -1,7 +1,7 @@
 """Asks the demo's checkpoint, or another, about any image file.
 
 python -m delta_llava.demo.ask demo/out/scenes/images/held_out-00000.png "What is at b2?"
-python -m delta_llava.demo.ask picture.png "How many animals are there?" --num_visual_tokens 4
+python -m delta_llava.demo.ask picture.png "How many animals are there?" --num_visual_tokens 16 4
 python -m delta_llava.demo.ask icon.png "How many animals are there?" --num_visual_tokens auto
 """
 
@@ -65,6 +65,8 @@ def answer(model, processor, images, questions, num_visual_tokens=None, max_new_
 
 def budget(text):
     """A budget from the command line: a number, or `auto`."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
     return text if text == "auto" else int(text)
 
 
@@ -73,12 +75,15 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", help="any image file")
     parser.add_argument("question")
-    parser.add_argument("--num_visual_tokens", type=budget, help="or auto (default: the checkpoint's own)")
+    budgets = "one or more, or auto (default: the checkpoint's own)"
+    parser.add_argument("--num_visual_tokens", type=budget, nargs="+", default=[None], help=budgets)
     parser.add_argument("--checkpoint", default=CHECKPOINT, help="(default: the one that the demo leaves)")
     options = parser.parse_args(arguments)
     try:
         model, processor = load(options.checkpoint)
-        print(answer(model, processor, [options.image], [options.question], options.num_visual_tokens)[0])
+        for number in options.num_visual_tokens:
+            (given,) = answer(model, processor, [options.image], [options.question], number)
+            print(given if len(options.num_visual_tokens) == 1 else f"{number}: {given}")
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -106,7 +106,8 @@ def draw(report, questions, answers, folder):
     figure = Figure(figsize=(14, 9), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     chosen = shown_questions(questions, answers)
-    upper.suptitle("The same question at four budgets (questions that one visual token gets wrong)", fontsize=11)
+    title = "A question about each picture at four budgets: the first that one visual token gets wrong"
+    upper.suptitle(title, fontsize=11)
     pictures, texts = upper.subplots(2, len(chosen), height_ratios=(2.4, 1), squeeze=False)
     for picture, text, index in zip(pictures, texts, chosen, strict=True):
         row = questions[index]
@@ -123,7 +124,7 @@ def draw(report, questions, answers, folder):
     ticks = range(len(budgets))
     left, right = lower.subplots(1, 2, width_ratios=(1.6, 1))
     lines = {
-        "all questions": ("ko-", lambda of_budget: of_budget["held_out"]["accuracy"]),
+        "all questions, also counting": ("ko-", lambda of_budget: of_budget["held_out"]["accuracy"]),
         "about small things": ("C0s-", lambda of_budget: of_budget["held_out"]["by_size"]["small"]),
         "about big things": ("C1D-", lambda of_budget: of_budget["held_out"]["by_size"]["big"]),
         "all questions, unseen design": ("k^:", lambda of_budget: of_budget["held_out_design"]["accuracy"]),

@@ -37,7 +37,7 @@ from delta_llava.serving.image_guard import ImageGuard
 HERE = Path(__file__).parent
 POINTER = HERE / "checkpoint.json"
 EXAMPLES = {
-    "What is at c2?": HERE / "examples" / "small.png",
+    "What is below the pizza?": HERE / "examples" / "small.png",
     "How many animals are there?": HERE / "examples" / "mixed.png",
     "Where is the bus?": HERE / "examples" / "big.png",
 }
