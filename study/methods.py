@@ -27,7 +27,7 @@ COMPRESSED = BUDGETS[1:]
 FASTV_LAYERS = (1, 2)
 CASCADES = ((4, 36), (16, 144))
 CASCADE_METHODS = ("residual", "average-pooling")
-RATES = (1 / 3, 1, 3)
+RATES = (1 / 9, 1 / 3, 1, 3)
 SEARCH_SEED = 100
 # Linear layers start with a standard deviation of 0.02, by which one scales by 0.64 at CLIP-L's 1024 channels, but by
 # less at the demo's width. With these it scales by 0.64 here, too, so that deep projectors start no fainter than there.
