@@ -6,11 +6,11 @@ one for each budget, a cascade, and a model after LLaVA-Meteor's abstract.
 python -m delta_llava.study.run --output_dir runs/study
 ```
 
-First, the learning rates: every family of methods trains at a third, one and three times the rates of the demo's
-recipes, and the best on a validation split is taken for all of the family. Then the runs: each assembles the demo's
-backbones with a projector, trains both stages with the demo's recipes, but on fewer rows, and answers the held-out
-questions at every budget. All runs have the same scenes, steps and batches; a seed decides the projector's first
-weights and the order of rows and budgets, the same for all methods.
+First, the learning rates: every family of methods trains at a ninth, a third, one and three times the rates of the
+demo's recipes, and the best on a validation split is taken for all of the family. Then the runs: each assembles the
+demo's backbones with a projector, trains both stages with the demo's recipes, but on fewer rows, and answers the
+held-out questions at every budget. All runs have the same scenes, steps and batches; a seed decides the projector's
+first weights and the order of rows and budgets, the same for all methods.
 
 Each finished run is a row, of `rates.jsonl` in the search and of `rows.jsonl` afterwards: an interrupted study
 continues with the runs that have none. After every run, `RESULTS.md` and `RESULTS.png` are written anew.

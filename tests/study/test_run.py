@@ -268,7 +268,7 @@ FEW = ("--methods", "delta", "no-self-attention", "average-pooling", "--seeds", 
 
 def test_a_study_searches_each_familys_rate_and_runs_all_of_the_family_at_the_best(study):
     done = study(*FEW)
-    search, runs = done[:6], done[6:]
+    search, runs = done[:8], done[8:]
     assert set(search) == {Run(family, SEARCH_SEED, rate) for family in ("delta", "average-pooling") for rate in RATES}
     assert set(runs) == {
         Run("average-pooling", SEARCH_SEED, 3, times_steps=2),
@@ -276,7 +276,7 @@ def test_a_study_searches_each_familys_rate_and_runs_all_of_the_family_at_the_be
         *(Run("average-pooling", seed, 3) for seed in (0, 1)),
     }
     searched, rows = ((study.folder / name).read_text().splitlines() for name in ("rates.jsonl", "rows.jsonl"))
-    assert [len(searched), len(rows)] == [7, 6]
+    assert [len(searched), len(rows)] == [9, 6]
     assert {json.loads(row)["rate"] for row in rows} == {1 / 3, 3}
 
 
