@@ -85,7 +85,7 @@ def test_the_report_has_means_and_spreads(report_of, tmp_path):
 def test_a_report_can_be_written_before_the_first_run(report_of):
     text = report_of(search=[search_row("delta", 1, 0.5)])
     assert "0 of 12 runs are finished (seeds none yet)" in text
-    assert "| Delta-LLaVA, as released |  | 50.0 |  |" in text
+    assert "| Delta-LLaVA, as released |  |  | 50.0 |  |" in text
     assert "Ahead in the paper, not measured here (10)" in text
 
 
