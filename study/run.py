@@ -163,7 +163,8 @@ def train(run: Run, settings: Settings, scenes: Path, folder: Path):
         trainer = StudyTrainer(rows, model=model, args=args, processing_class=processor)
         trainer.remove_callback(PrinterCallback)
         losses.append(trainer.train().training_loss)
-    return model.eval(), processor, losses
+    # No gradients either: what counts FLOPs follows those of learnt queries
+    return model.eval().requires_grad_(False), processor, losses
 
 
 class Questions:

@@ -154,6 +154,14 @@ def test_a_run_of_the_search_answers_the_validation_split_alone(scenes, monkeypa
     assert row["validation"] == {"144": 1.0} and row["rate"] == 3 and "lines" not in row
 
 
+@pytest.mark.parametrize("method", ["tokenpacker", "resampler", "residual-gate-one"])
+def test_every_projector_is_trained_and_measured(scenes, method):
+    row = execute(Run(method, 0, 1), TINY, scenes, threads=1)
+    assert all(cell["flops"] > 0 for cell in row["lines"][method].values()) and len(row["lines"][method]) == len(
+        BUDGETS
+    )
+
+
 def test_meteor_is_trained_in_both_stages_and_answers_at_every_budget(scenes, monkeypatch):
     learnt = []
 
