@@ -455,6 +455,8 @@ def draw(everything: Shares, small: Shares, big: Shares, flops: dict, majority: 
             axis.set(ylabel="points (bars: 95 % interval)")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+        else:
+            axis.text(0.5, 0.5, "no runs yet", transform=axis.transAxes, ha="center", color="grey")
 
     plot(axes[0], projectors, everything, "Projectors, one elastic checkpoint each")
     plot(axes[1], (*projectors, *pruned), everything, "Accuracy against FLOPs", against_flops=True)
