@@ -87,7 +87,7 @@ def shown_questions(questions, answers):
         Indices into `questions`, each about a different scene; if one token gets all of a type right, its first one.
     """
     chosen = []
-    for name, size in (("thing", "small"), ("place", "small"), ("beside", "small"), ("thing", "big"), ("place", "big")):
+    for name, size in (("thing", "small"), ("place", "small"), ("beside", None), ("thing", "big"), ("place", "big")):
         rows = [
             index
             for index, row in enumerate(questions)
