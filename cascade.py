@@ -138,10 +138,9 @@ def generate(
     budgets = torch.full_like(num_images, small)
     again = ((log_probabilities < threshold) & (num_images > 0)).nonzero().flatten()
     if len(again):
-        prompts = [
-            _widen(ids[mask.bool()], model.config.image_token_id, small, large)
-            for ids, mask in zip(input_ids[again], attention_mask[again], strict=True)
-        ]
+        prompts = [ids[mask.bool()] for ids, mask in zip(input_ids[again], attention_mask[again], strict=True)]
+        image = model.config.image_token_id
+        prompts = [ids.repeat_interleave(repeats(ids, image, small, large)) for ids in prompts]
         ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
         mask = torch.arange(ids.shape[1], 0, -1, device=ids.device) <= lengths[:, None]
@@ -209,11 +208,11 @@ def _settings(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Generati
     return config, options
 
 
-def _widen(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:
-    """The prompt at the larger budget, as the processor makes it, from the one at the smaller, `(length,)`."""
+def repeats(ids: torch.Tensor, image_token_id: int, small: int, large: int) -> torch.Tensor:
+    """How often each token of prompts at the smaller budget occurs at the larger, `(..., length)` as the `ids`."""
     is_image = ids == image_token_id
-    is_first = is_image & (is_image.cumsum(0) % small == 1 % small)
-    return ids.repeat_interleave(torch.where(is_image, is_first * large, 1))
+    is_first = is_image & (is_image.cumsum(-1) % small == 1 % small)
+    return torch.where(is_image, is_first * large, 1)
 
 
 def check_budgets(budgets: Sequence[int], patch_grid_size: int) -> tuple[int, int]:

@@ -28,7 +28,8 @@ def main(arguments=None):
     try:
         if options.seed < 0:
             raise ValueError(f"--seed {options.seed} is negative: name 0 or more")
-        if options.output.suffix.lower() not in Image.registered_extensions():
+        kind = Image.registered_extensions().get(options.output.suffix.lower())
+        if kind not in Image.SAVE or kind not in Image.OPEN:
             raise ValueError(f"--output {options.output} is not a picture file: name one such as scene.png")
         layout = scenes.parse(options.scene)
         picture = scenes.render(layout, np.random.default_rng(options.seed), options.design)

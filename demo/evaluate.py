@@ -19,20 +19,19 @@ from .ask import answer, load, prepare
 BATCH_SIZE = 100
 
 
-def answer_rows(model, processor, rows, scenes, num_visual_tokens):
+def answer_rows(model, processor, rows, images, num_visual_tokens):
     """Answers, a list of strings, to the questions of `held_out.json` or `held_out_design.json`.
 
     Args:
         rows (`list[dict]`): the questions.
-        scenes (`Path`): the folder with the pictures.
+        images (`list`): the picture of each, in any form that [`answer`] takes.
         num_visual_tokens (`int` or `"auto"`, *optional*): the budget of each picture.
     """
-    answers = []
+    asked, answers = [row["question"] for row in rows], []
     for first in range(0, len(rows), BATCH_SIZE):
-        part = rows[first : first + BATCH_SIZE]
-        images = [scenes / "images" / row["image"] for row in part]
+        part = slice(first, first + BATCH_SIZE)
         # Longer than any right answer.
-        answers += answer(model, processor, images, [row["question"] for row in part], num_visual_tokens, 4)
+        answers += answer(model, processor, images[part], asked[part], num_visual_tokens, max_new_tokens=4)
     return answers
 
 
@@ -63,10 +62,11 @@ def main():
         for name in ("held_out", "held_out_design"):
             rows = json.loads((options.scenes / f"{name}.json").read_text(encoding="utf-8"))
             started = time.time()
-            results[budget][name] = answer_rows(model, processor, rows, options.scenes, budget)
+            images = [options.scenes / "images" / row["image"] for row in rows]
+            results[budget][name] = answer_rows(model, processor, rows, images, budget)
             print(f"{name}, {len(rows)} questions at {budget} visual tokens: {time.time() - started:.0f} s", flush=True)
         # Of tower, projector and prefill for one question.
-        inputs = prepare(processor, [options.scenes / "images" / rows[0]["image"]], [rows[0]["question"]], budget)
+        inputs = prepare(processor, images[:1], [rows[0]["question"]], budget)
         results[budget]["flops"] = count_flops(lambda inputs=inputs: model(**inputs, logits_to_keep=1))
     options.output.write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from tokenizers import AddedToken, pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -167,18 +168,13 @@ class Storyteller:
         for layout, questions in zip(layouts, conversations, strict=True):
             scene = [0] * grid**2 if grid else self.encode(scenes.tell(layout))
             sequences.append([(opening, False), (scene, False), *self._text(layout, questions, plain)])
-        length = max(sum(len(tokens) for tokens, _ in sequence) for sequence in sequences)
-        ids = np.zeros((len(layouts), length), int)
-        labels = np.full((len(layouts), length), -100)
-        for row, sequence in enumerate(sequences):
-            at = 0
-            for tokens, counts in sequence:
-                ids[row, at : at + len(tokens)] = tokens
-                if counts:
-                    labels[row, at : at + len(tokens)] = tokens
-                at += len(tokens)
+        ids, labels = [], []
+        for pieces in sequences:
+            ids.append(torch.tensor([token for tokens, _ in pieces for token in tokens]))
+            labels.append(torch.tensor([token if counts else -100 for tokens, counts in pieces for token in tokens]))
+        ids, labels = pad_sequence(ids, True), pad_sequence(labels, True, padding_value=-100)
         cells = torch.tensor([self.cells(layout) for layout in layouts])
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), cells, len(opening), grid)
+        return Batch(ids, labels, cells, len(opening), grid)
 
 
 def language_model_logits(model, batch, noise=0.0):

@@ -36,9 +36,14 @@ def run_module(name, *arguments, **options):
     subprocess.run(command, check=True, env=environment)
 
 
+def grade(questions, answers):
+    """Which answers are right: those that match exactly."""
+    return [given == question["answer"] for question, given in zip(questions, answers, strict=True)]
+
+
 def score(questions, answers):
     """Exact match, `{"accuracy": …, "by_type": {type: …}, "by_size": {"small": …, "big": …}}`."""
-    right = [given == question["answer"] for question, given in zip(questions, answers, strict=True)]
+    right = grade(questions, answers)
 
     def share(key, value):
         of_value = [got for question, got in zip(questions, right, strict=True) if question[key] == value]

@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from . import scenes
-from .ask import CHECKPOINT, answer, load
-from .evaluate import BATCH_SIZE
+from .ask import CHECKPOINT, load
+from .evaluate import answer_rows
 from .run import score
 
 
@@ -26,10 +26,7 @@ def ask(model, processor, questions, images, budget):
     """
     sizes = [(image.height, image.width) for image in images]
     tokens = processor._get_num_multimodal_tokens(image_sizes=sizes, num_visual_tokens=budget).num_image_tokens
-    asked, answers = [row["question"] for row in questions], []
-    for first in range(0, len(asked), BATCH_SIZE):
-        part = slice(first, first + BATCH_SIZE)
-        answers += answer(model, processor, images[part], asked[part], budget, max_new_tokens=4)
+    answers = answer_rows(model, processor, questions, images, budget)
     return sum(tokens) / len(tokens), score(questions, answers)["accuracy"]
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..cascade import repeats
 from ..train.batches import BudgetedRows, Collator, fit_rows
 from ..train.data import load_llava_json
 from ..train.trainer import DeltaLlavaTrainer
@@ -54,13 +55,13 @@ def remembered_tower(model: PreTrainedModel) -> Iterator[None]:
 
 def widen(batch: dict[str, torch.Tensor], image_token_id: int, num_visual_tokens: int) -> dict[str, torch.Tensor]:
     """A batch of one image a row at this budget, as processor and collator make it, from the same at one token."""
-    repeats = torch.where(batch["input_ids"] == image_token_id, num_visual_tokens, 1)
+    of_rows = repeats(batch["input_ids"], image_token_id, 1, num_visual_tokens)
     wide = {
-        name: torch.stack([row.repeat_interleave(times) for row, times in zip(batch[name], repeats, strict=True)])
+        name: torch.stack([row.repeat_interleave(times) for row, times in zip(batch[name], of_rows, strict=True)])
         for name in ("input_ids", "attention_mask", "labels")
         if name in batch
     }
-    return {**batch, **wide, "num_visual_tokens": torch.full((len(repeats),), num_visual_tokens)}
+    return {**batch, **wide, "num_visual_tokens": torch.full((len(of_rows),), num_visual_tokens)}
 
 
 class Rows(torch.utils.data.Dataset):

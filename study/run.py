@@ -43,7 +43,7 @@ from trl import SFTConfig
 from ..cascade import generate_scored
 from ..demo.ask import prepare
 from ..demo.evaluate import count_flops
-from ..demo.run import score
+from ..demo.run import grade, score
 from ..demo.scenes import QUESTION_TYPES, write_scenes
 from ..evaluation.calibrate import cascades, choose
 from ..evaluation.fastv import fastv
@@ -197,15 +197,15 @@ class Questions:
 
     def grade(self, answers: list[str]) -> list[bool]:
         """Which answers are right."""
-        return [given == row["answer"] for given, row in zip(answers, self.rows, strict=True)]
+        return grade(self.rows, answers)
 
     def count_flops(self, model, processor, num_visual_tokens: int) -> int:
         """FLOPs of an answer as long as the right one to the first question, as torch counts them in what runs."""
         rows = self.rows[:1]
         length = self.answer_length(processor, rows)
         inputs = self.inputs(processor, rows, num_visual_tokens)
-        length = {"min_new_tokens": length, "max_new_tokens": length}
-        return count_flops(lambda: model.generate(**inputs, do_sample=False, **length))
+        options = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
+        return count_flops(lambda: model.generate(**inputs, **options))
 
     def inputs(self, processor, rows: list[dict], num_visual_tokens: int):
         """What the model reads of some of the rows."""
@@ -393,14 +393,14 @@ def study(output_dir: Path, methods: Iterable[str], seeds: Iterable[int], settin
         write_scenes(scenes / "validation", train_scenes=0, held_out_scenes=settings.validation_scenes, seed=1)
         for stage in ("pretrain", "finetune"):
             load_llava_json(scenes / f"{stage}.json", scenes / "images")  # checked once, then found in the cache
-        questions = Questions(scenes / "held_out.json").rows
-        for file in ("held_out.json", "validation/held_out.json"):
-            found = {value for row in Questions(scenes / file).rows for value in (row["type"], row["size"])}
+        asked = {file: Questions(scenes / file).rows for file in ("held_out.json", "validation/held_out.json")}
+        for file, questions in asked.items():
+            found = {value for row in questions for value in (row["type"], row["size"])}
             if missing := {*QUESTION_TYPES, "small", "big"} - found:
                 raise ValueError(f"{file} has no question of these types or sizes: {missing}. Draw more scenes.")
 
         def report():
-            write_report(search, rows, planned, questions, asdict(settings), output_dir)
+            write_report(search, rows, planned, asked["held_out.json"], asdict(settings), output_dir)
 
         def finish(pool: ProcessPoolExecutor, runs: Iterable[Run]):
             done = {tuple(row[name] for name in Run._fields) for row in search + rows}

@@ -140,6 +140,7 @@ def test_a_scene_that_cannot_be_drawn_is_refused_by_name(text, message, tmp_path
     ("options", "message"),
     [
         (("--output", "scene"), "--output scene is not a picture file: name one such as scene.png"),
+        (("--output", "scene.psd"), "--output scene.psd is not a picture file"),
         (("--seed", "-1"), "--seed -1 is negative"),
         (("--output", "missing/scene.png"), "missing/scene.png"),
     ],

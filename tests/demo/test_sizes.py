@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from delta_llava.demo import scenes, sizes
+from delta_llava.demo import evaluate, scenes, sizes
 
 
 def test_each_size_is_asked_about_at_both_budgets(checkpoint, tmp_path, monkeypatch, capsys):
@@ -15,7 +15,7 @@ def test_each_size_is_asked_about_at_both_budgets(checkpoint, tmp_path, monkeypa
         asked.append((images[0].size, budget))
         return ["nothing" if budget else "one"] * len(questions)
 
-    monkeypatch.setattr(sizes, "answer", answer)
+    monkeypatch.setattr(evaluate, "answer", answer)
     sizes.main(["--checkpoint", str(checkpoint), "--scenes", str(tmp_path / "scenes"), "--sizes", "96", "9"])
     assert asked == [((96, 96), None), ((96, 96), "auto"), ((9, 9), None), ((9, 9), "auto")]
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
