@@ -178,8 +178,8 @@ class DeltaLlavaConfig(PreTrainedConfig):
             position embeddings itself (DINOv2) or has none (DINOv3).
         projector_variant (`str`, *optional*, defaults to `"released"`):
             `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11, and
-            `"residual"` ours, not the paper's: the released one's attention, times a gate that starts at zero, is added
-            to the pooled query features, and LLaVA-1.5's MLP maps the sum.
+            `"residual"` ours, not the paper's: LLaVA-1.5's MLP maps the pooled query features to tokens, and
+            a linear map of the released one's attention, which starts at zero, is added to these.
         projector_rank (`int`, *optional*, defaults to 16):
             Rank r of every low-rank update (equation 4).
         projector_num_attention_heads (`int`, *optional*, defaults to 8):

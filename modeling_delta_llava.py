@@ -217,6 +217,12 @@ class CellAttention(nn.MultiheadAttention):
         return self.out_proj(attended.flatten(2) + value_bias)
 
 
+def llava_mlp(config: DeltaLlavaConfig) -> nn.Sequential:
+    """The map from vision to text width that LLaVA-1.5 introduced."""
+    vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
+    return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+
+
 class DeltaProjector(nn.Module):
     """
     Forms g² visual tokens from a grid of G² patches: queries are the image's features at g x g, refined among
@@ -227,8 +233,8 @@ class DeltaProjector(nn.Module):
     Args:
         config (`DeltaLlavaConfig`): `projector_variant` chooses how the attention's output becomes visual tokens: by an
             MLP to the language model's width (`"released"`, the published code), by a linear map and a refinement
-            (`"paper"`, equations 3 to 11), or added, times a gate that starts at zero, to the mean of each cell's query
-            features, the sum of which LLaVA-1.5's MLP maps (`"residual"`, which is ours and not the paper's).
+            (`"paper"`, equations 3 to 11), or by a linear map that starts at zero, added to what LLaVA-1.5's MLP makes
+            of the mean of each cell's query features (`"residual"`, which is ours and not the paper's).
     """
 
     def __init__(self, config: DeltaLlavaConfig):
@@ -244,9 +250,9 @@ class DeltaProjector(nn.Module):
         match self.variant:
             case "released" | "residual":
                 memory_projection = (self.num_levels * vision_size, vision_size, rank)
-                self.mlp = nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
+                self.mlp = llava_mlp(config)
                 if self.variant == "residual":
-                    self.gate = nn.Parameter(torch.zeros(vision_size))
+                    self.text_projection = nn.Linear(vision_size, text_size)
             case "paper":
                 memory_projection = (vision_size, vision_size, rank, self.num_levels)
                 self.text_projection = nn.Linear(vision_size, text_size)
@@ -289,6 +295,18 @@ class DeltaProjector(nn.Module):
                 f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
                 ' vision_feature_select_strategy="default", a tower without it "full".'
             )
+        attended = self._attend(query_features, memory_features, side)
+        match self.variant:
+            case "released":
+                return self.mlp(attended)
+            case "residual":
+                return self.mlp(self._cells(query_features, side).mean(2)) + self.text_projection(attended)
+            case "paper":
+                tokens = self.text_projection(attended)
+                return tokens + self.mlp(tokens)  # equation 11
+
+    def _attend(self, query_features: torch.Tensor, memory_features: torch.Tensor, side: int) -> torch.Tensor:
+        """What each query gathers from its cell (equation 9): `(batch_size, V, C)`."""
         grid = query_features.transpose(1, 2).unflatten(-1, (self.patch_grid_size, self.patch_grid_size))
         if self.variant == "paper":
             memory_features = memory_features.unflatten(-1, (self.num_levels, -1)).transpose(1, 2)
@@ -302,16 +320,7 @@ class DeltaProjector(nn.Module):
             # that every parameter gets a gradient, of 0: DDP and ZeRO wait for it.
             queries = self._queries(grid, 1)
             keys = self.key_projection(memory_features[..., :1, :]).view_as(values[:, :1])
-        attended = self.attention(queries, keys, values)
-        match self.variant:
-            case "released":
-                return self.mlp(attended)
-            case "residual":
-                pooled = self._cells(query_features, side).mean(2)
-                return self.mlp(pooled + self.gate * attended)
-            case "paper":
-                tokens = self.text_projection(attended)
-                return tokens + self.mlp(tokens)  # equation 11
+        return self.attention(queries, keys, values)
 
     def _queries(self, grid: torch.Tensor, side: int) -> torch.Tensor:
         """Refined and projected queries (equations 3 to 6): `(batch_size, C, G, G)` to `(batch_size, V, C)`."""
@@ -371,7 +380,7 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
             hidden_size, grid_size = module.positions.shape[1:3]
             init.copy_(module.positions, position_table(hidden_size, grid_size))
             if module.variant == "residual":
-                init.zeros_(module.gate)
+                init.zeros_(module.text_projection.weight)
         elif isinstance(module, nn.Conv2d) or (isinstance(module, DeltaProjection) and module.rank):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):

@@ -42,9 +42,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..costs import FLOP_PARTS, LANGUAGE_MODELS, inference_costs, recipe_config
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaLlavaPreTrainedModel
+from ..modeling_delta_llava import (
+    DeltaLlavaForConditionalGeneration,
+    DeltaLlavaModel,
+    DeltaLlavaPreTrainedModel,
+    llava_mlp,
+)
 from ..processing_delta_llava import DeltaLlavaImagesKwargs, DeltaLlavaProcessor, DeltaLlavaProcessorKwargs
-from .projectors import llava_mlp
 
 
 NO_TOKEN = -100  # pads `instruction_ids`

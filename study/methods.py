@@ -11,6 +11,7 @@ from torch import nn
 from ..demo.run import BUDGETS
 from .projectors import (
     AveragePoolingProjector,
+    GatedProjector,
     GateOneProjector,
     MlpProjector,
     ResamplerProjector,
@@ -75,7 +76,8 @@ METHODS = {
     "residual-no-refinement-block": Method(
         "Ours, no refinement block", "residual", {**RESIDUAL, "use_refinement_block": False}
     ),
-    "residual-gate-one": Method("Ours, gate fixed at one", "residual", RESIDUAL, GateOneProjector),
+    "residual-gated": Method("Ours, added before the MLP (learnt gate)", "residual", RESIDUAL, GatedProjector),
+    "residual-gate-one": Method("Ours, added before the MLP (gate of one)", "residual", RESIDUAL, GateOneProjector),
     "average-pooling": Method("Average pooling + MLP (M3)", "average-pooling", projector=AveragePoolingProjector),
     "tokenpacker": Method("TokenPacker", "tokenpacker", projector=TokenPackerProjector),
     "resampler": Method("Learnt queries (MQT)", "resampler", projector=ResamplerProjector),

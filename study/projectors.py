@@ -1,5 +1,5 @@
 """
-Projectors that others published, and an ablation of ours, with the call of ours, so that each can take its place:
+Projectors that others published, and ablations of ours, with the call of ours, so that each can take its place:
 
     model.model.multi_modal_projector = TokenPackerProjector(model.config).apply(model._init_weights)
 
@@ -14,18 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..configuration_delta_llava import DeltaLlavaConfig, query_grid_size
-from ..modeling_delta_llava import DeltaProjector, position_table
+from ..modeling_delta_llava import DeltaProjector, llava_mlp, position_table
 
 
-def llava_mlp(config: DeltaLlavaConfig) -> nn.Sequential:
-    """The map from vision to text width that LLaVA-1.5 introduced."""
-    vision_size, text_size = config.vision_config.hidden_size, config.text_config.hidden_size
-    return nn.Sequential(nn.Linear(vision_size, text_size), nn.GELU(), nn.Linear(text_size, text_size))
-
-
-class GateOneProjector(DeltaProjector):
+class GatedProjector(DeltaProjector):
     """
-    Our `projector_variant="residual"` without its learnt gate: the attention's output is added as it is.
+    Ours as it was at first: the attention's output, times a learnt gate that starts at zero, is added to the pooled
+    features before LLaVA-1.5's MLP.
 
     Args:
         config (`DeltaLlavaConfig`): As for [`DeltaProjector`]; its variant is not read.
@@ -35,11 +30,24 @@ class GateOneProjector(DeltaProjector):
         config = copy(config)
         config.projector_variant = "released"  # which has every part but the gate
         super().__init__(config)
-        self.variant = "residual"
+        self.gate = nn.Parameter(torch.zeros(config.vision_config.hidden_size))
 
-    @property
-    def gate(self) -> torch.Tensor:
-        return self.positions.new_ones(())  # new at each call: the model's initialization cannot change it
+    def forward(
+        self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
+    ) -> torch.Tensor:
+        """As [`DeltaProjector.forward`]."""
+        side = query_grid_size(num_visual_tokens, self.patch_grid_size)
+        pooled = self._cells(query_features, side).mean(2)
+        return self.mlp(pooled + self.gate * self._attend(query_features, memory_features, side))
+
+
+class GateOneProjector(GatedProjector):
+    """[`GatedProjector`] without its gate: the attention's output is added as it is."""
+
+    def __init__(self, config: DeltaLlavaConfig):
+        super().__init__(config)
+        del self.gate
+        self.gate = 1.0
 
 
 class MlpProjector(nn.Module):

@@ -378,7 +378,8 @@ CLAIMS = (
             ("DeltaProjection against without", "no-delta-projection"),
             ("self-attention against without", "no-self-attention"),
             ("the refinement block against without", "no-refinement-block"),
-            ("a learnt gate against one fixed at one", "gate-one"),
+            ("adding after the MLP against adding before it", "gate-one"),
+            ("adding after the MLP against adding before it, by a learnt gate", "gated"),
         )
     ),
     *(

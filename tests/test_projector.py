@@ -40,7 +40,7 @@ def test_parity_with_the_published_projector(published, fixtures, num_visual_tok
 
 
 @pytest.mark.parametrize(
-    ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 42_504_704)]
+    ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 46_702_080)]
 )
 def test_parameter_count_at_clip_l_and_7b(variant, parameters):
     with torch.device("meta"):
@@ -145,26 +145,27 @@ def test_drop_path_acts_in_training_only(tiny_config):
 
 @torch.no_grad()
 @pytest.mark.parametrize("num_visual_tokens", [1, 9, 36, 144])
-def test_residual_adds_what_released_attends_to_onto_pooled_features(tiny_config, num_visual_tokens):
+def test_residual_adds_what_released_attends_to_onto_the_mlp_of_pooled_features(tiny_config, num_visual_tokens):
     projector, features = random_projector(tiny_config(projector_variant="residual"))
     projector.eval()
     released = DeltaProjector(tiny_config()).eval()
-    released.load_state_dict({name: weight for name, weight in projector.state_dict().items() if name != "gate"})
-    released.mlp = torch.nn.Identity()
-    attended = released(*features, num_visual_tokens)
+    shared = {key: weight for key, weight in projector.state_dict().items() if not key.startswith("text_projection.")}
+    released.load_state_dict(shared)
+    released.mlp = projector.text_projection
     side = math.isqrt(num_visual_tokens)
     cells = features[0].view(2, side, 12 // side, side, 12 // side, -1)
-    expected = projector.mlp(cells.mean((2, 4)).flatten(1, 2) + projector.gate * attended)
+    expected = projector.mlp(cells.mean((2, 4)).flatten(1, 2)) + released(*features, num_visual_tokens)
     torch.testing.assert_close(projector(*features, num_visual_tokens), expected)
 
 
-def test_the_gate_starts_at_zero_and_opens(tiny_model):
+def test_the_branch_starts_at_zero_and_learns(tiny_model):
     model = tiny_model(projector_variant="residual")
     projector = model.model.multi_modal_projector
-    assert torch.equal(projector.gate, torch.zeros(32))
+    last = projector.text_projection
+    assert not last.weight.any() and not last.bias.any()
     _, features = random_projector(model.config)
     projector.train()(*features, 9).square().sum().backward()
-    assert projector.gate.grad.abs().min() > 0
+    assert last.weight.grad.abs().min() > 0
 
 
 class Opaque(torch.nn.Module):

@@ -95,7 +95,7 @@ class ScriptArguments:
     )
     branch_learning_rate: float | None = HfArg(
         default=None,
-        help="Peak learning rate of a residual projector's branch and gate: all of it but LLaVA-1.5's MLP. Default: "
+        help="Peak learning rate of a residual projector's branch: all of it but LLaVA-1.5's MLP. Default: "
         "projector_learning_rate.",
     )
     allow_changes: bool = HfArg(

@@ -85,7 +85,7 @@ class DeltaLlavaTrainer(SFTTrainer):
             from; `"auto"` may be among them.
         projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
         branch_learning_rate (`float`, *optional*, defaults to that of the projector): Peak rate of all of a `residual`
-            projector but its MLP: of the branch that is added to the pooled features, and of its gate.
+            projector but LLaVA-1.5's MLP: of the branch that is added to the pooled features.
         skip_bad_records (`bool`, *optional*, defaults to `False`): Leave out streamed rows with an unreadable image.
         history ([`~delta_llava.train.history.History`], *optional*): That of the run, for its result and checkpoints.
             Without one, `save_strategy` must be `"no"`.
@@ -232,10 +232,6 @@ class DeltaLlavaTrainer(SFTTrainer):
                 optimizer.add_param_group({**group, "params": own, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
-
-    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Like the Trainer's, without the projector's gate, which weight decay would close."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".gate")]
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Like the Trainer's; exits with status 143 when a SIGTERM has ended training early."""

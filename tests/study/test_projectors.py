@@ -8,9 +8,10 @@ import yaml
 from parity import assert_parity, drawn
 from safetensors.torch import load_file
 
-from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaProjector
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration
 from delta_llava.study.projectors import (
     AveragePoolingProjector,
+    GatedProjector,
     GateOneProjector,
     MlpProjector,
     ResamplerProjector,
@@ -117,13 +118,17 @@ def test_the_resampler_refuses_more_than_its_256_queries():
 
 
 @pytest.mark.parametrize("num_visual_tokens", [4, 144])
-def test_the_gate_fixed_at_one_is_no_weight_and_all_else_is_ours(tiny_config, features, num_visual_tokens):
-    config = tiny_config(projector_variant="residual")
-    ours = DeltaProjector(config).eval()
-    ours.gate.data.fill_(1)
-    fixed = placed(DeltaLlavaForConditionalGeneration(config), GateOneProjector).eval().model.multi_modal_projector
-    fixed.load_state_dict({name: weight for name, weight in ours.state_dict().items() if name != "gate"})
-    torch.testing.assert_close(fixed(*features, num_visual_tokens), ours(*features, num_visual_tokens))
+def test_a_gate_of_zero_is_pooling_and_of_one_adds_the_attention(tiny_config, features, num_visual_tokens):
+    model = DeltaLlavaForConditionalGeneration(tiny_config())
+    gated = placed(model, GatedProjector).eval().model.multi_modal_projector
+    pooling, fixed = AveragePoolingProjector(model.config), GateOneProjector(model.config).eval()
+    pooling.mlp = gated.mlp
+    torch.testing.assert_close(gated(*features, num_visual_tokens), pooling(*features, num_visual_tokens))
+    gated.gate.data.fill_(1)
+    fixed.load_state_dict({name: weight for name, weight in gated.state_dict().items() if name != "gate"})
+    ones = gated(*features, num_visual_tokens)
+    assert (ones - pooling(*features, num_visual_tokens)).abs().max() > 1e-4
+    torch.testing.assert_close(fixed(*features, num_visual_tokens), ones)
 
 
 def placed(model, kind):

@@ -75,12 +75,12 @@ def test_every_ablation_lacks_what_its_name_says_and_nothing_else(parent):
         "no-delta-projection": ("projection.U", "projection.V"),
         "no-self-attention": ("refinement_block.attention.",),
         "no-refinement-block": ("refinement_block.",),
-        **({"gate-one": ("gate",)} if parent == "residual" else {}),
+        **({"gated": ("text_projection.",), "gate-one": ("text_projection.",)} if parent == "residual" else {}),
     }
     for ablation, left_out in parts.items():
         name = ablation if parent == "delta" else f"residual-{ablation}"
         missing = {key for key in everything if key.endswith(left_out) or key.startswith(left_out)}
-        assert missing and parameters(name) == everything - missing
+        assert missing and parameters(name) == everything - missing | ({"gate"} if ablation == "gated" else set())
 
 
 def test_every_method_has_a_family_that_is_searched_by_itself():
@@ -154,7 +154,7 @@ def test_a_run_of_the_search_answers_the_validation_split_alone(scenes, monkeypa
     assert row["validation"] == {"144": 1.0} and row["rate"] == 3 and "lines" not in row
 
 
-@pytest.mark.parametrize("method", ["tokenpacker", "resampler", "residual-gate-one"])
+@pytest.mark.parametrize("method", ["tokenpacker", "resampler", "residual-gated", "residual-gate-one"])
 def test_every_projector_is_trained_and_measured(scenes, method):
     row = execute(Run(method, 0, 1), TINY, scenes, threads=1)
     assert all(cell["flops"] > 0 for cell in row["lines"][method].values()) and len(row["lines"][method]) == len(

@@ -314,7 +314,7 @@ def test_validation_is_at_every_budget_on_rows_with_images_that_are_not_trained_
 
 
 @pytest.mark.parametrize("branch_rate", [None, 0.02])
-def test_projector_and_branch_may_have_learning_rates_and_the_gate_no_decay(run, monkeypatch, branch_rate):
+def test_projector_and_branch_may_have_learning_rates(run, monkeypatch, branch_rate):
     groups = []
 
     def create_optimizer(self, model=None, original=trainer.DeltaLlavaTrainer.create_optimizer):
@@ -335,7 +335,7 @@ def test_projector_and_branch_may_have_learning_rates_and_the_gate_no_decay(run,
         expected = (branch_rate if is_branch else None) or (0.003 if name.startswith(prefix) else 0.01)
         assert rate == expected, name
     decays = {name: decay for name, _, decay in groups}
-    assert decays[prefix + "gate"] == decays["model.language_model.norm.weight"] == 0.0
+    assert decays["model.language_model.norm.weight"] == 0.0
     assert decays[prefix + "attention.in_proj_weight"] == decays["lm_head.weight"] == 0.1
 
 
