@@ -85,7 +85,7 @@ class DeltaLlavaTrainer(SFTTrainer):
             from; `"auto"` may be among them.
         projector_learning_rate (`float`, *optional*, defaults to `args.learning_rate`): Peak rate of the projector.
         branch_learning_rate (`float`, *optional*, defaults to that of the projector): Peak rate of all of a `residual`
-            projector but LLaVA-1.5's MLP: of the branch that is added to the pooled features.
+            projector but LLaVA-1.5's MLP: of the branch that is added to the tokens of that MLP.
         skip_bad_records (`bool`, *optional*, defaults to `False`): Leave out streamed rows with an unreadable image.
         history ([`~delta_llava.train.history.History`], *optional*): That of the run, for its result and checkpoints.
             Without one, `save_strategy` must be `"no"`.
