@@ -252,7 +252,7 @@ class DeltaProjector(nn.Module):
                 memory_projection = (self.num_levels * vision_size, vision_size, rank)
                 self.mlp = llava_mlp(config)
                 if self.variant == "residual":
-                    self.text_projection = nn.Linear(vision_size, text_size)
+                    self.text_projection = nn.Linear(vision_size, text_size, bias=False)
             case "paper":
                 memory_projection = (vision_size, vision_size, rank, self.num_levels)
                 self.text_projection = nn.Linear(vision_size, text_size)
@@ -288,13 +288,7 @@ class DeltaProjector(nn.Module):
         Raises:
             ValueError: If the grid does not allow the budget, or there are not G² patches.
         """
-        side = query_grid_size(num_visual_tokens, self.patch_grid_size)
-        if query_features.shape[1] != self.patch_grid_size**2:
-            raise ValueError(
-                f"Got {query_features.shape[1]} patches, but the projector expects {self.patch_grid_size}x"
-                f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
-                ' vision_feature_select_strategy="default", a tower without it "full".'
-            )
+        side = self._side(query_features, num_visual_tokens)
         attended = self._attend(query_features, memory_features, side)
         match self.variant:
             case "released":
@@ -304,6 +298,16 @@ class DeltaProjector(nn.Module):
             case "paper":
                 tokens = self.text_projection(attended)
                 return tokens + self.mlp(tokens)  # equation 11
+
+    def _side(self, query_features: torch.Tensor, num_visual_tokens: int) -> int:
+        """Of the query grid, after a check of budget and patches."""
+        if query_features.shape[1] != self.patch_grid_size**2:
+            raise ValueError(
+                f"Got {query_features.shape[1]} patches, but the projector expects {self.patch_grid_size}x"
+                f"{self.patch_grid_size}={self.patch_grid_size**2}. A tower with a CLS token needs"
+                ' vision_feature_select_strategy="default", a tower without it "full".'
+            )
+        return query_grid_size(num_visual_tokens, self.patch_grid_size)
 
     def _attend(self, query_features: torch.Tensor, memory_features: torch.Tensor, side: int) -> torch.Tensor:
         """What each query gathers from its cell (equation 9): `(batch_size, V, C)`."""
@@ -379,7 +383,7 @@ class DeltaLlavaPreTrainedModel(PreTrainedModel):
         if isinstance(module, DeltaProjector):
             hidden_size, grid_size = module.positions.shape[1:3]
             init.copy_(module.positions, position_table(hidden_size, grid_size))
-            if module.variant == "residual":
+            if module.variant == "residual" and isinstance(module.text_projection, nn.Linear):  # not a quantized one
                 init.zeros_(module.text_projection.weight)
         elif isinstance(module, nn.Conv2d) or (isinstance(module, DeltaProjection) and module.rank):
             module.reset_parameters()

@@ -36,7 +36,7 @@ class GatedProjector(DeltaProjector):
         self, query_features: torch.Tensor, memory_features: torch.Tensor, num_visual_tokens: int
     ) -> torch.Tensor:
         """As [`DeltaProjector.forward`]."""
-        side = query_grid_size(num_visual_tokens, self.patch_grid_size)
+        side = self._side(query_features, num_visual_tokens)
         pooled = self._cells(query_features, side).mean(2)
         return self.mlp(pooled + self.gate * self._attend(query_features, memory_features, side))
 

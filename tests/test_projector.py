@@ -40,7 +40,7 @@ def test_parity_with_the_published_projector(published, fixtures, num_visual_tok
 
 
 @pytest.mark.parametrize(
-    ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 46_702_080)]
+    ("variant", "parameters"), [("released", 42_503_680), ("paper", 53_100_032), ("residual", 46_697_984)]
 )
 def test_parameter_count_at_clip_l_and_7b(variant, parameters):
     with torch.device("meta"):
@@ -162,7 +162,7 @@ def test_the_branch_starts_at_zero_and_learns(tiny_model):
     model = tiny_model(projector_variant="residual")
     projector = model.model.multi_modal_projector
     last = projector.text_projection
-    assert not last.weight.any() and not last.bias.any()
+    assert not last.weight.any()
     _, features = random_projector(model.config)
     projector.train()(*features, 9).square().sum().backward()
     assert last.weight.grad.abs().min() > 0
