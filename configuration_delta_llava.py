@@ -179,7 +179,7 @@ class DeltaLlavaConfig(PreTrainedConfig):
         projector_variant (`str`, *optional*, defaults to `"released"`):
             `"released"` is the projector of the published code, `"paper"` that of the paper's equations 3 to 11, and
             `"residual"` ours, not the paper's: LLaVA-1.5's MLP maps the pooled query features to tokens, and
-            a linear map of the released one's attention, which starts at zero, is added to these.
+            what the released one attends to is added to these by a linear map that starts at zero.
         projector_rank (`int`, *optional*, defaults to 16):
             Rank r of every low-rank update (equation 4).
         projector_num_attention_heads (`int`, *optional*, defaults to 8):

@@ -419,10 +419,16 @@ def check_all_loaded(info: dict, name: str):
     # With `ignore_mismatched_sizes`, a weight of another shape is not loaded either
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
+        unknown = sorted(info["unexpected_keys"])
         raise ValueError(
-            f"{name} lacks {len(missing)} of the model's weights, which would be random: {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}. Get the whole checkpoint."
+            f"{name} lacks {len(missing)} of the model's weights, which would be random: {_some(missing)}. "
+            + (f"It has others, which this version does not know: {_some(unknown)}. " if unknown else "")
+            + "Get the whole checkpoint, or train it again with this version."
         )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _quantize_language_model_only(quantization_config):

@@ -8,9 +8,10 @@ python -m delta_llava.hub.convert --checkpoint llava-hf/llava-1.5-7b-hf --output
 The kind of checkpoint is read from its files:
 
 - LLaVA-1.5, of transformers (the organisation llava-hf on the Hub) or of the LLaVA code base
-  (`liuhaotian/llava-v1.5-7b`). Its projector is kept, as the MLP of the `residual` variant, whose branch is zero:
-  without any training the result is that LLaVA-1.5 at all patches, and LLaVA-1.5 on pooled features at fewer tokens.
-  With `--projector_variant released` (or `paper`) a fresh projector replaces it, to be trained from stage 1 on.
+  (`liuhaotian/llava-v1.5-7b`). Its projector is kept, as the MLP of the `residual` variant, whose attention adds
+  nothing yet: without any training the result is that LLaVA-1.5 at all patches, and LLaVA-1.5 on pooled features at
+  fewer tokens. With `--projector_variant released` (or `paper`) a fresh projector replaces it, to be trained from
+  stage 1 on.
 - A whole checkpoint of Delta-LLaVA's authors, whose code is the LLaVA code base.
 - A projector saved by stage 1 of that code base (`mm_projector.bin`, the file or its folder), of either kind. It needs
   `--language_model`, the model that it was trained with.

@@ -66,7 +66,7 @@ METHODS = {
     "no-delta-projection": Method("No DeltaProjection", "delta", {"use_delta_projection": False}),
     "no-self-attention": Method("No self-attention", "delta", {"use_self_attention": False}),
     "no-refinement-block": Method("No refinement block", "delta", {"use_refinement_block": False}),
-    "residual": Method("Delta added to pooled features (ours)", "residual", RESIDUAL),
+    "residual": Method("Average pooling + MLP, Delta added (ours)", "residual", RESIDUAL),
     "residual-no-delta-projection": Method(
         "Ours, no DeltaProjection", "residual", {**RESIDUAL, "use_delta_projection": False}
     ),

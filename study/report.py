@@ -132,6 +132,8 @@ def write_report(
                 "layers and drop tokens after the second.",
                 "What is named after LLaVA-Meteor's abstract is our reading of that abstract, not a reproduction: its "
                 "figures say nothing about the original.",
+                "Ours adds Delta to the MLP's tokens, by a linear map that starts at zero. Added before the MLP it has "
+                "no such map, but a gate: learnt from zero, or of one, which adds it whole from the first step.",
                 "With wider first weights a linear layer scales its input as it does at CLIP-L's width, not more "
                 "faintly.",
             )
@@ -365,28 +367,23 @@ CLAIMS = (
         )
         for k in FASTV_LAYERS
     ),
-    *(
-        _lines(
-            "Delta added to pooled features against average pooling", "not asked", "residual", "average-pooling", [b]
-        )
-        for b in BUDGETS
-    ),
-    _lines("Delta added to pooled features against Delta-LLaVA as released", "not asked", "residual", "delta"),
+    *(_lines("Ours against average pooling", "not asked", "residual", "average-pooling", [b]) for b in BUDGETS),
+    _lines("Ours against Delta-LLaVA as released", "not asked", "residual", "delta"),
     *(
         _lines(f"Ours with {part}", "not asked", "residual", f"residual-{without}")
         for part, without in (
             ("DeltaProjection against without", "no-delta-projection"),
             ("self-attention against without", "no-self-attention"),
             ("the refinement block against without", "no-refinement-block"),
-            ("adding after the MLP against adding before it", "gate-one"),
-            ("adding after the MLP against adding before it, by a learnt gate", "gated"),
         )
     ),
+    _lines("Ours against Delta added before the MLP, as it is", "not asked", "residual", "residual-gate-one"),
+    _lines("Ours against Delta added before the MLP, by a learnt gate", "not asked", "residual", "residual-gated"),
     *(
         _lines(f"After LLaVA-Meteor's abstract against {name}", "not asked", "meteor", other)
         for name, other in (
             ("Delta-LLaVA as released", "delta"),
-            ("Delta added to pooled features", "residual"),
+            ("ours", "residual"),
             ("average pooling", "average-pooling"),
             ("the same without the instruction", "meteor-no-instruction"),
             ("the same without local summaries", "meteor-no-local-summaries"),

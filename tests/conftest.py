@@ -142,7 +142,10 @@ def tiny_model(tiny_config):
         torch.manual_seed(0)
         model = DeltaLlavaForConditionalGeneration(tiny_config(**overrides)).eval()
         with torch.no_grad():
-            model.model.multi_modal_projector.mlp[-1].weight.mul_(50)
+            projector = model.model.multi_modal_projector
+            projector.mlp[-1].weight.mul_(50)
+            if projector.variant == "residual":
+                projector.text_projection.weight.normal_()  # from zero, which would hide the attention
             model.lm_head.weight.mul_(10)
         return model
 

@@ -236,8 +236,12 @@ def test_missing_weights_are_an_error(tiny_model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     whole = dict(weights)
     del weights["model.multi_modal_projector.attention.out_proj.weight"]
+    weights["model.multi_modal_projector.gate"] = torch.zeros(32)  # of another version
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    message = r"lacks 1 of the model's weights, .*random: .*multi_modal_projector\.attention\.out_proj\.weight"
+    message = (
+        r"lacks 1 of the model's weights, .*random: .*multi_modal_projector\.attention\.out_proj\.weight\. "
+        r"It has others, .*does not know: .*multi_modal_projector\.gate\. "
+    )
     for load in (
         DeltaLlavaForConditionalGeneration.from_pretrained,
         DeltaLlavaModel.from_pretrained,
@@ -248,6 +252,7 @@ def test_missing_weights_are_an_error(tiny_model, tmp_path):
     # Whoever looks for himself, or has the weights in memory
     _, info = DeltaLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert len(info["missing_keys"]) == 1
+    del weights["model.multi_modal_projector.gate"]
     config = DeltaLlavaConfig.from_pretrained(tmp_path)
     DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights)
     DeltaLlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=whole)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from parity import assert_parity, drawn, published_weights
 
-from delta_llava import DeltaLlavaConfig, DeltaProjection, DeltaProjector
+from delta_llava import DeltaLlavaConfig, DeltaLlavaForConditionalGeneration, DeltaProjection, DeltaProjector
 from delta_llava.hub.convert import projector_from_released
 
 
@@ -158,8 +158,8 @@ def test_residual_adds_what_released_attends_to_onto_the_mlp_of_pooled_features(
     torch.testing.assert_close(projector(*features, num_visual_tokens), expected)
 
 
-def test_the_branch_starts_at_zero_and_learns(tiny_model):
-    model = tiny_model(projector_variant="residual")
+def test_the_branch_starts_at_zero_and_learns(tiny_config):
+    model = DeltaLlavaForConditionalGeneration(tiny_config(projector_variant="residual"))
     projector = model.model.multi_modal_projector
     last = projector.text_projection
     assert not last.weight.any()

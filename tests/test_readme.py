@@ -111,7 +111,7 @@ def test_the_costs_are_what_their_command_prints(capsys):
 def test_what_a_budget_loses_is_what_the_study_found():
     results = (ROOT / "study/RESULTS.md").read_text(encoding="utf-8")
     _, table = results.split("## All questions")
-    row = re.search(r"^\| Delta added to pooled features \(ours\) \|(.*)", table, re.MULTILINE)[1]
+    row = re.search(r"^\| Average pooling \+ MLP, Delta added \(ours\) \|(.*)", table, re.MULTILINE)[1]
     at_144, at_36, at_16, _, at_4, at_1 = re.findall(r"([\d.]+) ±", row)
     assert f"answers {at_144} % at 144 tokens, {at_36} at 36, {at_16} at 16, {at_4} at 4 and {at_1} at 1" in README
 

@@ -128,12 +128,12 @@ def test_each_budget_says_what_is_ahead_of_average_pooling(report_of):
     sentences = re.findall(r"^- .*", section(text, "What is ahead of average pooling"), re.MULTILINE)
     assert [int(re.search(r"At (\d+)", sentence)[1]) for sentence in sentences] == list(BUDGETS)
     assert sentences[0] == (
-        "- **At 144**, ahead: Delta added to pooled features (ours). Not distinguishable: Delta-LLaVA, as released; "
-        "Learnt queries (MQT). Behind: 1."
+        "- **At 144**, ahead: Average pooling + MLP, Delta added (ours). Not distinguishable: Delta-LLaVA, as "
+        "released; Learnt queries (MQT). Behind: 1."
     )
     differences = section(text, "What is ahead of average pooling")
-    assert "| Delta added to pooled features (ours) | **+6.0 ± 2.5** |" in differences
-    assert "| TokenPacker | **-9.0 ± 2.5** |" in differences and "Average" not in differences.split("|", 1)[1]
+    assert "| Average pooling + MLP, Delta added (ours) | **+6.0 ± 2.5** |" in differences
+    assert "| TokenPacker | **-9.0 ± 2.5** |" in differences and "| Average pooling + MLP (M3) |" not in differences
 
 
 def test_the_search_and_convergence_are_reported(report_of):
@@ -153,7 +153,7 @@ def test_the_search_and_convergence_are_reported(report_of):
 
 def test_a_cascade_is_between_its_two_budgets(report_of):
     text = section(report_of(residual=(0.8, 0.82)), "Cascades")
-    ours = "| Delta added to pooled features (ours) |"
+    ours = "| Average pooling + MLP, Delta added (ours) |"
     assert text.splitlines()[5:8] == [
         f"{ours} 4 | 81.0 ± 1.4 | 4 |",
         f"{ours} 4, then 36 where unsure | 81.0 ± 1.4 | 10.5 ± 0.7 |",
