@@ -145,7 +145,7 @@ def tiny_model(tiny_config):
             projector = model.model.multi_modal_projector
             projector.mlp[-1].weight.mul_(50)
             if projector.variant == "residual":
-                projector.text_projection.weight.normal_()  # from zero, which would hide the attention
+                projector.text_projection.weight.normal_(std=0.1)  # from zero, which would hide the attention
             model.lm_head.weight.mul_(10)
         return model
 

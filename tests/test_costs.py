@@ -371,7 +371,7 @@ def test_the_command_prints_every_budget_and_draws_it(capsys, tmp_path, tiny_con
         (["--recipe", "vicuna-7b", "--max_kv_cache_mb", "nan"], "max_kv_cache_mb=nan must be a finite number"),
         (
             ["--recipe", "vicuna-7b", "--max_tflops", "1", "--max_kv_cache_mb", "100"],
-            "max_tflops=1 and max_kv_cache_mb=100: the smallest, 1, takes 1.656907677 TFLOPs and 51.380224 MB",
+            "max_tflops=1 and max_kv_cache_mb=100: the smallest, 1, takes 1.656916065 TFLOPs and 51.380224 MB",
         ),
         (["--config", "backbones/vicuna-7b-v1.5"], "model_type='llama', but it must be 'delta_llava'"),
     ],
