@@ -11,6 +11,7 @@ from .configuration_delta_llava import (  # first: it refuses older releases
 # isort: split
 
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from copy import copy
 
@@ -421,14 +422,17 @@ def check_all_loaded(info: dict, name: str):
     if missing:
         unknown = sorted(info["unexpected_keys"])
         raise ValueError(
-            f"{name} lacks {len(missing)} of the model's weights, which would be random: {_some(missing)}. "
-            + (f"It has others, which this version does not know: {_some(unknown)}. " if unknown else "")
+            f"{name} lacks {len(missing)} of the model's weights, which would be random: {brief_list(missing)}. "
+            + (f"It has others, which this version does not know: {brief_list(unknown)}. " if unknown else "")
             + "Get the whole checkpoint, or train it again with this version."
         )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+def brief_list(names: Iterable[str], separator: str = ", ") -> str:
+    """The first four names and the number of the others, for an error."""
+    names = list(names)
+    more = f"{separator}and {len(names) - 4} more" if len(names) > 4 else ""
+    return separator.join(names[:4]) + more or "none"
 
 
 def _quantize_language_model_only(quantization_config):

@@ -43,7 +43,7 @@ from transformers import (
 
 from ..configuration_delta_llava import DeltaLlavaConfig
 from ..llava import fit_spaces, pad_to_square
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaProjector, brief_list
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..weights import check_finite
 from . import parts
@@ -290,7 +290,7 @@ def _load(
         elif tensor.tensor.shape != expected[name].shape:
             problems.append(_misshapen(tensor, expected[name].shape))
     if problems:
-        raise ValueError(f"{checkpoint} cannot be converted: {parts.brief_list(problems, '; ')}.")
+        raise ValueError(f"{checkpoint} cannot be converted: {brief_list(problems, '; ')}.")
     if source.text_config.tie_word_embeddings and (
         language.get_output_embeddings().weight is not language.get_input_embeddings().weight
     ):

@@ -15,9 +15,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, BaseIma
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..modeling_delta_llava import brief_list
 from ..weights import weight_files
 from .client import is_repository
-from .parts import brief_list
 
 
 # For each layout, how its tensors' names begin (the first match counts), and the part that loads such a tensor under

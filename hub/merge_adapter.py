@@ -16,11 +16,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..configuration_delta_llava import DeltaLlavaConfig
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, brief_list
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import stop_at_end_of_turn
 from ..weights import check_finite, check_place, read_weights
-from .parts import brief_list, new_folder
+from .parts import new_folder
 
 
 try:

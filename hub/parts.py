@@ -1,7 +1,7 @@
 """Joins the parts of a checkpoint and checks the result: what assemble, convert and merge_adapter share."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from ..configuration_delta_llava import DeltaLlavaConfig, default_visual_tokens
-from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaProjector
+from ..modeling_delta_llava import DeltaLlavaForConditionalGeneration, DeltaLlavaModel, DeltaProjector, brief_list
 from ..processing_delta_llava import DeltaLlavaProcessor
 from ..turns import TEMPLATES, stop_at_end_of_turn
 
@@ -364,10 +364,3 @@ def build_processor(
             " delta_llava.hub.assemble."
         )
     return processor
-
-
-def brief_list(names: Iterable[str], separator: str = ", ") -> str:
-    """The first four names and the number of the others, for an error."""
-    names = list(names)
-    more = f"{separator}and {len(names) - 4} more" if len(names) > 4 else ""
-    return separator.join(names[:4]) + more or "none"

@@ -46,6 +46,7 @@ from ..modeling_delta_llava import (
     DeltaLlavaForConditionalGeneration,
     DeltaLlavaModel,
     DeltaLlavaPreTrainedModel,
+    brief_list,
     llava_mlp,
 )
 from ..processing_delta_llava import DeltaLlavaImagesKwargs, DeltaLlavaProcessor, DeltaLlavaProcessorKwargs
@@ -629,7 +630,7 @@ def meteor_from(model: DeltaLlavaForConditionalGeneration, **fields) -> MeteorFo
     weights = {name: w for name, w in model.state_dict().items() if "multi_modal_projector" not in name}
     missing, _ = meteor.load_state_dict(weights, strict=False)  # of a tower, layers beyond the one that is read
     if others := [name for name in missing if "multi_modal_projector" not in name]:
-        raise ValueError(f"The model lacks {', '.join(others[:4])}.")
+        raise ValueError(f"The model lacks {brief_list(others)}.")
     meteor.generation_config = model.generation_config
     return meteor
 
